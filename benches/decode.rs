@@ -12,7 +12,7 @@ use std::{io::BufRead, time::Instant};
 
 use peak::read_bytes;
 use x_transformers::{
-    DType, Device, ParamStore, Philox, Result, Tensor,
+    DType, Device, ParamStore, Philox, QuantType, Result, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, SamplingConfig, TransformerWrapperConfig},
     models::{AutoregressiveWrapper, GenerateOptions},
     ops::{DecodeSpec, attention_decode},
@@ -26,15 +26,17 @@ const NEW: usize = 128;
 enum Weights {
     F32,
     Bf16,
-    Int8,
+    Q8,
+    Q4,
 }
 
 impl Weights {
-    fn bytes(self) -> usize {
+    fn bytes(self) -> f64 {
         match self {
-            Self::F32 => 4,
-            Self::Bf16 => 2,
-            Self::Int8 => 1,
+            Self::F32 => 4.0,
+            Self::Bf16 => 2.0,
+            Self::Q8 => 34.0 / 32.0,
+            Self::Q4 => 18.0 / 32.0,
         }
     }
 }
@@ -46,8 +48,10 @@ fn model(weights: Weights, tested: bool) -> Result<AutoregressiveWrapper> {
     let dtype = if weights == Weights::Bf16 { DType::BF16 } else { DType::F32 };
     let store = ParamStore::new(0, dtype, &Device::Cpu);
     let mut model = AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..Default::default() }, &store)?;
-    if weights == Weights::Int8 {
-        model.quantize_int8()?;
+    match weights {
+        Weights::Q8 => model.quantize(QuantType::Q8_0)?,
+        Weights::Q4 => model.quantize(QuantType::Q4_0)?,
+        Weights::F32 | Weights::Bf16 => {}
     }
     Ok(model)
 }
@@ -107,7 +111,7 @@ fn main() -> Result<()> {
     if !tested {
         println!("memory: {:.1} GB/s read by {} threads\n", bandwidth / 1e9, rayon::current_num_threads());
     }
-    for weights in [Weights::F32, Weights::Bf16, Weights::Int8] {
+    for weights in [Weights::F32, Weights::Bf16, Weights::Q8, Weights::Q4] {
         let model = model(weights, tested)?;
         for batch in [1, 8] {
             let id = format!("decode/{weights:?} batch {batch}").to_lowercase();
@@ -139,7 +143,7 @@ fn main() -> Result<()> {
                 .into_iter()
                 .fold((f64::INFINITY, f64::INFINITY), |best, time| if time.0 < best.0 { time } else { best });
             let steps = (new - 1) as f64;
-            let bytes = (read_weights() * weights.bytes()) as f64 * steps / decoding;
+            let bytes = read_weights() as f64 * weights.bytes() * steps / decoding;
             println!(
                 "{id}: {:.0} tokens/s, {whole:.3} s with the prompt, {:.2} ms a step, {:.1} GB/s of weights, {:.0} % of \
                  the bandwidth",

@@ -237,7 +237,7 @@ fn names() -> Vec<String> {
     names
 }
 
-/// What bounds the speed of an op.
+/// Resource that limits the speed of an op.
 #[derive(Clone, Copy, PartialEq)]
 enum Limit {
     Memory,

@@ -5,18 +5,21 @@
 
 mod peak;
 
-use std::time::{Duration, Instant};
+use std::{
+    hint::black_box,
+    time::{Duration, Instant},
+};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use peak::{Group, Work};
 use x_transformers::{
-    DType, Device, Init, IntoShape, ParamStore, Philox, Result, Tape, Tensor,
-    ops::{Activation, NAMES, SampleFilter, SampleSpec, UNARY},
+    DType, Device, Init, IntoShape, ParamStore, Philox, QuantType, Result, Tape, Tensor,
+    ops::{Activation, NAMES, PackedMatrix, SampleFilter, SampleSpec, UNARY},
     train::{AdamW, AdamWOptions},
 };
 
 /// Ops whose benchmarks count operations, each in a separate file.
-const ELSEWHERE: [&str; 4] = ["attention", "attention_decode", "matmul", "linear"];
+const ELSEWHERE: [&str; 6] = ["attention", "attention_decode", "matmul", "linear", "packed_linear", "packed_embedding"];
 
 /// Activations of eight sequences.
 const X: &[usize] = &[8, 512, 1024];
@@ -210,6 +213,29 @@ fn bench_adamw(criterion: &mut Criterion) -> Result<()> {
     Ok(())
 }
 
+/// Products with quantised weights, one row at a time and many, and rows of a quantised table.
+fn bench_packed(criterion: &mut Criterion) -> Result<()> {
+    let random = Philox::new(1, 0);
+    let normal = |shape: [usize; 2]| Tensor::generate(shape, DType::F32, &Device::Cpu, |i| random.normal(i as u64));
+    let weight = normal([2048, 512])?;
+    let tokens = Tensor::generate([512], DType::I64, &Device::Cpu, |i| ((i * 7919) % 2048) as f64)?;
+    let mut group = Group::new(criterion, "packed");
+    for kind in [QuantType::Q8_0, QuantType::Q4_0, QuantType::Q4K] {
+        let matrix = PackedMatrix::quantize(&weight, kind)?;
+        for rows in [1, 128] {
+            let x = normal([rows, 512])?;
+            group.bench(&format!("packed_linear {kind}, {rows} rows"), Work::Flops(2 * rows * weight.numel()), || {
+                black_box(matrix.linear(&x, None)).map(drop).expect("memory");
+            });
+        }
+        group.bench(&format!("packed_embedding {kind}"), Work::Bytes(512 * 512 * 4), || {
+            black_box(matrix.embedding(&tokens, DType::F32)).map(drop).expect("memory");
+        });
+    }
+    group.finish();
+    Ok(())
+}
+
 fn bench_ops(criterion: &mut Criterion) {
     let ops = ops();
     for name in NAMES {
@@ -220,6 +246,9 @@ fn bench_ops(criterion: &mut Criterion) {
         if let Err(error) = bench_op(criterion, op) {
             panic!("{}: {error}", op.name);
         }
+    }
+    if let Err(error) = bench_packed(criterion) {
+        panic!("packed: {error}");
     }
     if let Err(error) = bench_adamw(criterion) {
         panic!("adamw: {error}");

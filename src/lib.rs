@@ -83,6 +83,7 @@
 
 mod atomic_file;
 mod autograd;
+mod collect;
 pub mod config;
 pub mod device;
 mod dtype;
@@ -95,10 +96,12 @@ pub mod io;
 pub mod models;
 pub mod nn;
 pub mod ops;
+mod ordered;
 mod params;
 mod philox;
 pub mod pretrained;
 pub mod profile;
+mod quantised;
 mod shape;
 mod sort;
 mod tensor;
@@ -116,6 +119,7 @@ pub use crate::{
     error::{Error, ErrorKind, Result},
     params::{Buffer, Init, Param, ParamMap, ParamStore},
     philox::{Philox, philox4x32},
+    quantised::QuantType,
     shape::{IntoShape, MAX_RANK, Shape},
     tensor::{GradSlice, KernelArg, LeafId, RawKernel, Tensor},
 };
@@ -166,6 +170,7 @@ mod book {
         embeddings: "../docs/src/options/embeddings.md",
         two: "../docs/src/options/two.md",
         pretrained: "../docs/src/pretrained.md",
+        quantised: "../docs/src/quantised.md",
         pytorch: "../docs/src/pytorch.md",
         training: "../docs/src/training.md",
         generation: "../docs/src/generation.md",

@@ -25,7 +25,6 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::BTreeMap,
     fmt,
     io::{self, Write},
     marker::PhantomData,
@@ -33,7 +32,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{Error, Result, device::Device, error::ensure, shape::Shape, sort::sort_by};
+use crate::{
+    Error, Result, collect::CollectVec, device::Device, error::ensure, ordered::OrderedMap, shape::Shape, sort::sort_by,
+};
 
 thread_local! {
     /// `true` if this thread has a session; read by every op.
@@ -114,7 +115,7 @@ struct Session {
     cost: Option<Cost>,
     /// Bytes that the op in progress moves besides its last output and the inputs recorded with that.
     besides: f64,
-    totals: BTreeMap<(Phase, &'static str), OpProfile>,
+    totals: OrderedMap<(Phase, &'static str), OpProfile>,
     outside: Duration,
     calls: Option<Vec<Call>>,
 }
@@ -163,7 +164,7 @@ impl Profile {
             inside: 0,
             cost: None,
             besides: 0.0,
-            totals: BTreeMap::new(),
+            totals: OrderedMap::default(),
             outside: Duration::ZERO,
             calls,
         };
@@ -198,7 +199,7 @@ impl Session {
         let (start, now) = (self.last, Instant::now());
         let time = now - start;
         let total = OpProfile { name, phase, calls: 0, seconds: 0.0, operations: 0.0, bytes: 0.0 };
-        let total = self.totals.entry((phase, name)).or_insert(total);
+        let total = self.totals.or_insert((phase, name), total);
         total.calls += 1;
         total.seconds += time.as_secs_f64();
         total.operations += operations;
@@ -347,7 +348,7 @@ pub(crate) fn pause() {
 /// Measurements of a [`Profile`]. Displayed as a table.
 #[derive(Debug, Default)]
 pub struct Report {
-    totals: BTreeMap<(Phase, &'static str), OpProfile>,
+    totals: OrderedMap<(Phase, &'static str), OpProfile>,
     seconds: Duration,
     outside: Duration,
     calls: Vec<Call>,
@@ -356,7 +357,7 @@ pub struct Report {
 impl Report {
     /// Returns the ops by phase, in alphabetical order.
     pub fn ops(&self) -> impl Iterator<Item = &OpProfile> {
-        self.totals.values()
+        self.totals.values().iter()
     }
 
     /// Returns the time from start to finish.
@@ -379,7 +380,7 @@ impl Report {
                     total.operations += op.operations;
                     total.bytes += op.bytes;
                 }
-                None => drop(self.totals.insert(key, op)),
+                None => self.totals.insert(key, op),
             }
         }
         self.seconds += other.seconds;
@@ -436,7 +437,7 @@ impl fmt::Display for Report {
         };
         writeln!(f, "{:<26}{:>9}{:>12}{:>7}{:>10}{:>10}", "", "calls", "seconds", "%", "FLOP/s", "bytes/s")?;
         for phase in [Phase::Forward, Phase::Backward, Phase::Update, Phase::Read] {
-            let mut ops: Vec<&OpProfile> = self.ops().filter(|op| op.phase == phase).collect();
+            let mut ops: Vec<&OpProfile> = self.ops().filter(|op| op.phase == phase).collect_vec();
             if ops.is_empty() {
                 continue;
             }

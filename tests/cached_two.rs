@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 use x_transformers::{
-    DType, Device, ParamStore, Result, Tensor,
+    DType, Device, ParamStore, QuantType, Result, Tensor,
     config::{Config, ModelPlan},
     models::{AutoregressiveWrapper, BeamOptions, ForwardOptions, GenerateOptions, TransformerWrapper},
 };
@@ -68,7 +68,7 @@ fn configs() -> Vec<(Value, Value)> {
 
 fn model(layers: &Value, wrapper: &Value) -> Result<TransformerWrapper> {
     let mut config = json!({"version": "2", "model": "TransformerWrapper", "num_tokens": 11, "max_seq_len": 12,
-        "attn_layers": {"kind": "Decoder", "dim": 16, "depth": 1, "heads": 4, "attn_dim_head": 8, "ff_mult": 1}});
+        "attn_layers": {"kind": "Decoder", "dim": 32, "depth": 1, "heads": 4, "attn_dim_head": 8, "ff_mult": 1}});
     config.as_object_mut().unwrap().extend(wrapper.as_object().unwrap().clone());
     config["attn_layers"].as_object_mut().unwrap().extend(layers.as_object().unwrap().clone());
     let config = Config::from_value(config)?;
@@ -121,7 +121,7 @@ fn cached_sequences_have_the_numbers_of_whole_ones() -> Result<()> {
 }
 
 #[test]
-fn generation_beams_drafts_and_int8_take_the_options() -> Result<()> {
+fn generation_beams_and_packed_weights_take_the_options() -> Result<()> {
     let mut greedy = GenerateOptions::default();
     greedy.sampling.temperature = 0.0;
     for (layers, wrapper) in configs() {
@@ -134,8 +134,12 @@ fn generation_beams_drafts_and_int8_take_the_options() -> Result<()> {
         let found = decoder.beam_search(&prompt, 5, &beams, &GenerateOptions::default())?;
         let found: Vec<i64> = found.iter().flat_map(|row| row[0].tokens.clone()).collect();
         assert_eq!(found, new, "{layers} {wrapper}");
-        decoder.quantize_int8()?;
-        assert_eq!(decoder.generate(&prompt, 5, &greedy, &mut |_| true)?.shape()[..], [2, 5], "{layers} {wrapper}");
+        let before = decoder.net.forward(&prompt, &ForwardOptions::default())?.out;
+        decoder.quantize(QuantType::Q8_0)?;
+        let off = difference(&decoder.net.forward(&prompt, &ForwardOptions::default())?.out, &before)?;
+        assert!(off > 0.0 && off.is_finite(), "{layers} {wrapper}: {off}");
+        let new = decoder.generate(&prompt, 5, &greedy, &mut |_| true)?.to_vec::<i64>()?;
+        assert_eq!(decoder.generate(&prompt, 5, &anew, &mut |_| true)?.to_vec::<i64>()?, new, "{layers} {wrapper}");
     }
     Ok(())
 }

@@ -19,7 +19,7 @@ use std::{
 
 use common::{Gpu, alive, count, emulated, fail, gpu, is_emulated};
 use x_transformers::{
-    DType, Error, ErrorKind, Graph, Init, Param, ParamMap, ParamStore, Result, Tape, Tensor,
+    DType, Error, ErrorKind, Graph, Init, Param, ParamMap, ParamStore, QuantType, Result, Tape, Tensor,
     config::{AttentionLayersConfig, SamplingConfig, TransformerWrapperConfig},
     models::{DecodeCache, ForwardOptions, RecordedDecode, TransformerWrapper, sample_tokens},
     nn::{Branch, Past},
@@ -225,7 +225,7 @@ fn closures_may_free_memory() -> Result<()> {
     Ok(())
 }
 
-fn model(int8: bool, alibi: bool, dtype: DType, gpu: &Gpu) -> Result<(TransformerWrapper, ParamMap)> {
+fn model(packed: bool, alibi: bool, dtype: DType, gpu: &Gpu) -> Result<(TransformerWrapper, ParamMap)> {
     let mut layers = AttentionLayersConfig { heads: 2, ..AttentionLayersConfig::decoder(32, 1) };
     layers.attn.dim_head = 32;
     layers.alibi_pos_bias = alibi;
@@ -234,8 +234,8 @@ fn model(int8: bool, alibi: bool, dtype: DType, gpu: &Gpu) -> Result<(Transforme
         TransformerWrapperConfig { num_tokens: 32, max_seq_len: 16, attn_layers: layers, ..Default::default() };
     let store = ParamStore::new(7, dtype, gpu);
     let mut model = TransformerWrapper::new(&config, &store)?;
-    if int8 {
-        model.quantize_int8()?;
+    if packed {
+        model.quantize(QuantType::Q4_0)?;
     }
     Ok((model, store.params()))
 }
@@ -251,15 +251,15 @@ fn sampling() -> SamplingConfig {
     SamplingConfig { temperature: 2.0, ..SamplingConfig::default() }
 }
 
-/// The model is dropped before its recorded step runs, with int8 weights that are in no map of parameters, and with an
+/// The model is dropped before its recorded step runs, with packed weights that are in no map of parameters, and with an
 /// empty map.
 #[test]
 fn a_recorded_decode_outlives_its_model() -> Result<()> {
     let Some(gpu) = gpu("a_recorded_decode_outlives_its_model") else { return Ok(()) };
     let first = Tensor::from_slice(&[5i64, 9], [2], &gpu)?;
-    for (int8, alibi) in [(true, true), (false, false)] {
+    for (packed, alibi) in [(true, true), (false, false)] {
         with_every_pool(&gpu, || {
-            let (model, params) = model(int8, alibi, DType::F32, &gpu)?;
+            let (model, params) = model(packed, alibi, DType::F32, &gpu)?;
             let (mut cache, mut next, mut expected) = (filled(&model, &gpu)?, first.clone(), Vec::new());
             for step in 0..4i64 {
                 let hidden = model.extend(&next.reshape([2, 1])?, &[1, 1], None, &mut cache)?;
@@ -268,7 +268,7 @@ fn a_recorded_decode_outlives_its_model() -> Result<()> {
                 expected.push(next.to_vec::<i64>()?);
             }
             drop(cache);
-            let params = if int8 { params } else { none() };
+            let params = if packed { params } else { none() };
             let mut decode = RecordedDecode::new(&model, &params, filled(&model, &gpu)?, &sampling(), 3)?;
             drop((model, params));
             gpu.trim();

@@ -13,7 +13,7 @@ use std::{
 };
 
 use x_transformers::{
-    DType, Philox, Result, Tensor,
+    DType, Philox, QuantType, Result, Tensor,
     io::{Format, Metadata, Stored, TensorFile, read_safetensors},
 };
 
@@ -250,9 +250,9 @@ fn gguf_files_are_read_as_their_own_package_reads_them() -> Result<()> {
         ("F32", Stored::F32),
         ("F16", Stored::F16),
         ("BF16", Stored::BF16),
-        ("Q8_0", Stored::Q8_0),
-        ("Q4_0", Stored::Q4_0),
-        ("Q4_1", Stored::Q4_1),
+        ("Q8_0", Stored::Quantized(QuantType::Q8_0)),
+        ("Q4_0", Stored::Quantized(QuantType::Q4_0)),
+        ("Q4_1", Stored::Quantized(QuantType::Q4_1)),
     ];
     assert_eq!(file_.names().count(), stored.len());
     for (name, stored) in stored {

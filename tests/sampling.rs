@@ -190,7 +190,7 @@ fn sampling_refuses_broken_logits() -> Result<()> {
         SampleFilter::MinP(f64::NAN),
         SampleFilter::TopA { power: -1.0, ratio: 0.5 },
     ] {
-        refused(good.sample(&SampleSpec { filter, ..spec }, &zero), "domain");
+        refused(good.sample(&SampleSpec { filter, ..spec }, &zero), "out of range");
     }
     let config = SamplingConfig { temperature: -1.0, ..Default::default() };
     let error = sample_tokens(&good, &config, 0, &zero).unwrap_err();

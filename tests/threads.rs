@@ -72,7 +72,7 @@ mod table {
             ContinuousAutoregressiveWrapper, XTransformer, ViTransformerWrapper, SentenceEncoder, Model, Output,
             RunOptions, ForwardOptions, GenerateOptions, AttentionLayers, Attention, FeedForward, Linear, Embedding,
             Residual, AttentionInput, AttentionOutput, LayersOutput, PositionBias, RelativePositionBias, AbsolutePositionalEmbedding,
-            Int8Matrix, Config);
+            PackedMatrix, Config);
         types!(table, has Send, has Sync: DecodeCache, LayersCache, TokenStream);
         types!(table, has Send, has Sync: AdamW, Ema, Swapped, GradScaler, Checkpoint, ByteText, Schedule,
             TrainOptions, StepReport);

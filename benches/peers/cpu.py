@@ -184,7 +184,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7, help="rounds at most")
     parser.add_argument("--limit", type=float, default=80, help="seconds of a workload, after three rounds")
     parser.add_argument("--resume", action="store_true", help="leave out what the raw file has of this commit")
-    parser.add_argument("--within", type=float, help="begin no workload after so many seconds; --resume goes on")
+    parser.add_argument("--within", type=float, help="start no workload after N seconds; continue with --resume")
     parser.add_argument("--compile", action="store_true", help="also PyTorch's compiled ops, which take a minute at first")
     args = parser.parse_args()
     if args.command == "setup":

@@ -133,7 +133,7 @@ def table(path):
     ]
     about_files = [
         "SmolLM2-135M-Instruct in each type of llama.cpp, which is `llama-cpp-2` compiled for this processor: loading until",
-        "a token can be computed, prompts of so many tokens, and 64 tokens after a prompt of 128.",
+        "a token can be computed, prompts of the given lengths, and 64 tokens after a prompt of 128.",
     ]
     parts = [
         ("model", "Models", "peak memory, GB", []),

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use serde_json::Value;
 use x_transformers::{
     config::{AttentionLayersConfig, Config, TransformerWrapperConfig},
-    io::{Format, Metadata, TensorFile, read_text},
+    io::{Format, Metadata, Stored, TensorFile, read_text},
     pretrained::Pretrained,
 };
 
@@ -105,19 +105,30 @@ fn architecture(lines: &mut Lines, config: &TransformerWrapperConfig) {
 
 /// Number and types of the values.
 fn weights(lines: &mut Lines, file: &TensorFile) {
-    let mut types: BTreeMap<String, (usize, usize)> = BTreeMap::new();
+    lines.add("weights", types(file));
+}
+
+/// Number of the values in a file, and the tensors and bytes of each type.
+pub fn types(file: &TensorFile) -> String {
+    let mut types: BTreeMap<String, (usize, usize, &str)> = BTreeMap::new();
     let mut elements = 0;
     for info in file.names().filter_map(|name| file.info(name)) {
         let count = info.shape.iter().product::<usize>();
         let (values, size) = info.stored.block();
-        let (tensors, total) = types.entry(info.stored.to_string()).or_default();
+        let (tensors, total, note) = types.entry(info.stored.to_string()).or_default();
         *tensors += 1;
         *total += count / values * size;
+        *note = match info.stored {
+            Stored::Quantized(kind) if kind.is_packed() => ", stays packed",
+            Stored::Quantized(_) => ", dequantised when loaded",
+            _ => "",
+        };
         elements += count;
     }
-    let types =
-        types.into_iter().map(|(name, (tensors, total))| format!("{tensors} of {name} ({})", bytes(total as u64)));
-    lines.add("weights", format!("{elements} values: {}", types.collect::<Vec<_>>().join(", ")));
+    let types = types
+        .into_iter()
+        .map(|(name, (tensors, total, note))| format!("{tensors} of {name} ({}{note})", bytes(total as u64)));
+    format!("{elements} values: {}", types.collect::<Vec<_>>().join(", "))
 }
 
 /// Adds the tokenizer and chat template beside the weights.

@@ -113,7 +113,7 @@ pub struct GenerateArgs {
     ahead: u32,
 
     /// Data type of the weights in memory
-    #[arg(long, value_enum, default_value_t = Weights::F32)]
+    #[arg(long, value_enum, default_value_t = Weights::Stored)]
     weights: Weights,
 
     /// Number of prompt tokens to process at a time
@@ -156,7 +156,7 @@ struct Prompt {
 pub fn run(args: GenerateArgs) -> Result<()> {
     let device = Device::parse(&args.device)?;
     let tokenizer = args.tokenizer.as_deref();
-    let source = Source::open(&args.checkpoint, tokenizer, args.strict)?;
+    let source = Source::open(&args.checkpoint, tokenizer, args.strict, args.weights)?;
     if let Some(path) = &args.score {
         return score(&source, args.weights, path, &device);
     }
@@ -168,7 +168,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     let draft = args
         .draft
         .as_ref()
-        .map(|path| Source::open(path, tokenizer, args.strict).map(|draft| (draft, path)))
+        .map(|path| Source::open(path, tokenizer, args.strict, args.weights).map(|draft| (draft, path)))
         .transpose()?;
     if let Some((draft, path)) = &draft {
         let same = |(own, other): (&Prompt, &Prompt)| own.tokens == other.tokens;

@@ -23,6 +23,7 @@ mod metrics;
 mod plot;
 mod profiler;
 mod progress;
+mod quantize;
 mod replacement;
 mod run;
 mod sample;
@@ -63,6 +64,8 @@ enum Command {
     Train(train::TrainArgs),
     /// Generate text with a trained or pretrained model
     Generate(generate::GenerateArgs),
+    /// Quantize the weights of a GGUF file
+    Quantize(quantize::QuantizeArgs),
     /// Compute sentence embeddings with a pretrained encoder
     Embed(embed::EmbedArgs),
     /// Show the parameters, layers and cost of a model
@@ -93,6 +96,7 @@ impl Command {
         match self {
             Self::Train(args) => train::run(args),
             Self::Generate(args) => generate::run(args),
+            Self::Quantize(args) => quantize::run(args),
             Self::Embed(args) => embed::run(args),
             Self::Info(args) => info::run(args),
             Self::Run(args) => run::run(args),

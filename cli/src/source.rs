@@ -7,7 +7,7 @@ use std::{
 
 use clap::ValueEnum;
 use x_transformers::{
-    DType, Device, Error, ParamStore, Tensor,
+    DType, Device, Error, ParamStore, QuantType, Tensor,
     config::{AutoregressivePlan, ModelPlan},
     models::AutoregressiveWrapper,
     pretrained::Pretrained,
@@ -25,14 +25,35 @@ use crate::{
 /// Data type of the weights in memory.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Weights {
+    /// Quantized weights as the file has them, others as f32
+    Stored,
     /// 32-bit floats
     F32,
     /// 16-bit bfloat16
     Bf16,
     /// 16-bit half precision
     F16,
-    /// 8-bit integers with a scale per row, and sums in f32
-    Int8,
+    /// 8-bit integers with a scale per 32 values
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// 4-bit integers with a scale per 32 values
+    #[value(name = "q4_0")]
+    Q4_0,
+    /// 4-bit integers with 6-bit scales and minimums
+    #[value(name = "q4_k")]
+    Q4K,
+}
+
+impl Weights {
+    /// The type that weights are rounded to.
+    fn quantized(self) -> Option<QuantType> {
+        match self {
+            Self::Q8_0 => Some(QuantType::Q8_0),
+            Self::Q4_0 => Some(QuantType::Q4_0),
+            Self::Q4K => Some(QuantType::Q4K),
+            Self::Stored | Self::F32 | Self::Bf16 | Self::F16 => None,
+        }
+    }
 }
 
 /// A checkpoint whose model is made later, when it is known that the texts fit.
@@ -49,9 +70,13 @@ enum Kind {
 
 impl Source {
     /// Opens a folder of `xt train`, a folder of `transformers`, or a GGUF file; with a tokenizer if it is elsewhere.
-    pub fn open(path: &Path, tokenizer: Option<&Path>, strict: StrictArgs) -> Result<Self> {
+    /// Quantised weights stay packed if they are kept as they are stored.
+    pub fn open(path: &Path, tokenizer: Option<&Path>, strict: StrictArgs, weights: Weights) -> Result<Self> {
         if Pretrained::is_one(path) {
-            let pretrained = Pretrained::open(path)?;
+            let mut pretrained = Pretrained::open(path)?;
+            if weights != Weights::Stored {
+                pretrained = pretrained.dequantized();
+            }
             strict.check(&pretrained, path)?;
             if !pretrained.family().is_causal() {
                 let why = format!(
@@ -125,9 +150,9 @@ impl Source {
     /// The model with its weights.
     pub fn model(&self, weights: Weights, device: &Device) -> Result<AutoregressiveWrapper> {
         let dtype = match weights {
-            Weights::F32 | Weights::Int8 => DType::F32,
             Weights::Bf16 => DType::BF16,
             Weights::F16 => DType::F16,
+            _ => DType::F32,
         };
         let broken = |error: Error| Failure::from(error).within(&self.path);
         let mut model = match &self.kind {
@@ -139,8 +164,8 @@ impl Source {
                 model
             }
         };
-        if weights == Weights::Int8 {
-            model.quantize_int8().map_err(broken)?;
+        if let Some(kind) = weights.quantized() {
+            model.quantize(kind).map_err(broken)?;
         }
         Ok(model)
     }

@@ -186,7 +186,7 @@ impl OptionArgs {
         TrainOptions {
             steps: self.steps.unwrap_or(defaults::STEPS),
             batch_size: self.batch_size,
-            // 0 is no limit.
+            // 0 means no limit.
             seq_len: self.seq_len.unwrap_or(if max_seq_len == 0 {
                 defaults.seq_len
             } else {
@@ -224,9 +224,10 @@ impl TrainArgs {
         let broken = |error: Error| Failure::from(error).within(path);
         let config = match Config::from_json(&text).map_err(broken)? {
             Config::TransformerWrapper(net) => AutoregressiveConfig { net, ..Default::default() }.into(),
-            Config::V2(v2::Config::TransformerWrapper(net)) => {
-                v2::AutoregressiveConfig { net, ..Default::default() }.into()
-            }
+            Config::V2(config) => match *config {
+                v2::Config::TransformerWrapper(net) => v2::AutoregressiveConfig { net, ..Default::default() }.into(),
+                config => Config::V2(Box::new(config)),
+            },
             config => config,
         };
         // Conflicting options are detected here, where the file is known.

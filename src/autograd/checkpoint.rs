@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     DType, Error, ErrorKind, Result,
+    collect::CollectVec,
     error::ensure,
     profile::Cost,
     shape::Shape,
@@ -87,7 +88,7 @@ impl Segment {
             GradSlot::Leaf(leaf) => Some(leaf),
             _ => None,
         };
-        self.inputs.iter().map(leaf).collect()
+        self.inputs.iter().map(leaf).collect_vec()
     }
 
     /// Runs the segment with a tape. Returns the recording and the slot of the output.
@@ -168,7 +169,7 @@ fn plain(f: Box<Function>, inputs: &[&Tensor]) -> Result<Tensor> {
     let inside = Inside(LEVEL.get() + 1);
     LEVEL.set(inside.0);
     ensure!(inside.0 <= DEEP || stack::has(ROOM), too_deep(inside.0));
-    let inputs: Vec<Tensor> = inputs.iter().map(|&input| input.clone()).collect();
+    let inputs: Vec<Tensor> = inputs.iter().map(|&input| input.clone()).collect_vec();
     f(&inputs)
 }
 
@@ -200,7 +201,7 @@ impl Call {
             let [needed] = needs(OP, [input])?;
             if needed { input.requires_grad() } else { Ok(input.detach()) }
         });
-        let inner: Vec<Tensor> = inner.collect::<Result<_>>()?;
+        let inner: Vec<Tensor> = inner.try_collect_vec()?;
         if nest.level == 0 {
             nest.trace = Trace::default();
         }
@@ -228,7 +229,7 @@ impl Call {
     }
 
     fn signature(&self) -> Vec<(Shape, DType)> {
-        self.inputs.iter().map(|input| (*input.shape(), input.dtype())).collect()
+        self.inputs.iter().map(|input| (*input.shape(), input.dtype())).collect_vec()
     }
 
     /// Creates the entry of a deep segment on its first run.

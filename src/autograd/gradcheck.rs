@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::Tape;
-use crate::{Error, Result, dtype::DType, error::ensure, philox::Philox, tensor::Tensor};
+use crate::{Error, Result, collect::CollectVec, dtype::DType, error::ensure, philox::Philox, tensor::Tensor};
 
 /// Options of [`gradcheck`].
 ///
@@ -129,7 +129,7 @@ pub fn gradcheck(
     };
 
     let mut report = GradcheckReport { inputs: Vec::new(), tolerance: options.tolerance };
-    let mut varied: Vec<Tensor> = inputs.iter().map(Tensor::detach).collect();
+    let mut varied: Vec<Tensor> = inputs.iter().map(Tensor::detach).collect_vec();
     for (position, leaf) in leaves.iter().enumerate().filter(|(_, leaf)| leaf.dtype().is_float()) {
         let values = leaf.to_vec::<f64>()?;
         let analytic = match grads.get(leaf) {

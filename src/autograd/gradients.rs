@@ -1,10 +1,12 @@
 //! Gradients of leaves, and their accumulation.
 
-use std::{collections::BTreeMap, fmt};
+use std::fmt;
 
 use super::rule::InputGrad;
 use crate::{
     Error, Result,
+    collect::CollectVec,
+    ordered::OrderedMap,
     params::{Param, ParamMap},
     tensor::{GradSlot, LeafId, Tensor},
 };
@@ -27,7 +29,7 @@ use crate::{
 #[must_use = "gradients change nothing until an optimizer takes them"]
 #[doc(alias = "GradStore")]
 pub struct Gradients {
-    leaves: BTreeMap<LeafId, Tensor>,
+    leaves: OrderedMap<LeafId, Tensor>,
 }
 
 impl fmt::Debug for Gradients {
@@ -64,14 +66,14 @@ impl Gradients {
     /// Returns the names of the parameters that received no gradient, in order.
     pub fn unused(&self, params: &ParamMap) -> Vec<String> {
         let unused = params.iter().filter(|(_, param)| !self.leaves.contains_key(&param.leaf()));
-        unused.map(|(name, _)| name.to_string()).collect()
+        unused.map(|(name, _)| name.to_string()).collect_vec()
     }
 
     /// Adds the gradients of another micro-batch.
     ///
     /// Errors: a leaf with another shape, dtype or device; nothing is added then.
     pub fn accumulate(&mut self, other: Gradients) -> Result<()> {
-        for (leaf, grad) in &other.leaves {
+        for (leaf, grad) in other.leaves.iter() {
             let fits = |sum: &Tensor| {
                 sum.shape() == grad.shape() && sum.dtype() == grad.dtype() && sum.device() == grad.device()
             };
@@ -85,12 +87,12 @@ impl Gradients {
 
     /// Returns all gradients, in the order in which the leaves were created.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        self.leaves.values()
+        self.leaves.values().iter()
     }
 
     /// Returns all gradients, for replacing them.
     pub(crate) fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
-        self.leaves.values_mut()
+        self.leaves.values_mut().iter_mut()
     }
 
     /// Takes the gradient of a leaf out.

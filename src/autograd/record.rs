@@ -27,8 +27,23 @@ pub fn record<B: Backward + 'static>(
     inputs: &[&Tensor],
     backward: impl FnOnce(&Tensor) -> B,
 ) -> Result<Tensor> {
+    record_rule(op, output, inputs, &mut once(backward))
+}
+
+/// Returns the rule for an output, once.
+type MakeRule<'a> = dyn FnMut(&Tensor) -> Option<Box<dyn Backward>> + 'a;
+
+fn once<B: Backward + 'static>(
+    backward: impl FnOnce(&Tensor) -> B,
+) -> impl FnMut(&Tensor) -> Option<Box<dyn Backward>> {
+    let mut backward = Some(backward);
+    move |output| Some(Box::new(backward.take()?(output)))
+}
+
+/// Not generic, so that recording is compiled once and not per op.
+fn record_rule(op: &'static str, output: Tensor, inputs: &[&Tensor], rule: &mut MakeRule) -> Result<Tensor> {
     let cost = profiled_cost(op, &output, inputs)?;
-    record_with(cost, op, output, inputs, backward)
+    record_with(cost, op, output, inputs, rule)
 }
 
 fn profiled_cost(op: &'static str, output: &Tensor, inputs: &[&Tensor]) -> Result<Cost> {
@@ -46,7 +61,7 @@ pub(crate) fn record_beside<B: Backward + 'static>(
     if profile::active() {
         profile::beside(inputs.iter().map(|input| input.bytes_of_elements()).sum());
     }
-    record_with(Cost::NONE, op, output, inputs, backward)
+    record_with(Cost::NONE, op, output, inputs, &mut once(backward))
 }
 
 /// Reports a finished op to the profile. A view computes nothing: the op that it is a part of ends later.
@@ -59,18 +74,18 @@ fn profiled(op: &'static str, output: &Tensor, inputs: &[&Tensor], recorded: boo
     profile::computed(op, output.device(), *output.shape(), bytes, recorded)
 }
 
-fn record_with<B: Backward + 'static>(
+fn record_with(
     cost: Cost,
     op: &'static str,
     output: Tensor,
     inputs: &[&Tensor],
-    backward: impl FnOnce(&Tensor) -> B,
+    rule: &mut MakeRule,
 ) -> Result<Tensor> {
     Ok(match place(op, output, inputs)? {
         Place::None(output) => output,
         Place::Tape { output, discard } => {
             // Outside of the borrow: the closure may compute the values that it saves.
-            let rule = (!discard).then(|| -> Box<dyn Backward> { Box::new(backward(&output)) });
+            let rule = if discard { None } else { rule(&output) };
             put(output, inputs, rule, cost)
         }
     })
@@ -122,7 +137,7 @@ pub(crate) fn record_cheap<B: Backward + 'static>(
     backward: impl FnOnce(&Tensor) -> B,
     again: impl Fn() -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    with_recipe(op, output, inputs, backward, || Recompute::new(again))
+    with_recipe(op, output, inputs, &mut once(backward), || Recompute::new(again))
 }
 
 /// Like [`record_cheap`], but for an op whose rule does not save its input: if the input is recomputed, so is the
@@ -135,22 +150,22 @@ pub(crate) fn record_cheap_after<B: Backward + 'static>(
     again: impl Fn(Tensor) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
     match input.recipe().filter(|recipe| recipe.may_grow()) {
-        Some(recipe) => with_recipe(op, output, &[input], backward, || recipe.then(again)),
+        Some(recipe) => with_recipe(op, output, &[input], &mut once(backward), || recipe.then(again)),
         None => record(op, output, &[input], backward),
     }
 }
 
-fn with_recipe<B: Backward + 'static>(
+fn with_recipe(
     op: &'static str,
     output: Tensor,
     inputs: &[&Tensor],
-    backward: impl FnOnce(&Tensor) -> B,
+    rule: &mut MakeRule,
     recipe: impl FnOnce() -> Recompute,
 ) -> Result<Tensor> {
     let mut kept = false;
-    let mut output = record(op, output, inputs, |output| {
+    let mut output = record_rule(op, output, inputs, &mut |output| {
         kept = true;
-        backward(output)
+        rule(output)
     })?;
     // Without a rule that holds the inputs, a recipe would extend their lifetimes.
     output.set_recipe(kept.then(recipe));

@@ -2,6 +2,7 @@
 
 use crate::{
     Result,
+    collect::CollectVec,
     shape::Shape,
     tensor::{GradSlice, Tensor},
 };
@@ -66,6 +67,6 @@ impl InputGrads {
 
     /// Creates whole gradients, with `None` where an input needs none.
     pub fn whole(grads: impl IntoIterator<Item = Option<Tensor>>) -> Self {
-        Self::new(grads.into_iter().map(|grad| grad.map_or(InputGrad::None, InputGrad::Whole)).collect())
+        Self::new(grads.into_iter().map(|grad| grad.map_or(InputGrad::None, InputGrad::Whole)).collect_vec())
     }
 }

@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     DType, Device, Error, Result,
+    collect::CollectVec,
     error::ensure,
     profile::{self, Cost},
     shape::Shape,
@@ -45,7 +46,7 @@ impl Input {
             dtype: x.dtype(),
             device: x.device().clone(),
         };
-        tensors.iter().map(|&x| one(x)).collect()
+        tensors.iter().map(|&x| one(x)).collect_vec()
     }
 
     fn needed(&self) -> bool {
@@ -173,8 +174,8 @@ impl Frame {
         leaves: &mut Gradients,
     ) -> Result<()> {
         let rule = profile::Rule::begin(grad.device(), grad.shape(), grad.bytes_of_elements());
-        let sizes = rule.as_ref().map(|_| inputs.iter().map(Input::bytes).collect::<Vec<_>>());
-        let need: Vec<bool> = inputs.iter().map(Input::needed).collect();
+        let sizes = rule.as_ref().map(|_| inputs.iter().map(Input::bytes).collect_vec());
+        let need: Vec<bool> = inputs.iter().map(Input::needed).collect_vec();
         let name = backward.name();
         if let Some(&Input { slot: GradSlot::Node { index, .. }, .. }) = inputs.first()
             && let Some(sum) = self.grads[index].take()
@@ -211,7 +212,7 @@ impl Frame {
 
     /// Distributes the gradients of a segment's inputs.
     fn close(&mut self, segment: Outside, leaves: &mut Gradients) -> Result<()> {
-        let sizes: Vec<_> = segment.inputs.iter().map(|input| (input.bytes(), input.needed())).collect();
+        let sizes: Vec<_> = segment.inputs.iter().map(|input| (input.bytes(), input.needed())).collect_vec();
         for (input, leaf) in segment.inputs.into_iter().zip(segment.leaves) {
             if let Some(grad) = leaf.and_then(|leaf| leaves.take(leaf)) {
                 let contribution = InputGrad::Whole(grad);

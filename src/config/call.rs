@@ -1,11 +1,10 @@
 //! Options of a call besides its tensors.
 
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
     SamplingConfig,
-    kwargs::{self, Keywords, Map},
+    kwargs::{self, Map, keywords},
     v2,
 };
 use crate::{Error, Result, error::ensure};
@@ -58,8 +57,7 @@ pub struct BeamCall {
 }
 
 /// Keys of a call, except those of sampling.
-#[derive(Clone, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone)]
 struct Keys {
     return_embeddings: bool,
     return_mems: bool,
@@ -96,8 +94,14 @@ impl Default for Keys {
     }
 }
 
-impl Keywords for Keys {
-    const REQUIRED: &'static [&'static str] = &[];
+keywords! {
+    Keys {
+        options {
+            return_embeddings, return_mems, return_attn, return_logits_and_embeddings, excise_prepend_embeds,
+            prefix_attn_len, method, seq_len, eos_token, cache_kv, restrict_to_max_seq_len, beams,
+            return_beams_and_scores,
+        }
+    }
 }
 
 /// Arguments of sampling in version 2.
@@ -109,8 +113,8 @@ impl Call {
     /// Errors: [`ErrorKind::UnknownOption`](crate::ErrorKind::UnknownOption), or
     /// [`ErrorKind::Option`](crate::ErrorKind::Option) for options that cannot be combined.
     pub fn from_value(value: Value, two: bool) -> Result<Self> {
-        let map = super::object("call", value)?;
-        let sampling_keys = kwargs::flat(&SamplingConfig::default());
+        let map = kwargs::object("call", value)?;
+        let sampling_keys = kwargs::flat(&mut SamplingConfig::default());
         let samples = |key: &String| {
             if two { SAMPLING_OF_TWO.contains(&key.as_str()) } else { sampling_keys.contains_key(key) }
         };

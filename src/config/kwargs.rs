@@ -7,140 +7,198 @@ use super::{
     AttentionLayersConfig, ContinuousTransformerWrapperConfig, SamplingConfig, TransformerWrapperConfig,
     ViTransformerWrapperConfig, later::is_later,
 };
-use crate::{Error, ErrorKind, Result, error::ensure};
+use crate::{
+    Error, ErrorKind, Result,
+    collect::CollectVec,
+    error::{ErrorContext, ensure},
+};
 
 /// A JSON object.
 pub(super) type Map = serde_json::Map<String, Value>;
 
-/// A struct whose fields are keyword arguments.
-pub(super) trait Keywords: Default + Serialize + DeserializeOwned {
+/// A struct whose fields are keyword arguments, read and written by one function for all structs.
+pub(super) trait Keywords {
     /// Options without a default.
-    const REQUIRED: &'static [&'static str];
-    /// Prefixes, and the fields that hold the options with them.
-    const GROUPS: &'static [(&'static str, &'static str)] = &[];
+    fn required(&self) -> &'static [&'static str];
     /// Alternative names of options.
-    const ALIASES: &'static [(&'static str, &'static str)] = &[];
+    fn aliases(&self) -> &'static [(&'static str, &'static str)];
+    /// Every option with its default, like [`flat`].
+    fn defaults(&self) -> Map;
+    /// Calls a function with each option and its field.
+    fn fields(&mut self, visit: &mut Visit<'_>);
+}
 
-    /// Returns the fields as JSON, with groups as nested objects.
-    fn to_nested(&self) -> serde_json::Result<Value> {
-        serde_json::to_value(self)
+pub(super) type Visit<'a> = dyn FnMut(&str, Field<'_>) + 'a;
+
+/// Field of an option.
+pub(super) enum Field<'a> {
+    One(&'a mut dyn Json),
+    /// Options of another struct, as a JSON object.
+    Nested(&'a mut dyn Keywords),
+}
+
+/// Value of an option.
+pub(super) trait Json {
+    fn get(&self) -> Value;
+    fn set(&mut self, value: Value) -> serde_json::Result<()>;
+}
+
+impl<T: Serialize + DeserializeOwned> Json for T {
+    fn get(&self) -> Value {
+        serde_json::to_value(self).unwrap_or_default()
     }
 
-    /// Inverts [`Keywords::to_nested`].
-    fn from_nested(value: Value) -> serde_json::Result<Self> {
-        serde_json::from_value(value)
+    fn set(&mut self, value: Value) -> serde_json::Result<()> {
+        *self = serde_json::from_value(value)?;
+        Ok(())
+    }
+}
+
+/// Implements [`Keywords`], `Serialize` and `Deserialize` for a struct from all of its fields: required and other options,
+/// options of another struct with a prefix or as an object, and fields for which `special` visits.
+macro_rules! keywords {
+    (
+        $Type:ident {
+            $(required { $($required:ident),* $(,)? })?
+            $(nested { $($nested:ident),* $(,)? })?
+            $(options { $($option:ident),* $(,)? })?
+            $(groups { $($prefix:literal $group:ident),* $(,)? })?
+            $(aliases { $($alias:literal $aliased:literal),* $(,)? })?
+            $(special { $($special:ident $by:path),* $(,)? })?
+        }
+    ) => {
+        impl $crate::config::kwargs::Keywords for $Type {
+            fn required(&self) -> &'static [&'static str] {
+                &[$($(stringify!($nested),)*)? $($(stringify!($required),)*)?]
+            }
+
+            fn aliases(&self) -> &'static [(&'static str, &'static str)] {
+                &[$($(($alias, $aliased)),*)?]
+            }
+
+            fn defaults(&self) -> $crate::config::kwargs::Map {
+                $crate::config::kwargs::flat(&mut Self::default())
+            }
+
+            fn fields(&mut self, visit: &mut $crate::config::kwargs::Visit<'_>) {
+                use $crate::config::kwargs::Field;
+                let Self { $($($required,)*)? $($($nested,)*)? $($($option,)*)? $($($group,)*)? $($($special,)*)? } = self;
+                $($(visit(stringify!($required), Field::One($required));)*)?
+                $($(visit(stringify!($nested), Field::Nested($nested));)*)?
+                $($(visit(stringify!($option), Field::One($option));)*)?
+                $($($group.fields(&mut |key, field| visit(&format!(concat!($prefix, "{}"), key), field));)*)?
+                $($($by($special, visit);)*)?
+            }
+        }
+
+        impl serde::Serialize for $Type {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+                serde::Serialize::serialize(&$crate::config::kwargs::write(self), serializer)
+            }
+        }
+
+        impl<'de> serde::Deserialize<'de> for $Type {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+                $crate::config::kwargs::read(serde::Deserialize::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+pub(super) use keywords;
+
+/// Returns the object of an option.
+pub(super) fn object(name: &str, value: Value) -> Result<Map> {
+    match value {
+        Value::Object(map) => Ok(map),
+        other => Err(Error::option(name, format_args!("expected a JSON object, got {other}"))),
     }
 }
 
 /// Reads keyword arguments.
 ///
 /// Errors: [`ErrorKind::UnknownOption`]; [`ErrorKind::Option`] for a missing one or a value of another type.
-pub(super) fn read<T: Keywords>(mut map: Map) -> Result<T> {
-    let defaults = flat(&T::default());
-    check(&mut map, &defaults, T::ALIASES, T::REQUIRED)?;
-    build(map.clone()).map_err(|error| failing(map, &defaults, error, &|map| build::<T>(map).err()))
+pub(super) fn read<T: Keywords + Default>(map: Map) -> Result<T> {
+    let mut config = T::default();
+    set(&mut config, map)?;
+    Ok(config)
 }
 
-/// Replaces aliases by the options' own names, and rejects unknown and missing options.
-fn check(map: &mut Map, defaults: &Map, aliases: &[(&str, &str)], required: &[&'static str]) -> Result<()> {
+/// Sets fields, and leaves those without an argument as they are.
+fn set(config: &mut dyn Keywords, mut map: Map) -> Result<()> {
+    let aliases = config.aliases();
     for &(alias, key) in aliases {
         if let Some(value) = map.remove(alias) {
             let taken = map.insert(key.to_string(), value).is_some();
             ensure!(!taken, Error::option(alias, format_args!("is an alias of `{key}`, which is also set")));
         }
     }
-    check_known(map, || defaults.keys().map(String::as_str).chain(aliases.iter().map(|alias| alias.0)))?;
-    for &key in required {
+    let mut known: Vec<String> = aliases.iter().map(|alias| alias.0.to_string()).collect_vec();
+    config.fields(&mut |key, _| known.push(key.to_string()));
+    check_known(&map, &known)?;
+    for &key in config.required() {
         ensure!(map.contains_key(key), Error::missing_option(key));
     }
-    Ok(())
-}
-
-/// Finds the key that caused an error. The message of serde names the expected and the actual value but not the key:
-/// it is the key that fails by itself, or the one without which the others pass.
-fn failing(
-    map: Map,
-    defaults: &Map,
-    error: serde_json::Error,
-    fails: &dyn Fn(Map) -> Option<serde_json::Error>,
-) -> Error {
-    let alone = |(key, value): (&String, &Value)| {
-        let mut one = defaults.clone();
-        one.insert(key.clone(), value.clone());
-        fails(one).map(|error| Error::option(key, error.to_string()))
-    };
-    let contradicts = |key: &&String| {
-        let mut others = map.clone();
-        others.remove(*key);
-        fails(others).is_none()
-    };
-    map.iter().find_map(alone).unwrap_or_else(|| match map.keys().find(contradicts) {
-        Some(key) => Error::option(key, error.to_string()),
-        None => Error::argument("config", error.to_string()),
-    })
+    // The first key in alphabetical order with an error.
+    let mut first: Option<(String, Error)> = None;
+    config.fields(&mut |key, field| {
+        let Some(value) = map.remove(key) else { return };
+        let done = match field {
+            Field::One(field) => field.set(value).map_err(|why| Error::option(key, why.to_string())),
+            Field::Nested(field) => object(key, value).and_then(|map| set(field, map).context(key)),
+        };
+        if let Err(error) = done
+            && first.as_ref().is_none_or(|(before, _)| key < before.as_str())
+        {
+            first = Some((key.to_string(), error));
+        }
+    });
+    first.map_or(Ok(()), |(_, error)| Err(error))
 }
 
 /// Returns the options that differ from their defaults, and the required ones.
-pub(super) fn write<T: Keywords>(config: &T) -> Map {
-    let defaults = flat(&T::default());
+pub(super) fn write<T: Keywords + Clone>(config: &T) -> Map {
+    written(&mut config.clone())
+}
+
+fn written(config: &mut dyn Keywords) -> Map {
+    let (defaults, required) = (config.defaults(), config.required());
     let mut map = flat(config);
-    map.retain(|key, value| T::REQUIRED.contains(&key.as_str()) || defaults.get(key) != Some(value));
+    map.retain(|key, value| required.contains(&key.as_str()) || defaults.get(key) != Some(value));
     map
 }
 
 /// Returns every option with its value.
-pub(super) fn flat<T: Keywords>(config: &T) -> Map {
-    flattened(config.to_nested(), T::GROUPS)
-}
-
-fn flattened(nested: serde_json::Result<Value>, groups: &[(&str, &str)]) -> Map {
-    let Ok(Value::Object(mut map)) = nested else { return Map::new() };
-    for &(prefix, field) in groups {
-        if let Some(Value::Object(group)) = map.remove(field) {
-            map.extend(group.into_iter().map(|(key, value)| (format!("{prefix}{key}"), value)));
-        }
-    }
-    map
-}
-
-fn build<T: Keywords>(map: Map) -> serde_json::Result<T> {
-    T::from_nested(nested(map, T::GROUPS))
-}
-
-fn nested(map: Map, groups: &[(&str, &str)]) -> Value {
-    let mut nested = Map::new();
-    for &(_, field) in groups {
-        nested.insert(field.to_string(), Value::Object(Map::new()));
-    }
-    for (key, value) in map {
-        let group = groups.iter().find_map(|&(prefix, field)| Some((field, key.strip_prefix(prefix)?)));
-        match group.and_then(|(field, key)| Some((nested.get_mut(field)?.as_object_mut()?, key))) {
-            Some((group, key)) => group.insert(key.to_string(), value),
-            None => nested.insert(key, value),
+pub(super) fn flat(config: &mut dyn Keywords) -> Map {
+    let mut map = Map::new();
+    config.fields(&mut |key, field| {
+        let value = match field {
+            Field::One(field) => field.get(),
+            Field::Nested(field) => Value::Object(written(field)),
         };
-    }
-    Value::Object(nested)
+        map.insert(key.to_string(), value);
+    });
+    map
 }
 
 /// Returns `true` if this is an option of a class of x-transformers 0.22, or one that this crate added to them.
 pub(super) fn is_of_first(key: &str) -> bool {
     let of_stack = ["enc_", "dec_"].iter().find_map(|prefix| key.strip_prefix(prefix)).unwrap_or(key);
-    let layers = flat(&AttentionLayersConfig::default());
-    let wrappers = [
-        flat(&TransformerWrapperConfig::default()),
-        flat(&ContinuousTransformerWrapperConfig::default()),
-        flat(&ViTransformerWrapperConfig::default()),
-        flat(&SamplingConfig::default()),
+    let configs: [&mut dyn Keywords; 5] = [
+        &mut AttentionLayersConfig::default(),
+        &mut TransformerWrapperConfig::default(),
+        &mut ContinuousTransformerWrapperConfig::default(),
+        &mut ViTransformerWrapperConfig::default(),
+        &mut SamplingConfig::default(),
     ];
-    wrappers.iter().chain([&layers]).any(|known| known.contains_key(of_stack))
+    configs.into_iter().any(|config| flat(config).contains_key(of_stack))
 }
 
 /// Rejects unknown keys.
-pub(super) fn check_known<'a, I: Iterator<Item = &'a str> + Clone>(map: &Map, known: impl Fn() -> I) -> Result<()> {
-    match map.keys().find(|&key| !known().any(|known| known == key)) {
+pub(super) fn check_known(map: &Map, known: &[String]) -> Result<()> {
+    match map.keys().find(|&key| !known.contains(key)) {
         Some(key) => {
             let later = is_later(key);
-            let nearest = if later { None } else { nearest(key, known()) };
+            let nearest = if later { None } else { nearest(key, known) };
             Err(Error::new(ErrorKind::UnknownOption { key: key.clone(), nearest, later }))
         }
         None => Ok(()),
@@ -148,19 +206,19 @@ pub(super) fn check_known<'a, I: Iterator<Item = &'a str> + Clone>(map: &Map, kn
 }
 
 /// Returns the known key with the fewest edits if those are few; otherwise one that only has an additional prefix.
-pub(super) fn nearest<'a>(key: &str, mut known: impl Iterator<Item = &'a str> + Clone) -> Option<String> {
-    let (edits, nearest) = known.clone().map(|known| (edit_distance(key, known), known)).min()?;
+pub(super) fn nearest(key: &str, known: &[String]) -> Option<String> {
+    let (edits, nearest) = known.iter().map(|known| (edit_distance(key, known), known)).min()?;
     if edits <= 2.max(key.len() / 3) {
-        return Some(nearest.to_string());
+        return Some(nearest.clone());
     }
-    let has_prefix = |known: &&str| known.strip_suffix(key).is_some_and(|prefix| prefix.ends_with('_'));
-    known.find(has_prefix).map(str::to_string)
+    let has_prefix = |known: &&String| known.strip_suffix(key).is_some_and(|prefix| prefix.ends_with('_'));
+    known.iter().find(has_prefix).cloned()
 }
 
 /// Returns the Levenshtein distance: insertions, deletions and replacements of single characters.
 fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
+    let b: Vec<char> = b.chars().collect_vec();
+    let mut row: Vec<usize> = (0..=b.len()).collect_vec();
     for (i, a) in a.chars().enumerate() {
         let mut diagonal = i;
         row[0] = i + 1;

@@ -54,7 +54,7 @@ use crate::{
     Error, ErrorKind, Result,
     error::{ErrorContext, ensure},
 };
-use json::object;
+use kwargs::object;
 
 /// Config of any model: in JSON the options of a class, and its name under `model`.
 ///
@@ -97,7 +97,7 @@ pub enum Config {
     /// `SamplingFilter`: not a model, but the step from logits to probabilities.
     SamplingFilter(SamplingConfig),
     /// A model of version 2: options with the names and meanings of x-transformers 2.31.
-    V2(v2::Config),
+    V2(Box<v2::Config>),
 }
 
 /// The names that `model` can have.
@@ -119,7 +119,7 @@ impl Config {
     /// Errors: text that is not a JSON object; [`ErrorKind::UnknownOption`]; [`ErrorKind::Option`] for a missing option
     /// or a value of another type. [`Config::layers`] and the models check combinations.
     pub fn from_json(json: &str) -> Result<Self> {
-        let value = serde_json::from_str(json);
+        let value = serde_json::from_slice(json.as_bytes());
         let value = value.map_err(|error| Error::argument("config", format_args!("expected JSON: {error}")))?;
         Self::from_value(value)
     }
@@ -128,7 +128,7 @@ impl Config {
     ///
     /// Errors: those of [`Config::from_json`] and [`Call::from_value`].
     pub fn with_call(json: &str) -> Result<(Self, Call)> {
-        let value = serde_json::from_str(json);
+        let value = serde_json::from_slice(json.as_bytes());
         let mut value: Value =
             value.map_err(|error| Error::argument("config", format_args!("expected JSON: {error}")))?;
         let call = value.as_object_mut().and_then(|map| map.remove("call"));
@@ -142,7 +142,7 @@ impl Config {
         let mut map = object("config", value)?;
         match map.remove("version") {
             None => {}
-            Some(version) if is_two(&version) => return v2::Config::from_map(map).map(Self::V2),
+            Some(version) if is_two(&version) => return v2::Config::from_map(map).map(Box::new).map(Self::V2),
             Some(version) => ensure!(
                 version == "0.22" || version == "0.22.0",
                 Error::option("version", format_args!("expected \"2\" or \"0.22\", got {version}"))
@@ -156,11 +156,9 @@ impl Config {
             }
         };
         match model.as_str() {
-            "TransformerWrapper" => TransformerWrapperConfig::from_map(map).map(Self::TransformerWrapper),
-            "ContinuousTransformerWrapper" => {
-                ContinuousTransformerWrapperConfig::from_map(map).map(Self::ContinuousTransformerWrapper)
-            }
-            "ViTransformerWrapper" => ViTransformerWrapperConfig::from_map(map).map(Self::ViTransformerWrapper),
+            "TransformerWrapper" => kwargs::read(map).map(Self::TransformerWrapper),
+            "ContinuousTransformerWrapper" => kwargs::read(map).map(Self::ContinuousTransformerWrapper),
+            "ViTransformerWrapper" => kwargs::read(map).map(Self::ViTransformerWrapper),
             "XTransformer" => XTransformerConfig::from_map(map).map(Box::new).map(Self::XTransformer),
             "AutoregressiveWrapper" => AutoregressiveConfig::from_map(map).map(Self::AutoregressiveWrapper),
             "Encoder" | "Decoder" | "CrossAttender" => {
@@ -183,9 +181,9 @@ impl Config {
     /// Returns the options as JSON, without those at their defaults.
     pub fn to_value(&self) -> Value {
         let (model, mut map) = match self {
-            Self::TransformerWrapper(config) => ("TransformerWrapper", config.to_map()),
-            Self::ContinuousTransformerWrapper(config) => ("ContinuousTransformerWrapper", config.to_map()),
-            Self::ViTransformerWrapper(config) => ("ViTransformerWrapper", config.to_map()),
+            Self::TransformerWrapper(config) => ("TransformerWrapper", kwargs::write(config)),
+            Self::ContinuousTransformerWrapper(config) => ("ContinuousTransformerWrapper", kwargs::write(config)),
+            Self::ViTransformerWrapper(config) => ("ViTransformerWrapper", kwargs::write(config)),
             Self::XTransformer(config) => ("XTransformer", config.to_map()),
             Self::AutoregressiveWrapper(config) => ("AutoregressiveWrapper", config.to_map()),
             Self::SamplingFilter(config) => ("SamplingFilter", kwargs::write(config)),
@@ -252,7 +250,7 @@ impl From<AutoregressiveConfig> for Config {
 
 impl From<v2::AutoregressiveConfig> for Config {
     fn from(config: v2::AutoregressiveConfig) -> Self {
-        Self::V2(v2::Config::AutoregressiveWrapper(config))
+        Self::V2(Box::new(v2::Config::AutoregressiveWrapper(config)))
     }
 }
 

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::kwargs::{self, Keywords};
+use super::kwargs::{Field, Json, Visit, keywords};
 use crate::ops::Activation;
 
 /// Class of attention layers.
@@ -46,7 +46,7 @@ impl LayerType {
 }
 
 /// Amount of token shift: one number for all sublayers, or one for each.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 #[serde(untagged)]
 #[non_exhaustive]
 pub enum ShiftTokens {
@@ -59,6 +59,17 @@ pub enum ShiftTokens {
 impl Default for ShiftTokens {
     fn default() -> Self {
         Self::All(0)
+    }
+}
+
+impl<'de> Deserialize<'de> for ShiftTokens {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(deserializer)?;
+        let read = match value {
+            Value::Array(_) => serde_json::from_value(value).map(Self::Each),
+            _ => serde_json::from_value(value).map(Self::All),
+        };
+        read.map_err(serde::de::Error::custom)
     }
 }
 
@@ -144,8 +155,7 @@ impl YarnScaling {
 /// assert_eq!(serde_json::to_value(&layers).unwrap(), json);
 /// assert_eq!(serde_json::from_value::<AttentionLayersConfig>(json).unwrap(), layers);
 /// ```
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(remote = "Self", default)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct AttentionLayersConfig {
     /// Class of the layers. Required.
     pub kind: LayersKind,
@@ -322,39 +332,26 @@ impl AttentionLayersConfig {
     }
 }
 
-impl Keywords for AttentionLayersConfig {
-    const REQUIRED: &'static [&'static str] = &["kind", "dim", "depth"];
-    const GROUPS: &'static [(&'static str, &'static str)] = &[("attn_", "attn"), ("ff_", "ff")];
-    // The documentation of x-transformers uses this name, its code the other.
-    const ALIASES: &'static [(&'static str, &'static str)] = &[("alibi_pos_emb", "alibi_pos_bias")];
-
-    fn to_nested(&self) -> serde_json::Result<Value> {
-        let mut value = Self::serialize(self, serde_json::value::Serializer)?;
-        value.get_mut("ff").and_then(Value::as_object_mut).into_iter().for_each(activation::to_options);
-        Ok(value)
-    }
-
-    fn from_nested(mut value: Value) -> serde_json::Result<Self> {
-        value.get_mut("ff").and_then(Value::as_object_mut).map_or(Ok(()), activation::from_options)?;
-        Self::deserialize(value)
-    }
-}
-
-impl Serialize for AttentionLayersConfig {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        Serialize::serialize(&kwargs::write(self), serializer)
-    }
-}
-
-impl<'de> Deserialize<'de> for AttentionLayersConfig {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        kwargs::read(Deserialize::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+keywords! {
+    AttentionLayersConfig {
+        required { kind, dim, depth }
+        options {
+            heads, cross_attend, only_cross, use_scalenorm, use_rmsnorm, use_rezero, alibi_pos_bias, alibi_num_heads,
+            alibi_learned, rel_pos_bias, rel_pos_num_buckets, rel_pos_max_distance, position_infused_attn, norm_eps,
+            final_norm, weight_tie_layers, rotary_pos_emb, rotary_emb_dim, rotary_qk_only, rotary_base,
+            rotary_interpolation_factor, rotary_llama3_scaling, rotary_yarn_scaling, rotary_freq_factors,
+            rotary_interleaved, custom_layers, sandwich_coef, par_ratio, residual_attn, cross_residual_attn, macaron,
+            pre_norm, gate_residual, scale_residual, shift_tokens, sandwich_norm, use_qk_norm_attn,
+            qk_norm_attn_seq_len, zero_init_branch_output,
+        }
+        groups { "attn_" attn, "ff_" ff }
+        // The documentation of x-transformers uses this name, its code the other.
+        aliases { "alibi_pos_emb" "alibi_pos_bias" }
     }
 }
 
 /// Options of attention, with the prefix `attn_` among the options of the layers.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct AttentionConfig {
     /// Number of features per head. Default 64, whatever the width of the model.
     pub dim_head: usize,
@@ -422,9 +419,18 @@ impl Default for AttentionConfig {
     }
 }
 
+keywords! {
+    AttentionConfig {
+        options {
+            dim_head, kv_heads, qkv_bias, out_bias, talking_heads, head_scale, collab_heads, collab_compression,
+            sparse_topk, use_entmax15, num_mem_kv, dropout, on_attn, gate_values, zero_init_output, max_attend_past,
+            qk_norm, scale_init_value,
+        }
+    }
+}
+
 /// Options of the feedforward, with the prefix `ff_` among the options of the layers.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct FeedForwardConfig {
     /// Ratio of the inner width, which is rounded down, to the width of the model. Default 4.
     pub mult: f64,
@@ -432,7 +438,6 @@ pub struct FeedForwardConfig {
     pub glu: bool,
     /// Activation. Default GELU. Among the options of the layers each of the others is a boolean option,
     /// [`Activation::option`]: `ff_relu_squared`, `ff_swish`, …
-    #[serde(with = "activation")]
     pub activation: Activation,
     /// If `true`, neither layer has a bias, even if gated, where current x-transformers keeps that of the first layer.
     pub no_bias: bool,
@@ -458,55 +463,42 @@ impl Default for FeedForwardConfig {
     }
 }
 
-/// Activations by name; as options of the layers each is a boolean of its own, of which at most one is true.
-mod activation {
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-    use serde_json::Value;
-
-    use super::super::kwargs::Map;
-    use crate::ops::Activation;
-
-    const KEY: &str = "activation";
-
-    pub fn serialize<S: Serializer>(activation: &Activation, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(activation.name())
+keywords! {
+    FeedForwardConfig {
+        options { mult, glu, no_bias, post_act_ln, dropout, zero_init_output }
+        special { activation activations }
     }
+}
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Activation, D::Error> {
-        let name = String::deserialize(deserializer)?;
-        let found = Activation::ALL.iter().find(|activation| activation.name() == name);
-        found.copied().ok_or_else(|| D::Error::custom(format!("unknown activation `{name}`")))
-    }
-
-    /// Writes an activation as options.
-    pub fn to_options(ff: &mut Map) {
-        let name = ff.remove(KEY);
-        let name = name.as_ref().and_then(Value::as_str);
-        for activation in Activation::ALL {
-            if let Some(option) = activation.option() {
-                ff.insert(option.to_string(), Value::Bool(name == Some(activation.name())));
-            }
+/// Each activation but the default is a boolean option, of which at most one is true.
+fn activations(chosen: &mut Activation, visit: &mut Visit<'_>) {
+    for &own in Activation::ALL {
+        if let Some(option) = own.option() {
+            visit(option, Field::One(&mut IsActivation { own, chosen }));
         }
     }
+}
 
-    /// Reads an activation from its option.
-    ///
-    /// Errors: two of them, or a value that is not a boolean.
-    pub fn from_options(ff: &mut Map) -> serde_json::Result<()> {
-        let mut selected = None;
-        for activation in Activation::ALL {
-            let Some(option) = activation.option() else { continue };
-            match (ff.remove(option), selected) {
-                (None | Some(Value::Bool(false)), _) => {}
-                (Some(Value::Bool(true)), None) => selected = Some((option, activation.name())),
-                (Some(Value::Bool(true)), Some((other, _))) => {
-                    let both = format!("expected at most one activation, got `ff_{other}` and `ff_{option}`");
-                    return Err(Error::custom(both));
-                }
-                (Some(value), _) => return Err(Error::custom(format!("expected a boolean, got {value}"))),
+struct IsActivation<'a> {
+    own: Activation,
+    chosen: &'a mut Activation,
+}
+
+impl Json for IsActivation<'_> {
+    fn get(&self) -> Value {
+        Value::Bool(*self.chosen == self.own)
+    }
+
+    fn set(&mut self, value: Value) -> serde_json::Result<()> {
+        match (value, self.chosen.option(), self.own.option()) {
+            (Value::Bool(false), ..) => {}
+            (Value::Bool(true), Some(other), Some(own)) => {
+                let both = format!("expected at most one activation, got `ff_{other}` and `ff_{own}`");
+                return Err(serde::de::Error::custom(both));
             }
+            (Value::Bool(true), ..) => *self.chosen = self.own,
+            (value, ..) => return Err(serde::de::Error::custom(format!("expected a boolean, got {value}"))),
         }
-        ff.extend(selected.map(|(_, name)| (KEY.to_string(), name.into())));
         Ok(())
     }
 }

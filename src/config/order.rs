@@ -1,7 +1,7 @@
 //! Order of sublayers: a pure function of the options.
 
 use super::options::{AttentionLayersConfig, LayerType, LayersKind};
-use crate::{Error, Result, error::ensure};
+use crate::{Error, Result, collect::CollectVec, error::ensure};
 
 use LayerType::{CrossAttention, FeedForward, SelfAttention};
 
@@ -60,7 +60,7 @@ fn par_order(depth: usize, ratio: usize, block: &[LayerType]) -> Result<Vec<Laye
         (2..=total).contains(&ratio),
         Error::option("par_ratio", format_args!("expected 2 to {total} (the number of sublayers), got {ratio}"))
     );
-    let mut block: Vec<LayerType> = block.iter().copied().filter(|&layer| layer != FeedForward).collect();
+    let mut block: Vec<LayerType> = block.iter().copied().filter(|&layer| layer != FeedForward).collect_vec();
     let attention = total / ratio;
     let cut = total * 2 / 3;
     let width = (cut + cut / attention) / attention;

@@ -7,6 +7,7 @@ use super::{
     options::LayerType,
     rotary::RotaryPlan,
 };
+use crate::collect::CollectVec;
 
 /// A stack of sublayers, resolved from [`AttentionLayersConfig`](super::AttentionLayersConfig).
 ///
@@ -174,7 +175,7 @@ impl AlibiPlan {
     pub fn slopes(&self) -> Vec<f32> {
         let series = |heads: usize| (1..=heads).map(move |k| libm::exp2(-8.0 * k as f64 / heads as f64) as f32);
         let below = (self.sloped + 1).next_power_of_two() / 2;
-        series(below).chain(series(2 * below).step_by(2)).take(self.sloped).collect()
+        series(below).chain(series(2 * below).step_by(2)).take(self.sloped).collect_vec()
     }
 }
 
@@ -362,7 +363,7 @@ impl fmt::Display for LayerPlan {
             .iter()
             .zip(places)
             .filter_map(|(norm, place)| Some(format!("{} {place}", norm.as_ref()?)))
-            .collect();
+            .collect_vec();
         let norms = if norms.is_empty() { "none".to_string() } else { norms.join(", ") };
         write!(f, "{kind:15}  norms: {norms}  ")?;
         match &self.branch {

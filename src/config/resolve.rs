@@ -13,7 +13,7 @@ use super::{
     ranges::{WIDEST, at_least_one, probability, without},
     rotary::RotaryPlan,
 };
-use crate::{Error, Result, error::ensure, ops::Window};
+use crate::{Error, Result, collect::CollectVec, error::ensure, ops::Window};
 
 impl LayersPlan {
     /// Resolves options.
@@ -78,8 +78,8 @@ fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
             ResidualPlan { gated: config.gate_residual, scaled: config.scale_residual, ..ResidualPlan::default() };
         LayerPlan { branch, norms, wrap, residual }
     };
-    let modules = (0..order.len()).map(|index| index % distinct).collect();
-    let layers = order.iter().zip(shifts).enumerate().map(layer).collect();
+    let modules = (0..order.len()).map(|index| index % distinct).collect_vec();
+    let layers = order.iter().zip(shifts).enumerate().map(layer).collect_vec();
     let final_norm = match config.final_norm {
         FinalNorm::Layer => Some(NormPlan::Layer(config.norm_eps.unwrap_or(1e-5))),
         FinalNorm::Same => norm,
@@ -272,9 +272,9 @@ pub(super) fn shifts(config: &AttentionLayersConfig, layers: usize, causal: bool
             )
         );
         let amount = amount as isize;
-        Ok((amount > 0).then(|| (if causal { 0 } else { -amount }..=amount).collect()))
+        Ok((amount > 0).then(|| (if causal { 0 } else { -amount }..=amount).collect_vec()))
     };
-    amounts.into_iter().map(plan).collect()
+    amounts.into_iter().map(plan).try_collect_vec()
 }
 
 /// Returns the plan of cross-attention; self-attention adds causality, positions and its own chain of scores.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{AttentionLayersConfig, kwargs::Keywords};
+use super::{AttentionLayersConfig, kwargs::keywords};
 
 /// Options of [`TransformerWrapper`](crate::models::TransformerWrapper).
 ///
@@ -12,8 +12,7 @@ use super::{AttentionLayersConfig, kwargs::Keywords};
 /// let config = TransformerWrapperConfig { emb_dropout: 0.1, ..TransformerWrapperConfig::new(256, 1024, layers) };
 /// assert!(config.plan().is_ok());
 /// ```
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct TransformerWrapperConfig {
     /// Size of the vocabulary. Required.
     pub num_tokens: usize,
@@ -88,13 +87,20 @@ impl TransformerWrapperConfig {
     }
 }
 
-impl Keywords for TransformerWrapperConfig {
-    const REQUIRED: &'static [&'static str] = &["num_tokens", "max_seq_len"];
+keywords! {
+    TransformerWrapperConfig {
+        required { num_tokens, max_seq_len }
+        nested { attn_layers }
+        options {
+            emb_dim, max_mem_len, shift_mem_down, emb_dropout, num_memory_tokens, tie_embedding, post_emb_norm,
+            num_token_types, scale_pos_emb, average_pool_embed, pooler, mlm_head, return_only_embed, logits_bias,
+            use_pos_emb,
+        }
+    }
 }
 
 /// Options of [`ContinuousTransformerWrapper`](crate::models::ContinuousTransformerWrapper).
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct ContinuousTransformerWrapperConfig {
     /// Longest sequence of the table of absolute positions. Layers with positions of their own accept longer ones; for
     /// them it only limits the context of generation, and 0 means no limit. Required.
@@ -124,13 +130,16 @@ impl Default for ContinuousTransformerWrapperConfig {
     }
 }
 
-impl Keywords for ContinuousTransformerWrapperConfig {
-    const REQUIRED: &'static [&'static str] = &["max_seq_len"];
+keywords! {
+    ContinuousTransformerWrapperConfig {
+        required { max_seq_len }
+        nested { attn_layers }
+        options { dim_in, dim_out, emb_dropout, use_pos_emb }
+    }
 }
 
 /// Options of [`ViTransformerWrapper`](crate::models::ViTransformerWrapper).
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct ViTransformerWrapperConfig {
     /// Side of the largest image, in pixels. Required.
     pub image_size: usize,
@@ -146,8 +155,12 @@ pub struct ViTransformerWrapperConfig {
     pub emb_dropout: f64,
 }
 
-impl Keywords for ViTransformerWrapperConfig {
-    const REQUIRED: &'static [&'static str] = &["image_size", "patch_size"];
+keywords! {
+    ViTransformerWrapperConfig {
+        required { image_size, patch_size }
+        nested { attn_layers }
+        options { num_classes, dropout, emb_dropout }
+    }
 }
 
 /// Options of [`XTransformer`](crate::models::XTransformer), an encoder and a decoder.
@@ -165,8 +178,7 @@ pub struct XTransformerConfig {
 }
 
 /// Options of [`AutoregressiveWrapper`](crate::models::AutoregressiveWrapper).
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct AutoregressiveConfig {
     /// Options of the wrapped model. Required.
     pub net: TransformerWrapperConfig,
@@ -182,8 +194,11 @@ impl Default for AutoregressiveConfig {
     }
 }
 
-impl Keywords for AutoregressiveConfig {
-    const REQUIRED: &'static [&'static str] = &[];
+keywords! {
+    AutoregressiveConfig {
+        nested { net }
+        options { ignore_index, pad_value }
+    }
 }
 
 /// Filter of the next-token distribution before sampling.
@@ -229,8 +244,7 @@ pub enum FilterLogits {
 /// let nucleus = SamplingConfig { filter_logits_fn: FilterLogits::Nucleus, filter_thres: 0.95, ..Default::default() };
 /// # let _ = (greedy, top_40, nucleus);
 /// ```
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct SamplingConfig {
     /// Filter. Default top-k.
     pub filter_logits_fn: FilterLogits,
@@ -259,6 +273,8 @@ impl Default for SamplingConfig {
     }
 }
 
-impl Keywords for SamplingConfig {
-    const REQUIRED: &'static [&'static str] = &[];
+keywords! {
+    SamplingConfig {
+        options { filter_logits_fn, filter_thres, k, min_p_pow, min_p_ratio, temperature }
+    }
 }

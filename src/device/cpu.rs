@@ -134,7 +134,16 @@ impl<'a, T> Parts<'a, T> {
     unsafe fn get(&self, index: usize) -> &mut [T] {
         let start = index * self.part;
         // SAFETY: within the slice by the contract of `index`; exclusive because parts do not overlap.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), self.part.min(self.len - start)) }
+        unsafe { self.range(start, self.part.min(self.len - start)) }
+    }
+
+    /// # Safety
+    ///
+    /// The range is within the slice, and no two that are in use at once overlap.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn range(&self, start: usize, len: usize) -> &mut [T] {
+        // SAFETY: by this function's contract.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
 }
 
@@ -161,26 +170,32 @@ pub(crate) fn for_strided<T: Send, const N: usize>(
     inputs: [&TensorLayout; N],
     body: impl Fn(&mut [T], [usize; N], [usize; N]) + Sync,
 ) {
-    for_strided_dyn(out, shape, inputs, &body);
+    let parts = Parts::new(out, 1);
+    for_runs(parts.len, shape, inputs, &|start, len, offsets, steps| {
+        // SAFETY: runs are within the output and do not overlap.
+        body(unsafe { parts.range(start, len) }, offsets, steps);
+    });
 }
 
-/// Once for each type of element and number of inputs.
+/// Once for each number of inputs: calls `run` with the start and the length of each run of the output.
 #[allow(clippy::type_complexity)]
 #[inline(never)]
-fn for_strided_dyn<T: Send, const N: usize>(
-    out: &mut [T],
+fn for_runs<const N: usize>(
+    len: usize,
     shape: &Shape,
     inputs: [&TensorLayout; N],
-    body: &(dyn Fn(&mut [T], [usize; N], [usize; N]) + Sync),
+    run: &(dyn Fn(usize, usize, [usize; N], [usize; N]) + Sync),
 ) {
     let (shape, strides) = collapse(shape, inputs.map(TensorLayout::strides));
     let inner = shape.last().copied().unwrap_or(1);
     let steps = strides.map(|strides| shape.rank().checked_sub(1).map_or(0, |last| strides[last]));
-    for_rows(out, 1, 1, |start, mut part| {
-        let mut at = start;
-        while !part.is_empty() {
+    let per_task = rows_per_task(len, 1);
+    for_tasks(len.div_ceil(per_task), |task| {
+        let mut at = task * per_task;
+        let end = len.min(at + per_task);
+        while at < end {
             let (mut row, column) = (at / inner, at % inner);
-            let (run, rest) = part.split_at_mut((inner - column).min(part.len()));
+            let count = (inner - column).min(end - at);
             let mut offsets = inputs.map(|layout| layout.offset);
             for dim in (0..shape.rank().saturating_sub(1)).rev() {
                 for n in 0..N {
@@ -191,9 +206,8 @@ fn for_strided_dyn<T: Send, const N: usize>(
             for n in 0..N {
                 offsets[n] += column * steps[n];
             }
-            at += run.len();
-            body(run, offsets, steps);
-            part = rest;
+            run(at, count, offsets, steps);
+            at += count;
         }
     });
 }

@@ -6,7 +6,6 @@
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc},
-    collections::BTreeMap,
     ptr::NonNull,
     sync::{Arc, Mutex, MutexGuard},
 };
@@ -16,7 +15,7 @@ use super::{
     ranges::Ranges,
     scratch::Scratch,
 };
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, collect::CollectVec, ordered::OrderedMap};
 
 /// Bytes to which blocks are aligned, and of which their sizes are multiples: a cache line, and the widest vector load.
 pub(super) const ALIGNMENT: usize = 64;
@@ -248,7 +247,7 @@ impl State {
 /// Maps and their free ranges.
 struct Arena {
     /// By the first address that is used.
-    maps: BTreeMap<usize, Arc<Map>>,
+    maps: OrderedMap<usize, Arc<Map>>,
     /// Bytes of a new map.
     map_bytes: usize,
     /// Free ranges whose pages are there.
@@ -274,7 +273,7 @@ impl Pages {
 
 impl Arena {
     fn new(map_bytes: usize) -> Self {
-        Self { maps: BTreeMap::new(), map_bytes, kept: Ranges::default(), untouched: Ranges::default() }
+        Self { maps: OrderedMap::default(), map_bytes, kept: Ranges::default(), untouched: Ranges::default() }
     }
 
     /// Takes a range of this many bytes: the smallest kept one that is large enough, else one with the fewest new
@@ -286,7 +285,7 @@ impl Arena {
 
     /// The map with this address.
     fn map_of(&self, address: usize) -> Option<&Arc<Map>> {
-        self.maps.range(..=address).next_back().map(|(_, map)| map)
+        self.maps.last_up_to(&address)
     }
 
     fn take_kept(&mut self, bytes: usize) -> Option<usize> {
@@ -346,16 +345,17 @@ impl Arena {
             done = pages.as_ref().map_or(done, |pages| pages.end);
             pages
         };
-        kept.iter().filter_map(claim).collect()
+        kept.iter().filter_map(claim).collect_vec()
     }
 
     /// Takes out maps without a block.
     fn remove_unused(&mut self) -> Vec<Arc<Map>> {
         let Self { maps, untouched, .. } = self;
         let is_unused = |start: &usize, map: &Arc<Map>| untouched.starting_at(*start) == Some(map.bytes());
-        let unused: Vec<usize> = maps.iter().filter(|(start, map)| is_unused(start, map)).map(|(&at, _)| at).collect();
+        let unused: Vec<usize> =
+            maps.iter().filter(|(start, map)| is_unused(start, map)).map(|(&at, _)| at).collect_vec();
         unused.iter().for_each(|&start| untouched.remove(start));
-        unused.iter().filter_map(|start| maps.remove(start)).collect()
+        unused.iter().filter_map(|start| maps.remove(start)).collect_vec()
     }
 }
 
@@ -399,7 +399,7 @@ mod tests {
                 let state = heap.lock();
                 for arena in [&state.small, &state.large] {
                     let free = arena.kept.bytes + arena.untouched.bytes;
-                    let mapped: usize = arena.maps.values().map(|map| map.bytes()).sum();
+                    let mapped: usize = arena.maps.values().iter().map(|map| map.bytes()).sum();
                     assert_eq!(free, mapped);
                 }
             }
@@ -446,7 +446,7 @@ mod tests {
                 assert_eq!(found, 0);
                 4096 * pages.iter().filter(|page| *page & 1 == 1).count()
             };
-            state.small.maps.values().chain(state.large.maps.values()).map(count).sum()
+            state.small.maps.values().iter().chain(state.large.maps.values()).map(count).sum()
         };
         for step in [1, 7, 97] {
             let mut blocks = (0..1024).map(|index| heap.allocate(4096 + 64 * index)).collect::<Result<Vec<_>>>()?;

@@ -35,7 +35,7 @@ impl Grid {
     }
 
     /// For kernels whose threads take packets a grid apart, several under way at once (see `for_batches` in
-    /// `kernels/common.cuh`): so many threads that each has a few, once a card is full.
+    /// `kernels/common.cuh`): enough threads for each to have a few, once a card is full.
     pub(crate) fn batches(n: usize, dtype: DType) -> Self {
         let packets = n.div_ceil(16 / dtype.size());
         Self::elements(if packets >= 1 << 20 { packets.div_ceil(4) } else { packets })

@@ -1,11 +1,12 @@
 //! Free ranges of addresses, found by their place and by their size.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 /// Ranges of addresses that do not touch each other.
 #[derive(Default)]
 pub(super) struct Ranges {
-    by_start: BTreeMap<usize, usize>,
+    /// Starts and sizes.
+    by_start: BTreeSet<(usize, usize)>,
     /// Sizes and starts.
     by_size: BTreeSet<(usize, usize)>,
     /// Of all ranges together.
@@ -26,13 +27,14 @@ impl Ranges {
             self.remove(start + bytes);
             bytes += len;
         }
-        self.by_start.insert(start, bytes);
+        self.by_start.insert((start, bytes));
         self.by_size.insert((bytes, start));
         self.bytes += bytes;
     }
 
     pub fn remove(&mut self, start: usize) {
-        if let Some(bytes) = self.by_start.remove(&start) {
+        if let Some(bytes) = self.starting_at(start) {
+            self.by_start.remove(&(start, bytes));
             self.by_size.remove(&(bytes, start));
             self.bytes -= bytes;
         }
@@ -44,22 +46,23 @@ impl Ranges {
     }
 
     pub fn starting_at(&self, start: usize) -> Option<usize> {
-        self.by_start.get(&start).copied()
+        let &(found, len) = self.by_start.range((start, 0)..).next()?;
+        (found == start).then_some(len)
     }
 
     pub fn ending_at(&self, end: usize) -> Option<(usize, usize)> {
-        let (&start, &len) = self.by_start.range(..end).next_back()?;
+        let &(start, len) = self.by_start.range(..(end, 0)).next_back()?;
         (start + len == end).then_some((start, len))
     }
 
     /// The range with this address.
     pub fn containing(&self, address: usize) -> Option<(usize, usize)> {
-        let (&start, &len) = self.by_start.range(..=address).next_back()?;
+        let &(start, len) = self.by_start.range(..=(address, usize::MAX)).next_back()?;
         (address - start < len).then_some((start, len))
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
-        self.by_start.iter().map(|(&start, &len)| (start, len))
+        self.by_start.iter().copied()
     }
 }
 

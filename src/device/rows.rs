@@ -375,6 +375,12 @@ impl<'a, R> Sums<'a, R> {
 /// Elements of all operands that are converted at a time: the widened rows stay in the first-level cache.
 const PIECE: usize = 4 * 1024;
 
+/// Maximum number of inputs, and of outputs.
+const OPERANDS: usize = 5;
+
+/// Function of a first row, outputs, inputs and sums.
+type Body<'a, R> = dyn Fn(usize, &mut [&mut [R]], &[&[R]], &mut [R]) + Sync + 'a;
+
 /// Calls `body(first_row, outputs, inputs, sums)` for parts of some rows each, in parallel.
 ///
 /// `cost` is the number of element operations of one row. Rows are independent of each other but for `sums`, which are
@@ -387,12 +393,22 @@ pub(crate) fn for_rows_of<R: Real, const O: usize, const I: usize>(
     cost: usize,
     body: &(dyn Fn(usize, [&mut [R]; O], [&[R]; I], &mut [R]) + Sync),
 ) {
+    const { assert!(O <= OPERANDS && I <= OPERANDS) };
+    rows_of(&outs, &ins, sums, cost, &|first, outs, ins, sums| {
+        let (mut outs, mut ins) = (outs.iter_mut(), ins.iter());
+        let outs = std::array::from_fn(|_| outs.next().map(std::mem::take).unwrap_or_default());
+        body(first, outs, std::array::from_fn(|_| ins.next().copied().unwrap_or_default()), sums);
+    });
+}
+
+/// Once for each type of numbers, whatever the number of operands.
+fn rows_of<R: Real>(outs: &[Out], ins: &[In], sums: Sums<R>, cost: usize, body: &Body<R>) {
     let Some(first) = outs.first().filter(|out| out.width > 0) else { return };
     let rows = first.len.div_ceil(first.width);
     let block = if sums.len > 0 { sums.block } else { 1 };
     // Whole blocks to a task.
     let per_task = block * rows_per_task(rows.div_ceil(block), block.saturating_mul(cost));
-    let work = Work { outs: &outs, ins: &ins, body };
+    let work = Work { outs, ins, body };
     run(rows.div_ceil(per_task), &|task| {
         let rows = task * per_task..rows.min((task + 1) * per_task);
         if sums.len == 0 {
@@ -407,14 +423,13 @@ pub(crate) fn for_rows_of<R: Real, const O: usize, const I: usize>(
     });
 }
 
-struct Work<'a, R, const O: usize, const I: usize> {
-    outs: &'a [Out<'a>; O],
-    ins: &'a [In<'a>; I],
-    #[allow(clippy::type_complexity)]
-    body: &'a (dyn Fn(usize, [&mut [R]; O], [&[R]; I], &mut [R]) + Sync),
+struct Work<'a, R> {
+    outs: &'a [Out<'a>],
+    ins: &'a [In<'a>],
+    body: &'a Body<'a, R>,
 }
 
-impl<R: Real, const O: usize, const I: usize> Work<'_, R, O, I> {
+impl<R: Real> Work<'_, R> {
     /// Rows that no other task has.
     fn rows(&self, rows: Range<usize>, sums: &mut [R]) {
         let direct = |dtype: DType| dtype == R::DTYPE;
@@ -441,19 +456,23 @@ impl<R: Real, const O: usize, const I: usize> Work<'_, R, O, I> {
         let place = |out: &Out| range(out.width, out.len);
         let converted = |out: &Out| if out.dtype == R::DTYPE { 0 } else { place(out).len() };
         let (results, mut rest) = memory.split_at_mut(self.outs.iter().map(converted).sum());
-        let ins = self.ins.each_ref().map(|x| -> &[R] {
+        let mut ins: [&[R]; OPERANDS] = Default::default();
+        for (x, to) in self.ins.iter().zip(&mut ins) {
             let values = x.values.range(range(x.width, x.values.len()));
-            if let Some(values) = values.direct() {
-                return values;
-            }
-            let to = take(&mut rest, values.len());
-            values.read(to);
-            to
-        });
+            *to = match values.direct() {
+                Some(values) => values,
+                None => {
+                    let to = take(&mut rest, values.len());
+                    values.read(to);
+                    to
+                }
+            };
+        }
         let mut rest = &mut *results;
-        let outs = self.outs.each_ref().map(|out| -> &mut [R] {
+        let mut outs: [&mut [R]; OPERANDS] = Default::default();
+        for (out, given) in self.outs.iter().zip(&mut outs) {
             let range = place(out);
-            let to = if out.dtype == R::DTYPE {
+            *given = if out.dtype == R::DTYPE {
                 // SAFETY: `place` is within the output, and the rows are this task's own.
                 unsafe { slice(out.start, range.start, range.len()) }
             } else {
@@ -465,11 +484,10 @@ impl<R: Real, const O: usize, const I: usize> Work<'_, R, O, I> {
                 to
             };
             if let Before::From(source) = out.before {
-                source.range(range).read(to);
+                source.range(range).read(given);
             }
-            to
-        });
-        (self.body)(rows.start, outs, ins, sums);
+        }
+        (self.body)(rows.start, &mut outs[..self.outs.len()], &ins[..self.ins.len()], sums);
         let mut rest = &*results;
         for out in self.outs.iter().filter(|out| out.dtype != R::DTYPE) {
             let (from, others) = rest.split_at(converted(out));

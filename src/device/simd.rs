@@ -12,7 +12,7 @@ use crate::{Error, Result};
 pub enum Level {
     /// Instructions that every processor of the architecture has.
     Portable,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
@@ -42,7 +42,8 @@ impl Level {
         // Miri runs portable code alone.
         #[cfg(all(target_arch = "x86_64", not(miri)))]
         {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx2 =
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
             let avx512 = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
@@ -84,7 +85,7 @@ pub fn level() -> Level {
 
 /// Returns `true` if loops over types of these sizes are compiled for each level; loops over f64, which serves
 /// references and gradient tests, are compiled once.
-pub(crate) const fn per_level(mut sizes: &[usize]) -> bool {
+pub(crate) const fn has_levels(mut sizes: &[usize]) -> bool {
     while let [first, rest @ ..] = sizes {
         if *first == size_of::<f64>() {
             return false;
@@ -109,25 +110,25 @@ macro_rules! vectorized {
             fn body<const FUSED: bool $(, $($T: $bound),+)?> ($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
-            if const { $crate::device::simd::per_level(&[$($(size_of::<$T>()),+)?]) } {
-                #[target_feature(enable = "avx2,fma")]
+            if const { $crate::device::simd::has_levels(&[$($(size_of::<$T>()),+)?]) } {
+                #[target_feature(enable = "avx2,fma,f16c")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx2 $(<$($T: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
                     body::<true $(, $($T),+)?>($($arg),*)
                 }
-                #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+                #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx512 $(<$($T: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
                     body::<true $(, $($T),+)?>($($arg),*)
                 }
-                match $crate::device::simd::level() {
+                let level = $crate::device::simd::level();
+                if level >= $crate::device::Level::Avx512 {
                     // SAFETY: `level` is at most what was detected on this processor.
-                    $crate::device::Level::Avx512
-                    | $crate::device::Level::Avx512Bf16
-                    | $crate::device::Level::Amx => return unsafe { avx512 $(::<$($T),+>)? ($($arg),*) },
+                    return unsafe { avx512 $(::<$($T),+>)? ($($arg),*) };
+                }
+                if level >= $crate::device::Level::Avx2 {
                     // SAFETY: as above.
-                    $crate::device::Level::Avx2 => return unsafe { avx2 $(::<$($T),+>)? ($($arg),*) },
-                    $crate::device::Level::Portable => {}
+                    return unsafe { avx2 $(::<$($T),+>)? ($($arg),*) };
                 }
             }
             body::<false $(, $($T),+)?>($($arg),*)

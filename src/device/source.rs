@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::signature::{Declaration, DeclaredParameter, Kind, declarations, scalar_bytes};
-use crate::{Error, Result, dtype::DType, error::ensure, hash::fnv1a};
+use crate::{Error, Result, collect::CollectVec, dtype::DType, error::ensure, hash::fnv1a};
 
 const OP: &str = "raw_kernel";
 
@@ -75,7 +75,7 @@ impl Source {
         let declared = declarations(text, &scalar).map_err(fail)?;
         let found = declared.iter().find(|declaration| declaration.kernel == kernel);
         let Declaration { parameters, .. } = found.ok_or_else(|| {
-            let names: Vec<_> = declared.iter().map(|declaration| declaration.kernel.as_str()).collect();
+            let names: Vec<_> = declared.iter().map(|declaration| declaration.kernel.as_str()).collect_vec();
             fail(format!("the source has no kernel `{kernel}`, only [{}]", names.join(", ")))
         })?;
         let identifier = |name: &str| {
@@ -96,8 +96,8 @@ impl Source {
             text: text.into(),
             hash: fnv1a(text.as_bytes()),
             kernel: kernel.into(),
-            parameters: parameters.collect::<Result<_>>()?,
-            options: options.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),
+            parameters: parameters.try_collect_vec()?,
+            options: options.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect_vec(),
         })
     }
 
@@ -118,7 +118,7 @@ impl Source {
 
     /// Returns the macros that the text is compiled with.
     pub fn options(&self) -> Vec<(&str, &str)> {
-        self.options.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect()
+        self.options.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect_vec()
     }
 
     /// Returns the parameters of the kernel, in order.

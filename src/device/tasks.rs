@@ -32,7 +32,7 @@ pub(super) fn run(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
 const CLOSED: usize = 1 << (usize::BITS - 1);
 
 /// Helpers that were asked for and have not begun. A pool that is busy with something else must not collect them
-/// without end: so many may wait for callers outside of pools together, and twice what a call asks for, for each thread
+/// without end: this many may wait for all callers outside of pools, and twice what a call asks for, for each thread
 /// of a pool.
 const MOST_WAITING: usize = 1024;
 

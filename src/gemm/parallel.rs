@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{
     blocked::{Scratch, out_of_range},
-    matrix::{Beta, KC, Matrix, Window},
+    matrix::{Beta, KC, Matrix, Tile, Window},
     pack::{Operand, Packing},
 };
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
         cpu::{CpuBuffer, for_rows, for_tasks},
         scratch::aligned,
     },
-    dtype::Float,
+    dtype::{Float, Real},
 };
 
 /// Number of rows and columns of C computed at a time: their operands and sums stay in the last-level cache.
@@ -47,15 +47,15 @@ pub(super) fn multiply<T: Float>(
     for j in (0..n).step_by(CHUNK) {
         for i in (0..m).step_by(CHUNK) {
             let (rows, columns) = (CHUNK.min(m - i), CHUNK.min(n - j));
-            let (a, b, beta) = (a.from(i, 0), b.from(0, j), beta.of_block(0, j));
-            let chunk = Chunk::new(kernel, k, a, b, beta, rows, columns);
+            let operands = Typed { kernel, a: a.from(i, 0), b: b.from(0, j) };
+            let chunk = Chunk::new(&operands, k, beta.of_block(0, j), rows, columns);
             let mut out = out.part(i, j, rows, columns);
             if let Some(out) = out.as_sums() {
                 chunk.write_sums(&out)?;
                 continue;
             }
             if chunk.blocks_at_a_time * KC >= k {
-                chunk.write_rounded(&out)?;
+                write_rounded(&chunk, &out)?;
                 continue;
             }
             let mut buffer = CpuBuffer::new(rows * columns * size_of::<T::Acc>())?;
@@ -87,7 +87,8 @@ pub(super) fn multiply_sums<T: Float>(
     for j in (0..n).step_by(CHUNK) {
         for i in (0..m).step_by(CHUNK) {
             let (rows, columns) = (CHUNK.min(m - i), CHUNK.min(n - j));
-            let chunk = Chunk::new(kernel, k, a.from(i, 0), b.from(0, j), beta.of_block(0, j), rows, columns);
+            let operands = Typed { kernel, a: a.from(i, 0), b: b.from(0, j) };
+            let chunk = Chunk::new(&operands, k, beta.of_block(0, j), rows, columns);
             chunk.write_sums(&sums.part(i, j, rows, columns))?;
         }
     }
@@ -98,13 +99,78 @@ pub(super) fn multiply_sums<T: Float>(
 /// sums.
 type Task<'a, R> = dyn Fn(usize, usize, usize, usize, &dyn Fn(Window<R>)) + Sync + 'a;
 
-/// Part of C whose operands are packed together, some blocks of depth at a time.
-struct Chunk<'a, T: Float> {
+/// Operands of a product with the kernel for their type: the loops over them are compiled for the types of sums alone.
+trait Operands<R>: Sync {
+    fn tile(&self) -> Tile;
+
+    fn packed_size(&self) -> usize;
+
+    /// Returns `true` if A is read in place where `n` columns are computed.
+    fn reads_a(&self, k: usize, n: usize) -> bool;
+
+    /// Packs rows of A from row `i` and column `p` on, like [`Packing::pack_a`].
+    fn pack_a(&self, i: usize, p: usize, rows: usize, kc: usize, to: &mut [u8]) -> bool;
+
+    /// Packs columns of B from row `p` and column `j` on, like [`Packing::pack_b`].
+    fn pack_b(&self, p: usize, j: usize, columns: usize, kc: usize, to: &mut [u8]) -> bool;
+
+    /// Computes a block of C from row `i`, column `j` and depth `p` on, with panels of A, if it is not read in place, and
+    /// of B; without panels of B, by multiply-adds for values that other instructions compute incorrectly.
+    fn multiply(&self, at: [usize; 3], kc: usize, a: Option<&[u8]>, b: Option<&[u8]>, beta: Beta<R>, c: Window<R>);
+}
+
+struct Typed<'a, T: Float> {
     kernel: &'a dyn Packing<T>,
-    k: usize,
     a: Matrix<'a, T>,
     b: Matrix<'a, T>,
-    beta: Beta<'a, T::Acc>,
+}
+
+impl<T: Float> Operands<T::Acc> for Typed<'_, T> {
+    fn tile(&self) -> Tile {
+        self.kernel.tile()
+    }
+
+    fn packed_size(&self) -> usize {
+        self.kernel.packed_size()
+    }
+
+    fn reads_a(&self, k: usize, n: usize) -> bool {
+        let reads = |kc: usize| kc == 0 || self.kernel.reads_a(self.a, kc, n);
+        self.a.col == 1 && reads(KC.min(k)) && reads(k % KC)
+    }
+
+    fn pack_a(&self, i: usize, p: usize, rows: usize, kc: usize, to: &mut [u8]) -> bool {
+        self.kernel.pack_a(self.a.from(i, p), rows, kc, to)
+    }
+
+    fn pack_b(&self, p: usize, j: usize, columns: usize, kc: usize, to: &mut [u8]) -> bool {
+        self.kernel.pack_b(self.b.from(p, j), columns, kc, to)
+    }
+
+    fn multiply(
+        &self,
+        [i, p, j]: [usize; 3],
+        kc: usize,
+        a: Option<&[u8]>,
+        b: Option<&[u8]>,
+        beta: Beta<T::Acc>,
+        c: Window<T::Acc>,
+    ) {
+        match b {
+            None => out_of_range(kc, self.a.from(i, p), self.b.from(p, j), beta, c),
+            Some(b) => {
+                let a = a.map_or_else(|| Operand::InPlace(self.a.from(i, p)), Operand::Packed);
+                self.kernel.multiply(kc, a, Operand::Packed(b), beta, c);
+            }
+        }
+    }
+}
+
+/// Part of C whose operands are packed together, some blocks of depth at a time.
+struct Chunk<'a, R> {
+    operands: &'a dyn Operands<R>,
+    k: usize,
+    beta: Beta<'a, R>,
     rows: usize,
     columns: usize,
     /// Number of rows of C per task.
@@ -113,53 +179,41 @@ struct Chunk<'a, T: Float> {
     blocks_at_a_time: usize,
 }
 
-impl<'a, T: Float> Chunk<'a, T> {
-    fn new(
-        kernel: &'a dyn Packing<T>,
-        k: usize,
-        a: Matrix<'a, T>,
-        b: Matrix<'a, T>,
-        beta: Beta<'a, T::Acc>,
-        rows: usize,
-        columns: usize,
-    ) -> Self {
-        let blocks_at_a_time = (PACKED / (kernel.packed_size() * KC * rows.max(columns))).max(1);
-        let height = (TASK_ROWS / kernel.tile().mr).max(1) * kernel.tile().mr;
-        Self { kernel, k, a, b, beta, rows, columns, height, blocks_at_a_time }
+/// Computes `out = beta + A·B` rounded, if the whole depth is packed at a time: the sums of a task never leave the cache.
+fn write_rounded<T: Float>(chunk: &Chunk<T::Acc>, out: &Window<T>) -> Result<()> {
+    chunk.run(&|i, j, rows, columns, add| {
+        Scratch::with(|scratch| {
+            let sums = aligned(&mut scratch.sums, rows * columns);
+            add(Window::new(sums, rows, columns, columns));
+            // SAFETY: every task has another part of C.
+            unsafe { out.shared_part(i, j, rows, columns) }.round(sums);
+        });
+    })
+}
+
+impl<'a, R: Real> Chunk<'a, R> {
+    fn new(operands: &'a dyn Operands<R>, k: usize, beta: Beta<'a, R>, rows: usize, columns: usize) -> Self {
+        let blocks_at_a_time = (PACKED / (operands.packed_size() * KC * rows.max(columns))).max(1);
+        let mr = operands.tile().mr;
+        Self { operands, k, beta, rows, columns, height: (TASK_ROWS / mr).max(1) * mr, blocks_at_a_time }
     }
 
     /// Computes `c = beta + A·B`.
-    fn write_sums(&self, c: &Window<T::Acc>) -> Result<()> {
+    fn write_sums(&self, c: &Window<R>) -> Result<()> {
         self.run(&|i, j, rows, columns, add| {
             // SAFETY: every task has another part of C.
             add(unsafe { c.shared_part(i, j, rows, columns) });
         })
     }
 
-    /// Computes `out = beta + A·B` rounded, if the whole depth is packed at a time: the sums of a task never leave the
-    /// cache.
-    fn write_rounded(&self, out: &Window<T>) -> Result<()> {
-        self.run(&|i, j, rows, columns, add| {
-            Scratch::with(|scratch| {
-                let sums = aligned(&mut scratch.sums, rows * columns);
-                add(Window::new(sums, rows, columns, columns));
-                // SAFETY: every task has another part of C.
-                unsafe { out.shared_part(i, j, rows, columns) }.round(sums);
-            });
-        })
-    }
-
     /// Divides the work into tasks.
-    fn run(&self, task: &Task<T::Acc>) -> Result<()> {
-        let &Self { kernel, k, a, b, rows: m, columns: n, height, .. } = self;
+    fn run(&self, task: &Task<R>) -> Result<()> {
+        let &Self { operands, k, rows: m, columns: n, height, .. } = self;
         let (down, across) = (m.div_ceil(height), n.div_ceil(TASK_COLUMNS));
         let blocks = k.div_ceil(KC).min(self.blocks_at_a_time);
         // Contiguous rows of A are read in place if packing them would serve few columns.
-        let in_place = n <= DIRECT && a.col == 1 && kernel.reads_a(a, KC.min(k), n) && {
-            let last = k % KC;
-            last == 0 || kernel.reads_a(a, last, n)
-        };
-        let (area_a, area_b) = (height * KC * kernel.packed_size(), TASK_COLUMNS * KC * kernel.packed_size());
+        let in_place = n <= DIRECT && operands.reads_a(k, n);
+        let [area_a, area_b] = [height, TASK_COLUMNS].map(|count| count * KC * operands.packed_size());
         let areas_of_a = if in_place { 0 } else { blocks * down };
         let mut packed_a = CpuBuffer::new(areas_of_a * area_a)?;
         let mut packed_b = CpuBuffer::new(blocks * across * area_b)?;
@@ -169,13 +223,13 @@ impl<'a, T: Float> Chunk<'a, T> {
             // The panels of one task and one block of depth are stored together, in an area of fixed size.
             let pack_a = |area: usize, to: &mut [u8]| {
                 let (block, i) = (area / down, area % down * height);
-                if !kernel.pack_a(a.from(i, first + block * KC), height.min(m - i), depth(block), to) {
+                if !operands.pack_a(i, first + block * KC, height.min(m - i), depth(block), to) {
                     in_range.store(false, Ordering::Relaxed);
                 }
             };
             let pack_b = |area: usize, to: &mut [u8]| {
                 let (block, j) = (area / across, area % across * TASK_COLUMNS);
-                if !kernel.pack_b(b.from(first + block * KC, j), TASK_COLUMNS.min(n - j), depth(block), to) {
+                if !operands.pack_b(first + block * KC, j, TASK_COLUMNS.min(n - j), depth(block), to) {
                     in_range.store(false, Ordering::Relaxed);
                 }
             };
@@ -193,18 +247,10 @@ impl<'a, T: Float> Chunk<'a, T> {
                             break;
                         }
                         let beta = self.beta.of_block(p, j * TASK_COLUMNS);
-                        if !in_range {
-                            let (a, b) = (a.from(i * height, p), b.from(p, j * TASK_COLUMNS));
-                            out_of_range(kc, a, b, beta, c.part(0, 0, rows, columns));
-                            continue;
-                        }
-                        let left = if in_place {
-                            Operand::InPlace(a.from(i * height, p))
-                        } else {
-                            Operand::Packed(&packed_a[(block * down + i) * area_a..][..area_a])
-                        };
-                        let right = Operand::Packed(&packed_b[(block * across + j) * area_b..][..area_b]);
-                        kernel.multiply(kc, left, right, beta, c.part(0, 0, rows, columns));
+                        let left = (!in_place).then(|| &packed_a[(block * down + i) * area_a..][..area_a]);
+                        let right = in_range.then(|| &packed_b[(block * across + j) * area_b..][..area_b]);
+                        let at = [i * height, p, j * TASK_COLUMNS];
+                        operands.multiply(at, kc, left, right, beta, c.part(0, 0, rows, columns));
                     }
                 });
             });

@@ -75,7 +75,7 @@ impl<'a> FileSet<'a> {
 
     /// Returns the path of a file.
     ///
-    /// Errors: those of `read`; [`ErrorKind::File`](crate::ErrorKind::File) if there is no such file.
+    /// Errors: those of `read`; [`ErrorKind::File`](crate::ErrorKind::File) if the file does not exist.
     pub fn read<T>(self, name: &str, read: impl Fn(&Path) -> Result<T>) -> Result<T> {
         for place in [self.folder.join(INCOMING).join(name), self.folder.join(name)] {
             match read(&place) {

@@ -1,7 +1,7 @@
 //! Strided views of a file: reads scattered values in file order, a bounded part at a time.
 
 use super::{bytes::Reading, source::Source};
-use crate::{Shape, sort::sort_by};
+use crate::{Shape, collect::CollectVec, sort::sort_by};
 
 /// Number of bytes of the file held at a time.
 const WINDOW: usize = if cfg!(miri) { 1 << 12 } else { 1 << 20 };
@@ -50,9 +50,9 @@ fn for_blocks(
         to /= size;
         Dim { size, from, to }
     });
-    let mut dims: Vec<Dim> = dims.filter(|dim| dim.size > 1).collect();
+    let mut dims: Vec<Dim> = dims.filter(|dim| dim.size > 1).collect_vec();
     sort_by(&mut dims, |a, b| a.from.cmp(&b.from));
-    // The dimensions that are innermost in the file, as many as fit a window, and a part of the next one.
+    // The innermost dimensions of the file that fit a window, and a part of the next one.
     let (mut inner, mut outer, mut span, mut rest) = (Vec::new(), Vec::new(), 1, None);
     for dim in dims {
         if !outer.is_empty() || dim.from * bytes > span * bytes + GAP {
@@ -105,7 +105,7 @@ struct Block {
 impl Block {
     /// Adds one more dimension to `inner`, which spans `span` values.
     fn new(inner: &[Dim], dim: Dim, span: usize) -> Self {
-        let mut dims: Vec<Dim> = inner.iter().copied().chain([dim]).filter(|dim| dim.size > 1).collect();
+        let mut dims: Vec<Dim> = inner.iter().copied().chain([dim]).filter(|dim| dim.size > 1).collect_vec();
         sort_by(&mut dims, |a, b| b.to.cmp(&a.to));
         Self { dims, span: span + (dim.size - 1) * dim.from }
     }

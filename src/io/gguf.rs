@@ -1,15 +1,15 @@
 //! GGUF, the format of llama.cpp (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>), versions 2 and 3:
 //! metadata by name, then where each tensor lies, then the tensors.
 
-use std::collections::{BTreeMap, btree_map::Entry as Slot};
+use std::collections::BTreeMap;
 
 use super::{
     bytes::{Cursor, Parsed, Reading, parse_beginning},
     source::Source,
     stored::Stored,
-    tensor_file::{Entry, Listing, Metadata},
+    tensor_file::{Entry, Listed, Listing, Metadata},
 };
-use crate::Shape;
+use crate::{QuantType, Shape, collect::CollectVec, ordered::OrderedMap};
 
 /// First bytes of every file.
 pub(super) const MAGIC: &[u8] = b"GGUF";
@@ -73,7 +73,7 @@ fn header(mut cursor: Cursor, total: usize) -> Parsed<Listing> {
         described.push(tensor(&mut cursor)?);
     }
     let data = cursor.at().checked_next_multiple_of(alignment).unwrap_or(usize::MAX);
-    let mut entries = BTreeMap::new();
+    let mut listed = Vec::new();
     for (name, shape, stored, offset) in described {
         let size = stored.bytes(shape.numel()).ok_or_else(|| format!("tensor `{name}` is too large"))?;
         let start = usize::try_from(offset).ok().and_then(|offset| data.checked_add(offset));
@@ -83,12 +83,10 @@ fn header(mut cursor: Cursor, total: usize) -> Parsed<Listing> {
                  file has only {total} bytes"
             ));
         };
-        match entries.entry(name) {
-            Slot::Vacant(slot) => slot.insert(Entry { part: 0, stored, shape, strides: None, start }),
-            Slot::Occupied(slot) => return Err(format!("has tensor `{}` twice", slot.key())),
-        };
+        listed.push((name, Listed::Tensor(Entry { part: 0, stored, shape, strides: None, start })));
     }
-    Ok(Listing { entries, metadata, ..Listing::default() })
+    let listed = OrderedMap::unique(listed).map_err(|name| format!("has tensor `{name}` twice"))?;
+    Ok(Listing { listed, metadata })
 }
 
 /// Name, shape, type and offset of a tensor.
@@ -128,21 +126,12 @@ fn tensor(cursor: &mut Cursor) -> Parsed<(String, Shape, Stored, u64)> {
 
 /// The types by their numbers, or the name of one that is not read.
 fn stored(kind: u32) -> Result<Stored, String> {
+    if let Some(&quantized) = QuantType::ALL.iter().find(|quantized| quantized.number() == kind) {
+        return Ok(Stored::Quantized(quantized));
+    }
     Ok(match kind {
         0 => Stored::F32,
         1 => Stored::F16,
-        2 => Stored::Q4_0,
-        3 => Stored::Q4_1,
-        6 => Stored::Q5_0,
-        7 => Stored::Q5_1,
-        8 => Stored::Q8_0,
-        10 => Stored::Q2K,
-        11 => Stored::Q3K,
-        12 => Stored::Q4K,
-        13 => Stored::Q5K,
-        14 => Stored::Q6K,
-        20 => Stored::Iq4Nl,
-        23 => Stored::Iq4Xs,
         24 => Stored::I8,
         25 => Stored::I16,
         26 => Stored::I32,
@@ -245,7 +234,7 @@ impl Values<'_> {
                 };
                 let count = cursor.count(least, "values")?;
                 let values = (0..count).map(|_| self.of_kind(kind, name, depth + 1));
-                Metadata::List(values.collect::<Parsed<_>>()?)
+                Metadata::List(values.try_collect_vec()?)
             }
             10 => {
                 let value = cursor.u64()?;

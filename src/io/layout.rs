@@ -5,11 +5,15 @@
 //! (`bert.`). The place of one tensor that every model of the family has tells where; all other tensors are named from
 //! there.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use super::TensorFile;
-use crate::params::{ordered, try_ordered};
-use crate::{Error, ParamMap, Result, Tensor};
+use crate::{
+    Error, ParamMap, Result, Tensor,
+    collect::CollectVec,
+    ordered::{OrderedMap, try_ordered},
+    sort::sort,
+};
 
 /// Names of a family's tensors.
 pub(crate) struct Layout {
@@ -50,7 +54,7 @@ const WRAPPERS: [&str; 14] = [
 /// Names of tensors in a file, by the family's own names.
 #[derive(Debug, Default)]
 pub(crate) struct Renamed {
-    old: BTreeMap<String, String>,
+    old: OrderedMap<String, String>,
     /// Where the model lies, and how its own names begin in place of that.
     place: [String; 2],
     /// Where heads lie, and how their names begin.
@@ -81,11 +85,11 @@ impl Layout {
     ///
     /// Errors: several places that may be meant.
     pub fn apply(&self, file: &mut TensorFile) -> Result<Renamed> {
-        let names: Vec<String> = file.all_names().map(str::to_string).collect();
+        let names: Vec<String> = file.all_names().map(str::to_string).collect_vec();
         let Some(place) = self.place(file, &names)? else { return Ok(Renamed::default()) };
         // Heads lie beside the model, or in it where the model itself has no name.
         let outer = place.strip_suffix(self.base).unwrap_or(&place);
-        let (mut new, mut others): (BTreeMap<String, String>, Vec<&String>) = Default::default();
+        let (mut new, mut others): (Vec<(String, &String)>, Vec<&String>) = Default::default();
         for name in &names {
             let plain = without_infixes(name);
             let own = match (plain.strip_prefix(&place), plain.strip_prefix(outer)) {
@@ -97,14 +101,14 @@ impl Layout {
                     continue;
                 }
             };
-            // Of two that have one name the one that has it already is meant.
-            if *name == own || !new.contains_key(&own) {
-                new.insert(own, name.clone());
-            }
+            new.push((own, name));
         }
-        for name in others {
-            new.entry(name.clone()).or_insert_with(|| name.clone());
-        }
+        // Of several that have one name the one that has it already is meant, else the first; the last here counts.
+        let has_it = |(own, name): &(String, &String)| own == *name;
+        let mut renamed: Vec<(String, &String)> = others.into_iter().map(|name| (name.clone(), name)).collect_vec();
+        renamed.extend(new.iter().rev().filter(|pair| !has_it(pair)).cloned());
+        renamed.extend(new.into_iter().filter(has_it));
+        let new = renamed.into_iter().map(|(own, name)| (own, name.clone())).collect();
         file.rename(&new);
         let base = if self.with_base { self.base } else { "" };
         let outer = outer.to_string();
@@ -119,12 +123,14 @@ impl Layout {
                 let place = name.strip_suffix(anchor)?;
                 (place.is_empty() || place.ends_with('.')).then(|| place.to_string())
             };
-            let places: BTreeSet<String> = names.iter().filter_map(place).collect();
+            let mut places: Vec<String> = names.iter().filter_map(place).collect_vec();
+            sort(&mut places);
+            places.dedup();
             if places.is_empty() {
                 continue;
             }
-            let own = ["", self.base].into_iter().find(|own| places.contains(*own));
-            let wrapped: Vec<&String> = places.iter().filter(|place| is_wrapped(place, self.base)).collect();
+            let own = ["", self.base].into_iter().find(|&own| places.iter().any(|place| place == own));
+            let wrapped: Vec<&String> = places.iter().filter(|place| is_wrapped(place, self.base)).collect_vec();
             return match (own, &wrapped[..], places.len()) {
                 (Some(own), _, _) => Ok(Some(own.to_string())),
                 (None, [one], _) => Ok(Some(one.to_string())),
@@ -165,13 +171,14 @@ impl TensorFile {
     /// Errors: those of [`TensorFile::tensors`]; several places with such parameters.
     pub fn state_dict(&self, params: &ParamMap) -> Result<BTreeMap<String, Tensor>> {
         let Some((first, _)) = params.iter().next() else { return self.tensors() };
-        let plain: BTreeMap<String, &str> = ordered(self.all_names().map(|name| (without_infixes(name), name)));
+        let plain: OrderedMap<String, &str> = self.all_names().map(|name| (without_infixes(name), name)).collect();
         let place = |name: &String| {
             let place = name.strip_suffix(first)?;
             (place.is_empty() || place.ends_with('.') && is_wrapped(place, "")).then(|| place.to_string())
         };
-        let places: BTreeSet<String> = plain.keys().filter_map(place).collect();
-        let place = match places.iter().collect::<Vec<_>>()[..] {
+        let mut places: Vec<String> = plain.keys().iter().filter_map(place).collect_vec();
+        sort(&mut places);
+        let place = match &places[..] {
             [] => return self.tensors(),
             [only] => only,
             [own, ..] if own.is_empty() => own,
@@ -181,14 +188,14 @@ impl TensorFile {
             return self.tensors();
         }
         let below = plain.iter().filter_map(|(plain, name)| Some((plain.strip_prefix(place)?, name)));
-        // An object of another kind is no tensor of a state dict.
+        // An object of another kind is not a tensor of a state dict.
         let below = below.filter(|(_, name)| self.info(name).is_some() || self.is_unreadable(name));
         try_ordered(below.map(|(own, name)| Ok((own.to_string(), self.tensor(name)?))))
     }
 }
 
-fn several(file: &TensorFile, places: &BTreeSet<String>) -> Error {
-    let list: Vec<String> = places.iter().map(|place| format!("`{place}`")).collect();
+fn several(file: &TensorFile, places: &[String]) -> Error {
+    let list: Vec<String> = places.iter().map(|place| format!("`{place}`")).collect_vec();
     Error::file(
         file.path(),
         format_args!("has the weights of a model under {}; save only one of them", list.join(" and ")),

@@ -6,12 +6,12 @@ mod file_set;
 mod float8;
 mod gather;
 mod gguf;
+mod gguf_write;
 mod globals;
 mod layout;
 mod mistaken;
 mod pickle;
 mod pytorch;
-mod quantised;
 mod safetensors;
 mod small_file;
 mod source;
@@ -23,6 +23,7 @@ mod zip;
 pub use crate::atomic_file::{create_folders, retry as retry_interrupted, write_atomically};
 
 pub use self::{
+    gguf_write::{GgufTensor, write_gguf},
     safetensors::{read_safetensors, write_safetensors},
     small_file::{read_limited, read_text},
     stored::Stored,

@@ -5,6 +5,7 @@
 //! checkpoint, such as optimizer options or a scheduler, becomes an object of which only the constructor's name is
 //! known.
 
+use crate::collect::CollectVec;
 use std::collections::HashMap;
 
 use super::{
@@ -470,7 +471,7 @@ impl<'a> Machine<'a, '_> {
             Some(&[key, value]) => Ok((key, value)),
             _ => Err(bad(at, "a list of pairs")),
         };
-        let entries = items.iter().map(pair).collect::<Parsed<_>>()?;
+        let entries = items.iter().map(pair).try_collect_vec()?;
         Ok(self.pickle.dict(entries))
     }
 
@@ -490,7 +491,7 @@ impl<'a> Machine<'a, '_> {
                 Value::Int(number) => usize::try_from(number).map_err(|_| bad(at, "the shape of a tensor")),
                 _ => Err(bad(at, "the shape of a tensor")),
             };
-            items.iter().map(number).collect::<Parsed<Vec<_>>>()
+            items.iter().map(number).try_collect_vec()
         };
         let offset = usize::try_from(offset).map_err(|_| bad(at, "the offset of a tensor"))?;
         let view = View { storage, element, offset, shape: numbers(shape)?, strides: numbers(strides)? };

@@ -1,19 +1,16 @@
 //! Files of `torch.save`: a zip archive since PyTorch 1.6, before that pickles one after the other.
 
-use std::{
-    collections::{HashMap, HashSet},
-    ops::Range,
-};
+use std::ops::Range;
 
 use super::{
     bytes::{Cursor, Parsed, Reading, parse_beginning},
     described::{Pickle, Value, View},
     globals::{Element, Global},
     source::Source,
-    tensor_file::{Entry, Inert, Listing},
+    tensor_file::{Entry, Inert, Listed, Listing},
     zip,
 };
-use crate::Shape;
+use crate::{Shape, ordered::OrderedMap};
 
 /// The number that an old file begins with, as the bytes of a Python integer.
 const MAGIC: &[u8] = &[0x6C, 0xFC, 0x9C, 0x46, 0xF9, 0x20, 0x6A, 0xA8, 0x50, 0x19];
@@ -38,7 +35,7 @@ pub(super) fn is_legacy(bytes: &[u8]) -> bool {
 /// The tensors of an archive.
 pub(super) fn archive(source: &Source) -> Reading<Listing> {
     let files = zip::directory(source)?;
-    let pickle = files.keys().find_map(|name| name.strip_suffix("data.pkl").map(|folder| (folder, name)));
+    let pickle = files.keys().iter().find_map(|name| name.strip_suffix("data.pkl").map(|folder| (folder, name)));
     let Some((folder, name)) = pickle.filter(|(folder, _)| folder.is_empty() || folder.ends_with('/')) else {
         return Err("is a zip archive without `data.pkl`, so it is not a PyTorch file".into());
     };
@@ -74,9 +71,9 @@ fn pickles(mut cursor: Cursor, source: &Source) -> Reading<Listing> {
     }
     let (pickle, top) = Pickle::load(&mut cursor)?;
     let (keys, list) = Pickle::load(&mut cursor)?;
-    let sizes: HashMap<&str, usize> =
+    let sizes: OrderedMap<&str, usize> =
         pickle.storages.iter().map(|storage| (storage.key, storage.values.bytes())).collect();
-    let mut ranges: HashMap<&str, Range<usize>> = HashMap::new();
+    let mut ranges = Vec::new();
     let mut at = cursor.at();
     for key in keys.items(list).ok_or("has no list of storages")? {
         let Value::Text(key) = *key else {
@@ -90,22 +87,24 @@ fn pickles(mut cursor: Cursor, source: &Source) -> Reading<Listing> {
         let count = u64::from_le_bytes(source.array(at)?);
         let bytes = usize::try_from(count).ok().and_then(|count| count.checked_mul(*size));
         let bytes = bytes.filter(|&bytes| bytes <= values).ok_or_else(|| truncated(count))?;
-        ranges.insert(key, at + 8..at + 8 + bytes);
+        ranges.push((key, at + 8..at + 8 + bytes));
         at += 8 + bytes;
     }
+    let ranges: OrderedMap<&str, Range<usize>> = ranges.into_iter().collect();
     Ok(listing(&pickle, top, &|key| ranges.get(key).cloned())?)
 }
 
 /// The tensors below the top value, each with its place in the file.
 fn listing(pickle: &Pickle, top: Value, storage: &dyn Fn(&str) -> Option<Range<usize>>) -> Parsed<Listing> {
-    let mut found = Listing::default();
-    let mut seen = HashSet::new();
+    let mut found = Vec::new();
+    let mut seen = vec![false; pickle.dicts.len()];
     // Dictionaries to look into, with their names and depths. One that occurs twice, inside itself for instance, is
     // looked into once.
     let mut open = vec![(String::new(), top, 0)];
     while let Some((prefix, dict, depth)) = open.pop() {
         let Value::Dict(index) = dict else { return Err(no_dictionary(pickle, dict)) };
-        if !seen.insert(index) || depth > MAX_DEPTH {
+        let seen = &mut seen[index as usize];
+        if std::mem::replace(seen, true) || depth > MAX_DEPTH {
             continue;
         }
         for &(key, value) in pickle.entries(dict).unwrap_or_default() {
@@ -122,26 +121,24 @@ fn listing(pickle: &Pickle, top: Value, storage: &dyn Fn(&str) -> Option<Range<u
                 Value::Dict(_) => open.push((format!("{name}."), value, depth + 1)),
                 Value::Tensor(index) => {
                     let view = pickle.tensor(index).ok_or("refers to a missing tensor")?;
-                    match place(pickle, view, storage).map_err(|why| format!("tensor `{name}`: {why}"))? {
-                        Ok(entry) => found.insert(name, entry),
-                        Err(why) => found.set_inert(name, Inert { why, tensor: true }),
-                    }
+                    let place = place(pickle, view, storage).map_err(|why| format!("tensor `{name}`: {why}"))?;
+                    found.push((name, place.map_or_else(Listed::unreadable, Listed::Tensor)));
                 }
                 Value::Object(index) => {
                     let (module, maker) = pickle.maker(index);
                     let tensor = module.starts_with("torch.") && maker.starts_with("_rebuild");
                     let why = format!("is created by `{module}.{maker}`, which is not executed");
-                    found.set_inert(name, Inert { why, tensor });
+                    found.push((name, Listed::Inert(Inert { why, tensor })));
                 }
                 // Steps, options and the like.
                 _ => {}
             }
-            if found.entries.len() + found.inert.len() > MAX_TENSORS {
+            if found.len() > MAX_TENSORS {
                 return Err(format!("has more than {MAX_TENSORS} tensors"));
             }
         }
     }
-    Ok(found)
+    Ok(Listing { listed: found.into_iter().collect(), ..Listing::default() })
 }
 
 fn no_dictionary(pickle: &Pickle, top: Value) -> String {

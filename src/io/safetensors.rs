@@ -4,7 +4,7 @@
 //! Files are not trusted: everything that a file claims is checked against its size before memory is allocated.
 
 use std::{
-    collections::{BTreeMap, btree_map::Entry as Slot},
+    collections::BTreeMap,
     fmt,
     io::{self, Write},
     path::Path,
@@ -21,11 +21,16 @@ use super::{
     mistaken,
     source::{MAX_HEADER, Source},
     stored::Stored,
-    tensor_file::{Entry, Inert, Listing},
+    tensor_file::{Entry, Listed, Listing},
     write_atomically,
 };
-use crate::params::{ordered, try_ordered};
-use crate::{DType, Device, Error, Result, Shape, Tensor, error::ensure, sort::sort_by};
+use crate::{
+    DType, Device, Error, Result, Shape, Tensor,
+    collect::CollectVec,
+    error::ensure,
+    ordered::{ordered, try_ordered},
+    sort::{order, sort_by},
+};
 
 const _: () = assert!(cfg!(target_endian = "little"), "values are read and written without swapping their bytes");
 
@@ -67,14 +72,11 @@ pub(crate) fn read_with_metadata(path: &Path) -> Result<(BTreeMap<String, Tensor
 pub(super) fn listing(source: &Source) -> Reading<Listing> {
     let Found { tensors, metadata, values } = parse(source)?;
     let metadata = ordered(metadata.into_iter().map(|(name, text)| (name, super::Metadata::Text(text))));
-    let mut listing = Listing { metadata, ..Listing::default() };
-    for (name, info) in tensors {
-        match entry(&info, values) {
-            Ok(entry) => listing.insert(name, entry),
-            Err(why) => listing.set_inert(name, Inert { why, tensor: true }),
-        }
-    }
-    Ok(listing)
+    let listed = tensors.into_iter().map(|(name, info)| {
+        let listed = entry(&info, values).map_or_else(Listed::unreadable, Listed::Tensor);
+        (name, listed)
+    });
+    Ok(Listing { listed: listed.collect(), metadata })
 }
 
 /// Content of a header, and the offset of the values.
@@ -109,7 +111,7 @@ fn parse(source: &Source) -> Reading<Found> {
     let values = LENGTH + length;
     let header = &source.part(LENGTH..values, "a header")?[..];
     let header: Header = serde_json::from_slice(header).map_err(|why| format!("has an invalid header: {why}"))?;
-    let mut tensors: Vec<_> = header.tensors.into_iter().collect();
+    let mut tensors = header.tensors;
     sort_by(&mut tensors, |a, b| a.1.data_offsets.cmp(&b.1.data_offsets));
     let described =
         Metadata::new(None, tensors.clone()).map_err(|why| format!("has an invalid header: {why}"))?.data_len();
@@ -156,7 +158,7 @@ fn entry(info: &TensorInfo, values: usize) -> Parsed<Entry> {
 /// Content of a header. Parsed here and not by the safetensors crate, which keeps the last of several entries with
 /// the same name and allocates memory for fields that it does not know.
 struct Header {
-    tensors: BTreeMap<String, TensorInfo>,
+    tensors: Vec<(String, TensorInfo)>,
     metadata: Option<BTreeMap<String, String>>,
 }
 
@@ -171,7 +173,7 @@ impl<'de> Deserialize<'de> for Header {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Header, A::Error> {
-                let (mut tensors, mut metadata) = (BTreeMap::new(), None);
+                let (mut tensors, mut metadata) = (Vec::new(), None);
                 while let Some(name) = map.next_key::<String>()? {
                     if name == METADATA {
                         if metadata.replace(map.next_value()?).is_some() {
@@ -180,14 +182,13 @@ impl<'de> Deserialize<'de> for Header {
                         continue;
                     }
                     let info = map.next_value().map_err(|why| A::Error::custom(format!("tensor `{name}`: {why}")))?;
-                    match tensors.entry(name) {
-                        Slot::Vacant(entry) => drop(entry.insert(info)),
-                        Slot::Occupied(entry) => {
-                            return Err(A::Error::custom(format!("tensor `{}` occurs twice", entry.key())));
-                        }
-                    }
+                    tensors.push((name, info));
                 }
-                Ok(Header { tensors, metadata })
+                let names = order(tensors.len(), &|a, b| tensors[a].0.cmp(&tensors[b].0));
+                match names.windows(2).find(|two| tensors[two[0]].0 == tensors[two[1]].0) {
+                    Some(twice) => Err(A::Error::custom(format!("tensor `{}` occurs twice", tensors[twice[0]].0))),
+                    None => Ok(Header { tensors, metadata }),
+                }
             }
         }
         deserializer.deserialize_map(Entries)
@@ -233,7 +234,7 @@ pub(crate) fn pack(
     let mut packed = tensors
         .iter()
         .map(|(name, tensor)| Ok((name.as_str(), tensor.detach().contiguous()?.to_device(&Device::Cpu)?)))
-        .collect::<Result<Vec<_>>>()?;
+        .try_collect_vec()?;
     // Wide elements first, so that every tensor is aligned to its element; by name among equals.
     sort_by(&mut packed, |a, b| b.1.dtype().size().cmp(&a.1.dtype().size()));
     let mut header = BTreeMap::new();
@@ -257,7 +258,7 @@ pub(crate) fn pack(
         header.len() <= MAX_HEADER,
         Error::file(path, format_args!("would have a header of {} bytes, expected at most {MAX_HEADER}", header.len()))
     );
-    let bytes = packed.iter().map(|(_, tensor)| tensor.bytes()).collect::<Result<Vec<_>>>()?;
+    let bytes = packed.iter().map(|(_, tensor)| tensor.bytes()).try_collect_vec()?;
     deliver(&|file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;

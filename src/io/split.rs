@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Metadata, TensorFile, tensor_file::Entry};
+use super::{Metadata, TensorFile, tensor_file::Listed};
 use crate::{Error, Result, error::ensure};
 
 /// Maximum number of parts of a model; the names have five digits.
@@ -76,13 +76,16 @@ pub(super) fn complete(opened: TensorFile, open: impl Fn(&Path) -> Result<Tensor
     let mut whole = others.remove(0);
     for file in others {
         let first = whole.parts.len();
-        for (tensor, entry) in file.entries {
-            let twice = whole.entries.insert(tensor.clone(), Entry { part: first + entry.part, ..entry }).is_some();
-            ensure!(
-                !twice,
-                Error::file(&file.path, format_args!("has tensor `{tensor}`, which is also in another part"))
-            );
+        if let Some(twice) = file.listed.keys().iter().find(|&tensor| whole.listed.contains_key(tensor)) {
+            return Err(Error::file(&file.path, format_args!("has tensor `{twice}`, which is also in another part")));
         }
+        let moved = file.listed.into_iter().map(|(tensor, mut listed)| {
+            if let Listed::Tensor(entry) = &mut listed {
+                entry.part += first;
+            }
+            (tensor, listed)
+        });
+        whole.listed = std::mem::take(&mut whole.listed).into_iter().chain(moved).collect();
         // The first part has the model's metadata, the others only their own numbers.
         for (key, value) in file.metadata {
             whole.metadata.entry(key).or_insert(value);
@@ -90,7 +93,7 @@ pub(super) fn complete(opened: TensorFile, open: impl Fn(&Path) -> Result<Tensor
         whole.parts.extend(file.parts);
     }
     if let Some(expected) = whole.metadata.get("split.tensors.count").and_then(Metadata::as_usize) {
-        let found = whole.entries.len();
+        let found = whole.listed.len();
         let why = format!("says that the model has {expected} tensors, but its {count} parts have {found} in total");
         ensure!(found == expected, Error::file(&whole.path, why));
     }

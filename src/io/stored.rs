@@ -11,16 +11,15 @@ use super::{
     bytes::{Parsed, Reading},
     float8,
     gather::gather,
-    quantised,
     source::Source,
     tensor_file::Entry,
 };
-use crate::{DType, Device, Error, ErrorKind, Result, Tensor, device::cpu, dtype::Element};
+use crate::{
+    DType, Device, Error, ErrorKind, QuantType, Result, Shape, Tensor, device::cpu, dtype::Element, ops::PackedMatrix,
+    quantised::decode,
+};
 
 /// Storage type of a tensor's values in a file.
-///
-/// The types `Q…` and `Iq…` are GGUF's quantised types: blocks of 32 or 256 values with common scales, each value read
-/// as [`DType::F32`]. [`Stored::dequantize`] converts their bytes to values.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Stored {
@@ -60,30 +59,8 @@ pub enum Stored {
     F8E5M2Fnuz,
     /// PyTorch's `float8_e8m0fnu`, powers of two; read as [`DType::F32`].
     F8E8M0,
-    /// `scale · q` with 8-bit `q`; read as [`DType::F32`].
-    Q8_0,
-    /// `scale · (q − 8)` with 4-bit `q`; read as [`DType::F32`].
-    Q4_0,
-    /// `scale · q + least` with 4-bit `q`; read as [`DType::F32`].
-    Q4_1,
-    /// `scale · (q − 16)` with 5-bit `q`; read as [`DType::F32`].
-    Q5_0,
-    /// `scale · q + least` with 5-bit `q`; read as [`DType::F32`].
-    Q5_1,
-    /// 2-bit integers, a scale and a minimum for each 16 values; read as [`DType::F32`].
-    Q2K,
-    /// 3-bit integers, a scale for each 16 values; read as [`DType::F32`].
-    Q3K,
-    /// 4-bit integers, a scale and a minimum for each 32 values; read as [`DType::F32`].
-    Q4K,
-    /// 5-bit integers, a scale and a minimum for each 32 values; read as [`DType::F32`].
-    Q5K,
-    /// 6-bit integers, a scale for each 16 values; read as [`DType::F32`].
-    Q6K,
-    /// 4-bit indices of a table of values, a scale for each 32; read as [`DType::F32`].
-    Iq4Nl,
-    /// The same with integer scales in blocks of 256; read as [`DType::F32`].
-    Iq4Xs,
+    /// One of GGUF's quantised types: blocks of 32 or 256 values with common scales; read as [`DType::F32`].
+    Quantized(QuantType),
 }
 
 impl Stored {
@@ -95,17 +72,7 @@ impl Stored {
             Self::BF16 | Self::F16 | Self::I16 | Self::U16 => (1, 2),
             Self::I8 | Self::U8 | Self::Bool => (1, 1),
             Self::F8E4M3 | Self::F8E5M2 | Self::F8E4M3Fnuz | Self::F8E5M2Fnuz | Self::F8E8M0 => (1, 1),
-            Self::Q8_0 => (32, 34),
-            Self::Q4_0 | Self::Iq4Nl => (32, 18),
-            Self::Q4_1 => (32, 20),
-            Self::Q5_0 => (32, 22),
-            Self::Q5_1 => (32, 24),
-            Self::Q2K => (256, 84),
-            Self::Q3K => (256, 110),
-            Self::Q4K => (256, 144),
-            Self::Q5K => (256, 176),
-            Self::Q6K => (256, 210),
-            Self::Iq4Xs => (256, 136),
+            Self::Quantized(kind) => kind.block(),
         }
     }
 
@@ -114,19 +81,7 @@ impl Stored {
         match self {
             Self::F64 => DType::F64,
             Self::F8E4M3 | Self::F8E5M2 | Self::F8E4M3Fnuz | Self::F8E5M2Fnuz | Self::F8E8M0 => DType::F32,
-            Self::F32
-            | Self::Q8_0
-            | Self::Q4_0
-            | Self::Q4_1
-            | Self::Q5_0
-            | Self::Q5_1
-            | Self::Q2K
-            | Self::Q3K
-            | Self::Q4K
-            | Self::Q5K
-            | Self::Q6K
-            | Self::Iq4Nl
-            | Self::Iq4Xs => DType::F32,
+            Self::F32 | Self::Quantized(_) => DType::F32,
             Self::BF16 => DType::BF16,
             Self::F16 => DType::F16,
             Self::I64 | Self::I32 | Self::I16 | Self::I8 => DType::I64,
@@ -164,18 +119,7 @@ impl fmt::Display for Stored {
             Self::F8E5M2Fnuz => "F8_E5M2FNUZ",
             Self::F8E8M0 => "F8_E8M0",
             Self::Bool => "BOOL",
-            Self::Q8_0 => "Q8_0",
-            Self::Q4_0 => "Q4_0",
-            Self::Q4_1 => "Q4_1",
-            Self::Q5_0 => "Q5_0",
-            Self::Q5_1 => "Q5_1",
-            Self::Q2K => "Q2_K",
-            Self::Q3K => "Q3_K",
-            Self::Q4K => "Q4_K",
-            Self::Q5K => "Q5_K",
-            Self::Q6K => "Q6_K",
-            Self::Iq4Nl => "IQ4_NL",
-            Self::Iq4Xs => "IQ4_XS",
+            Self::Quantized(kind) => kind.name(),
         })
     }
 }
@@ -212,18 +156,7 @@ pub(super) fn read(source: &Source, entry: &Entry) -> Reading<Tensor> {
             check_bool(tensor.values_mut::<bool>()?)?;
             Ok(tensor)
         }
-        Stored::Q8_0
-        | Stored::Q4_0
-        | Stored::Q4_1
-        | Stored::Q5_0
-        | Stored::Q5_1
-        | Stored::Q2K
-        | Stored::Q3K
-        | Stored::Q4K
-        | Stored::Q5K
-        | Stored::Q6K
-        | Stored::Iq4Nl
-        | Stored::Iq4Xs => quantised::read(source, entry),
+        Stored::Quantized(kind) => dequantized(source, entry, kind),
     }
 }
 
@@ -250,6 +183,20 @@ pub(super) fn raw(source: &Source, entry: &Entry) -> Reading<Vec<u8>> {
     bytes.resize(size, 0);
     read_parts(source, entry.start, &mut bytes)?;
     Ok(bytes)
+}
+
+/// Reads a matrix of a quantised type as it lies in the file.
+pub(super) fn packed(source: &Source, entry: &Entry) -> Reading<PackedMatrix> {
+    let (Stored::Quantized(kind), &[rows, columns]) = (entry.stored, &entry.shape[..]) else {
+        return Err(format!("is {} {:?}, not a matrix of a quantised type", entry.stored, entry.shape).into());
+    };
+    if !kind.is_packed() {
+        return Err(format!("is {kind}, which is not multiplied packed; dequantise it").into());
+    }
+    let (values, bytes) = kind.block();
+    let mut blocks = Tensor::uninit(Shape::new(&[rows, columns / values * bytes])?, DType::Bool, &Device::Cpu)?;
+    read_parts(source, entry.start, blocks.values_mut::<bool>()?)?;
+    PackedMatrix::of_blocks(kind, columns, blocks).map_err(|_| "holds NaN or infinity".into())
 }
 
 fn check_bool(bytes: &[u8]) -> Parsed<()> {
@@ -308,4 +255,32 @@ fn converted<E: Element, const N: usize>(source: &Source, entry: &Entry, value: 
         }
     }
     Ok(tensor)
+}
+
+/// Reads a tensor of a quantised type as f32, each thread its own blocks.
+fn dequantized(source: &Source, entry: &Entry, kind: QuantType) -> Reading<Tensor> {
+    /// Bytes of the file that a thread holds while it converts them, rounded down to whole blocks.
+    const CHUNK: usize = 1 << 16;
+    /// Element operations per value, for dividing the work among threads.
+    const COST: usize = 4;
+    let mut tensor = Tensor::uninit(entry.shape, DType::F32, &Device::Cpu)?;
+    let (values, bytes) = kind.block();
+    let failure = Mutex::new(None);
+    cpu::for_rows(tensor.values_mut::<f32>()?, values, COST * values, |first, out| {
+        let mut chunk = vec![0; (CHUNK / bytes).min(out.len() / values) * bytes];
+        let mut at = entry.start + first * bytes;
+        for out in out.chunks_mut((CHUNK / bytes) * values) {
+            let chunk = &mut chunk[..out.len() / values * bytes];
+            if let Err(error) = source.read_at(at, chunk) {
+                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                return;
+            }
+            at += chunk.len();
+            decode(kind, chunk, out);
+        }
+    });
+    match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error.into()),
+        None => Ok(tensor),
+    }
 }

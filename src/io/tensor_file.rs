@@ -1,7 +1,7 @@
 //! Files with named tensors, in any of the supported formats.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fmt, fs,
     path::{Component, Path, PathBuf},
 };
@@ -18,8 +18,13 @@ use super::{
     stored::{self, Stored},
     zip,
 };
-use crate::params::{ordered, try_ordered};
-use crate::{Error, ErrorKind, Result, Shape, Tensor, sort::sort};
+use crate::{
+    Error, ErrorKind, Result, Shape, Tensor,
+    collect::CollectVec,
+    ops::PackedMatrix,
+    ordered::{OrderedMap, try_ordered},
+    sort::{sort, sort_by},
+};
 
 /// File with named tensors, or several files that belong together, read one tensor at a time.
 ///
@@ -33,7 +38,7 @@ use crate::{Error, ErrorKind, Result, Shape, Tensor, sort::sort};
 /// | GGUF in several files | one of them, named `NAME-00001-of-00003.gguf` |
 ///
 /// Supported GGUF types are F32, F16, BF16, F64, the integers, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL and
-/// IQ4_XS; values of the quantised ones become f32, or stay packed with [`TensorFile::raw`].
+/// IQ4_XS; values of the quantised ones become f32, or stay packed with [`TensorFile::packed`].
 ///
 /// Pickles are read by an interpreter that executes nothing: it knows the constructors of tensors and dictionaries,
 /// and keeps only the constructor's name of other objects. Tensors that are such objects, or whose values have an
@@ -67,8 +72,7 @@ pub struct TensorFile {
     pub(super) path: PathBuf,
     format: Format,
     pub(super) parts: Vec<Source>,
-    pub(super) entries: BTreeMap<String, Entry>,
-    inert: BTreeMap<String, Inert>,
+    pub(super) listed: OrderedMap<String, Listed>,
     pub(super) metadata: BTreeMap<String, Metadata>,
 }
 
@@ -148,6 +152,34 @@ pub(super) struct Entry {
     pub start: usize,
 }
 
+/// Named entry of a file.
+#[derive(Clone, Debug)]
+pub(super) enum Listed {
+    Tensor(Entry),
+    Inert(Inert),
+}
+
+impl Listed {
+    /// Returns a tensor that is not read.
+    pub fn unreadable(why: String) -> Self {
+        Self::Inert(Inert { why, tensor: true })
+    }
+
+    pub fn entry(&self) -> Option<&Entry> {
+        match self {
+            Self::Tensor(entry) => Some(entry),
+            Self::Inert(_) => None,
+        }
+    }
+
+    fn inert(&self) -> Option<&Inert> {
+        match self {
+            Self::Tensor(_) => None,
+            Self::Inert(inert) => Some(inert),
+        }
+    }
+}
+
 /// Named entry that is not read.
 #[derive(Clone, Debug)]
 pub(super) struct Inert {
@@ -157,26 +189,11 @@ pub(super) struct Inert {
     pub tensor: bool,
 }
 
-/// Contents of a file as a reader finds them. A name is in one of the maps.
+/// Contents of a file as a reader finds them.
 #[derive(Default)]
 pub(super) struct Listing {
-    pub entries: BTreeMap<String, Entry>,
-    pub inert: BTreeMap<String, Inert>,
+    pub listed: OrderedMap<String, Listed>,
     pub metadata: BTreeMap<String, Metadata>,
-}
-
-impl Listing {
-    /// Adds a tensor; the last of several with the same name counts.
-    pub fn insert(&mut self, name: String, entry: Entry) {
-        self.inert.remove(&name);
-        self.entries.insert(name, entry);
-    }
-
-    /// Adds an entry that is not read, likewise.
-    pub fn set_inert(&mut self, name: String, inert: Inert) {
-        self.entries.remove(&name);
-        self.inert.insert(name, inert);
-    }
 }
 
 /// Maximum size of a sharded checkpoint's index, in bytes.
@@ -236,8 +253,8 @@ impl TensorFile {
         source.check_unchanged()?;
         let mut listing = listing.map_err(|why| why.within(&source))?;
         check_total(&mut listing, source.len()).map_err(|why| Error::file(source.path(), why))?;
-        let Listing { entries, inert, metadata } = listing;
-        Ok(Self { path: source.path().to_path_buf(), parts: vec![source], format, entries, inert, metadata })
+        let Listing { listed, metadata } = listing;
+        Ok(Self { path: source.path().to_path_buf(), parts: vec![source], format, listed, metadata })
     }
 
     /// Opens all files that an index names. A tensor is that of the file where the index places it; one that is not
@@ -258,53 +275,42 @@ impl TensorFile {
                 Error::file(path, why)
             })?;
         }
-        let names: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
+        let mut names: Vec<&str> = index.weight_map.values().map(String::as_str).collect_vec();
+        sort(&mut names);
+        names.dedup();
         let folder = path.parent().unwrap_or(Path::new(""));
-        let mut whole = Self {
-            path: path.to_path_buf(),
-            format: Format::Safetensors,
-            parts: Vec::new(),
-            entries: BTreeMap::new(),
-            inert: BTreeMap::new(),
-            metadata: BTreeMap::new(),
+        let (mut parts, mut format, mut metadata) = (Vec::new(), Format::Safetensors, BTreeMap::new());
+        // Each name with the files that have it and how much that counts: an entry that is not read, a tensor, the
+        // tensor that the index means. One that no file has, say a tied weight, is an error only where it is needed.
+        const TENSOR: usize = 2;
+        let nowhere = |(tensor, file): (&String, &String)| {
+            let why = format!("is not in `{file}`, where the index lists it");
+            (tensor.clone(), 0, "", Listed::unreadable(why))
         };
-        let mut places: BTreeMap<String, &str> = BTreeMap::new();
-        let mut unclear: BTreeMap<String, String> = BTreeMap::new();
+        let mut found: Vec<(String, usize, &str, Listed)> = index.weight_map.iter().map(nowhere).collect_vec();
         for name in names {
             let shard = Self::open_one(&folder.join(name))?;
-            let part = whole.parts.len();
-            for (tensor, entry) in shard.entries {
-                let wanted = index.weight_map.get(&tensor).map(String::as_str);
-                if let Some(&other) = places.get(&tensor) {
-                    if wanted == Some(other) {
-                        continue;
-                    }
-                    unclear.insert(tensor.clone(), format!("is in both `{other}` and `{name}`"));
+            for (tensor, mut listed) in shard.listed {
+                let mut counts = 1;
+                if let Listed::Tensor(entry) = &mut listed {
+                    entry.part = parts.len();
+                    counts = TENSOR + usize::from(index.weight_map.get(&tensor).is_some_and(|wanted| wanted == name));
                 }
-                if wanted == Some(name) {
-                    unclear.remove(&tensor);
-                }
-                places.insert(tensor.clone(), name);
-                whole.entries.insert(tensor, Entry { part, ..entry });
+                found.push((tensor, counts, name, listed));
             }
-            whole.format = shard.format;
-            whole.inert.extend(shard.inert);
-            whole.metadata.extend(shard.metadata);
-            whole.parts.extend(shard.parts);
+            format = shard.format;
+            metadata.extend(shard.metadata);
+            parts.extend(shard.parts);
         }
-        if let Some((tensor, why)) = unclear.first_key_value() {
-            return Err(Error::file(path, format_args!("does not say which tensor `{tensor}` to use, which {why}")));
-        }
-        whole.inert.retain(|name, _| !whole.entries.contains_key(name));
-        for (tensor, file) in index.weight_map {
-            let is_there = whole.entries.contains_key(&tensor) || whole.inert.contains_key(&tensor);
-            if !is_there {
-                // A tied weight, say, that was left out of its file: an error only where it is needed.
-                let why = format!("is not in `{file}`, where the index lists it");
-                whole.inert.insert(tensor, Inert { why, tensor: true });
+        sort_by(&mut found, |a, b| a.0.cmp(&b.0).then(a.1.cmp(&b.1)));
+        for same in found.chunk_by(|a, b| a.0 == b.0) {
+            if let [.., (_, TENSOR, other, _), (tensor, TENSOR, name, _)] = same {
+                let why = format!("tensor `{tensor}` to use, which is in both `{other}` and `{name}`");
+                return Err(Error::file(path, format_args!("does not say which {why}")));
             }
         }
-        Ok(whole)
+        let listed = found.into_iter().map(|(tensor, _, _, listed)| (tensor, listed)).collect();
+        Ok(Self { path: path.to_path_buf(), format, parts, listed, metadata })
     }
 
     /// Returns the path of the opened file, for a folder that of the file found in it.
@@ -324,59 +330,59 @@ impl TensorFile {
 
     /// Returns the names of the tensors, in alphabetical order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.entries.keys().map(String::as_str)
+        self.entries().map(|(name, _)| name)
     }
 
     /// Returns type and shape of a tensor, or `None` if there is none of this name.
     pub fn info(&self, name: &str) -> Option<TensorInfo> {
-        self.entries.get(name).map(|entry| TensorInfo { stored: entry.stored, shape: entry.shape.to_vec() })
+        self.listed.get(name)?.entry().map(|entry| TensorInfo { stored: entry.stored, shape: entry.shape.to_vec() })
     }
 
     /// Returns the tensors that cannot be read, in alphabetical order, with the reasons: values of a type without a
     /// [`Stored`], tensors made by an unknown function in a pickle, or placed by an index in a file that lacks them.
     pub fn unreadable(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.inert.iter().filter(|(_, inert)| inert.tensor).map(|(name, inert)| (name.as_str(), inert.why.as_str()))
+        let inert = self.listed.iter().filter_map(|(name, listed)| Some((name.as_str(), listed.inert()?)));
+        inert.filter(|(_, inert)| inert.tensor).map(|(name, inert)| (name, inert.why.as_str()))
     }
 
     /// Returns `true` if this is one of [`TensorFile::unreadable`].
     pub(super) fn is_unreadable(&self, name: &str) -> bool {
-        self.inert.get(name).is_some_and(|inert| inert.tensor)
+        self.listed.get(name).and_then(Listed::inert).is_some_and(|inert| inert.tensor)
     }
 
     /// Returns the reason why the entry of this name is not read; `None` if it is a tensor or does not exist.
     pub(crate) fn inert(&self, name: &str) -> Option<&str> {
-        self.inert.get(name).map(|inert| inert.why.as_str())
+        self.listed.get(name)?.inert().map(|inert| inert.why.as_str())
     }
 
     /// Returns the names of all tensors and of all entries that are not read.
     pub(super) fn all_names(&self) -> impl Iterator<Item = &str> {
-        self.entries.keys().chain(self.inert.keys()).map(String::as_str)
+        self.listed.keys().iter().map(String::as_str)
+    }
+
+    fn entries(&self) -> impl Iterator<Item = (&str, &Entry)> {
+        self.listed.iter().filter_map(|(name, listed)| Some((name.as_str(), listed.entry()?)))
     }
 
     /// Gives tensors, and what is not read, the new names that lead to their old ones. What has such a name otherwise
     /// gets it with [`ELSEWHERE`].
-    pub(super) fn rename(&mut self, old: &BTreeMap<String, String>) {
-        fn renamed<T>(map: &mut BTreeMap<String, T>, old: &BTreeMap<String, String>) {
-            let mut rest = std::mem::take(map);
-            *map = ordered(old.iter().filter_map(|(new, old)| Some((new.clone(), rest.remove(old)?))));
-            for (name, value) in rest {
-                let name = if old.contains_key(&name) { format!("{name}{ELSEWHERE}") } else { name };
-                map.insert(name, value);
-            }
-        }
-        renamed(&mut self.entries, old);
-        renamed(&mut self.inert, old);
+    pub(super) fn rename(&mut self, old: &OrderedMap<String, String>) {
+        let new: OrderedMap<&str, &str> = old.iter().map(|(new, old)| (old.as_str(), new.as_str())).collect();
+        let listed = std::mem::take(&mut self.listed).into_iter().map(|(name, listed)| match new.get(name.as_str()) {
+            Some(new) => (new.to_string(), listed),
+            None if old.contains_key(&name) => (format!("{name}{ELSEWHERE}"), listed),
+            None => (name, listed),
+        });
+        self.listed = listed.collect();
     }
 
     /// Returns `true` if two tensors are the same bytes of the file.
     pub(crate) fn same_place(&self, a: &str, b: &str) -> bool {
-        match (self.entries.get(a), self.entries.get(b)) {
-            (Some(a), Some(b)) => {
-                let place = |entry: &Entry| (entry.part, entry.start, entry.stored, entry.shape, entry.strides.clone());
-                place(a) == place(b)
-            }
-            _ => false,
-        }
+        let place = |name: &str| {
+            let entry = self.listed.get(name)?.entry()?;
+            Some((entry.part, entry.start, entry.stored, entry.shape, &entry.strides))
+        };
+        place(a).is_some_and(|a| place(b) == Some(a))
     }
 
     /// Returns the metadata that the file has beside its tensors.
@@ -396,14 +402,16 @@ impl TensorFile {
     /// Reads the stored bytes of a tensor, without converting them to numbers.
     ///
     /// ```no_run
-    /// use x_transformers::io::TensorFile;
+    /// use x_transformers::io::{Stored, TensorFile};
     /// # fn main() -> x_transformers::Result<()> {
     /// let file = TensorFile::open("Llama-3.2-1B-Instruct-Q4_K_M.gguf")?;
     /// let raw = file.raw("blk.0.ffn_down.weight")?;
-    /// let (values_per_block, bytes_per_block) = raw.stored.block();
-    /// let row = raw.shape[1] / values_per_block * bytes_per_block;
-    /// let mut values = vec![0.0; raw.shape[1]];
-    /// raw.stored.dequantize(&raw.bytes[..row], &mut values)?;
+    /// if let Stored::Quantized(kind) = raw.stored {
+    ///     let (values_per_block, bytes_per_block) = kind.block();
+    ///     let row = raw.shape[1] / values_per_block * bytes_per_block;
+    ///     let mut values = vec![0.0; raw.shape[1]];
+    ///     kind.dequantize(&raw.bytes[..row], &mut values)?;
+    /// }
     /// # Ok(())
     /// # }
     /// ```
@@ -416,8 +424,17 @@ impl TensorFile {
         Ok(RawTensor { stored: entry.stored, shape: entry.shape.to_vec(), bytes })
     }
 
+    /// Reads a matrix of a quantised type as it is stored, to the CPU.
+    ///
+    /// Errors: those of [`TensorFile::tensor`]; a tensor that is not a matrix of a type that
+    /// [is packed](crate::QuantType::is_packed); scales that are not finite.
+    pub fn packed(&self, name: &str) -> Result<PackedMatrix> {
+        let entry = self.entry(name)?;
+        entry.checked(&self.parts[entry.part], name, stored::packed)
+    }
+
     fn entry(&self, name: &str) -> Result<&Entry> {
-        self.entries.get(name).ok_or_else(|| {
+        self.listed.get(name).and_then(Listed::entry).ok_or_else(|| {
             let why = self.inert(name).map(|why| format!("tensor `{name}` {why}"));
             Error::file(&self.path, why.unwrap_or_else(|| format!("has no tensor `{name}`")))
         })
@@ -430,7 +447,7 @@ impl TensorFile {
         if let Some((name, why)) = self.unreadable().next() {
             return Err(Error::file(&self.path, format_args!("tensor `{name}` {why}")));
         }
-        try_ordered(self.entries.keys().map(|name| Ok((name.clone(), self.tensor(name)?))))
+        try_ordered(self.names().map(|name| Ok((name.to_string(), self.tensor(name)?))))
     }
 }
 
@@ -457,11 +474,11 @@ impl Entry {
 /// expanded from fewer values are not read if they would be too large.
 fn check_total(listing: &mut Listing, bytes: usize) -> Parsed<()> {
     let most = bytes.saturating_mul(2);
-    let fits = |entries: &BTreeMap<String, Entry>| {
-        let mut sizes = entries.values().map(|entry| entry.stored.bytes(entry.shape.numel()));
+    let fits = |listed: &[Listed]| {
+        let mut sizes = listed.iter().filter_map(Listed::entry).map(|entry| entry.stored.bytes(entry.shape.numel()));
         sizes.try_fold(0usize, |total, size| total.checked_add(size?)).is_some_and(|total| total <= most)
     };
-    if fits(&listing.entries) {
+    if fits(listing.listed.values()) {
         return Ok(());
     }
     let expanded = |entry: &Entry| {
@@ -469,13 +486,13 @@ fn check_total(listing: &mut Listing, bytes: usize) -> Parsed<()> {
         let repeated = |(&stride, &dim): (&usize, &usize)| stride == 0 && dim > 1;
         strides.zip(entry.shape.iter()).any(repeated)
     };
-    let large: Vec<String> =
-        listing.entries.iter().filter(|(_, entry)| expanded(entry)).map(|(name, _)| name.clone()).collect();
-    for name in large {
-        let why = "is expanded to more values than the file contains; save it with `.contiguous()`".to_string();
-        listing.set_inert(name, Inert { why, tensor: true });
+    for listed in listing.listed.values_mut() {
+        if listed.entry().is_some_and(expanded) {
+            let why = "is expanded to more values than the file contains; save it with `.contiguous()`";
+            *listed = Listed::unreadable(why.to_string());
+        }
     }
-    if fits(&listing.entries) {
+    if fits(listing.listed.values()) {
         return Ok(());
     }
     Err(format!("describes tensors of more than twice its {bytes} bytes: they overlap"))
@@ -489,7 +506,7 @@ fn inside(name: &str) -> Option<String> {
         _ => None,
     };
     let parts: Vec<&str> = Path::new(name).components().map(part).collect::<Option<_>>()?;
-    let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+    let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect_vec();
     let plain = !parts.is_empty() && !name.ends_with('/') && !name.contains(['\\', '\0']);
     plain.then(|| parts.join("/"))
 }
@@ -519,7 +536,7 @@ fn gguf_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found: Vec<PathBuf> = entries
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.extension().is_some_and(|ending| ending == "gguf") && path.is_file())
-        .collect();
+        .collect_vec();
     sort(&mut found);
     Ok(found)
 }

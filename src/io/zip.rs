@@ -1,11 +1,12 @@
 //! Reader for the directory of a zip archive with uncompressed files, as PyTorch writes them.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::ops::Range;
 
 use super::{
     bytes::{Cursor, Parsed, Reading},
     source::Source,
 };
+use crate::ordered::OrderedMap;
 
 /// Signature of a local file header.
 const LOCAL: u32 = 0x0403_4B50;
@@ -34,12 +35,12 @@ pub(super) fn is_zip(bytes: &[u8]) -> bool {
 }
 
 /// Returns the location of each file's content.
-pub(super) fn directory(source: &Source) -> Reading<BTreeMap<String, Range<usize>>> {
+pub(super) fn directory(source: &Source) -> Reading<OrderedMap<String, Range<usize>>> {
     let (count, place) = find(source)?;
     let start = place.start;
     let directory = source.part(place, "a directory")?;
     let mut cursor = Cursor::new(&directory, 0);
-    let mut files = BTreeMap::new();
+    let mut files = Vec::new();
     for _ in 0..count {
         let at = start + cursor.at();
         if cursor.u32()? != ENTRY {
@@ -66,11 +67,9 @@ pub(super) fn directory(source: &Source) -> Reading<BTreeMap<String, Range<usize
         if flags & 1 != 0 {
             return Err(format!("contains `{name}` encrypted, which is not supported").into());
         }
-        if files.insert(name.to_string(), content(source, name, offset, size)?).is_some() {
-            return Err(format!("contains `{name}` twice").into());
-        }
+        files.push((name.to_string(), content(source, name, offset, size)?));
     }
-    Ok(files)
+    Ok(OrderedMap::unique(files).map_err(|name| format!("contains `{name}` twice"))?)
 }
 
 /// Returns the number of entries in the central directory and its location.

@@ -3,6 +3,7 @@
 use super::{TransformerWrapper, sampling::sample};
 use crate::{
     DType, Error, ParamStore, Philox, Result, Tensor,
+    collect::CollectVec,
     config::{LossPlan, SamplingConfig, TransformerPlan},
     error::{ErrorContext, ensure},
     nn::ForwardOptions,
@@ -119,8 +120,8 @@ impl XlAutoregressiveWrapper {
             newest = Some(self.joined(&output.mems, options.mems.as_deref(), length - first, added)?);
             read = length - first;
             let logits = output.out.select(1, length - first - 1)?.to_f64_vec()?;
-            let rows: Vec<Vec<f64>> = logits.chunks(logits.len() / b).map(<[f64]>::to_vec).collect();
-            let draws: Vec<f64> = (0..b).map(|row| Philox::new(seed, row as u64).uniform(step as u64)).collect();
+            let rows: Vec<Vec<f64>> = logits.chunks(logits.len() / b).map(<[f64]>::to_vec).collect_vec();
+            let draws: Vec<f64> = (0..b).map(|row| Philox::new(seed, row as u64).uniform(step as u64)).collect_vec();
             let tokens = sample(&rows, sampling, &draws)?;
             all = Tensor::cat(&[&all, &Tensor::from_vec(tokens, [b, 1], all.device())?], 1)?;
             if ends {
@@ -145,7 +146,7 @@ impl XlAutoregressiveWrapper {
             };
             super::transformer::last_memories(&joined, self.net.plan().memories)
         };
-        mems.iter().enumerate().map(join).collect()
+        mems.iter().enumerate().map(join).try_collect_vec()
     }
 }
 
@@ -281,7 +282,7 @@ fn mean_log_probability(model: &TransformerWrapper, tokens: &Tensor, mask: &Tens
         .to_vec::<bool>()?
         .chunks(n.max(1))
         .map(|row| (row.iter().filter(|&&kept| kept).count() as f64).max(1e-5))
-        .collect();
+        .collect_vec();
     let counts = Tensor::from_vec(counts, [mask.dim(0)?], &crate::Device::Cpu)?.to_dtype(precise)?;
     sums.div(&counts.to_device(sums.device())?)
 }

@@ -2,8 +2,9 @@
 
 use super::{Output, TransformerWrapper};
 use crate::{
-    DType, Error, ParamStore, Philox, Result, Tensor,
+    DType, Error, ParamStore, Philox, QuantType, Result, Tensor,
     autograd::dropout_stream,
+    collect::CollectVec,
     config::{AutoregressiveConfig, AutoregressivePlan, LossPlan, TransformerPlan},
     error::{ErrorContext, ensure},
     nn::ForwardOptions,
@@ -139,12 +140,12 @@ impl AutoregressiveWrapper {
         }
     }
 
-    /// Quantizes the weights like [`TransformerWrapper::quantize_int8`].
+    /// Rounds weights to a quantised type like [`TransformerWrapper::quantize`].
     ///
-    /// Errors: weights that are not finite.
+    /// Errors: weights that are not finite; a type that [is not packed](QuantType::is_packed).
     #[doc(alias = "quantize_dynamic")]
-    pub fn quantize_int8(&mut self) -> Result<()> {
-        self.net.quantize_int8().context("net")
+    pub fn quantize(&mut self, kind: QuantType) -> Result<()> {
+        self.net.quantize(kind).context("net")
     }
 
     /// Returns the token that fills a row after its end.
@@ -159,7 +160,7 @@ fn drawn_mask(tokens: &Tensor, share: f64, draws: Philox) -> Result<Tensor> {
     let masked = ((n as f64 * share) as usize).min(n - 1);
     let mut keep = vec![true; b * n];
     for (row, keep) in keep.chunks_mut(n).enumerate() {
-        let mut order: Vec<usize> = (1..n).collect();
+        let mut order: Vec<usize> = (1..n).collect_vec();
         let draw = |at: usize| draws.uniform((row * n + at) as u64);
         order.sort_by(|&a, &b| draw(a).total_cmp(&draw(b)));
         order.into_iter().take(masked).for_each(|at| keep[at] = false);

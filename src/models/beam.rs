@@ -1,7 +1,7 @@
 //! Beam search.
 
 use super::{AutoregressiveWrapper, GenerateOptions, rows::Rows, sampling::best};
-use crate::{Error, Result, Tensor, error::ensure, sort::sort_by};
+use crate::{Error, Result, Tensor, collect::CollectVec, error::ensure, sort::sort_by};
 
 /// Options of beam search.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +67,7 @@ impl AutoregressiveWrapper {
         let mut rows = Rows::new(self, start_tokens, seq_len, options)?;
         let b = rows.tokens.len();
         options.check(b, most)?;
-        let prompts: Vec<usize> = rows.tokens.iter().map(Vec::len).collect();
+        let prompts: Vec<usize> = rows.tokens.iter().map(Vec::len).collect_vec();
         let score = |log_probability: f64, tokens: usize| log_probability / (tokens as f64).powf(length_penalty);
         let mut searches: Vec<Search> = rows
             .tokens
@@ -78,7 +78,7 @@ impl AutoregressiveWrapper {
                 let closed = if ended { vec![Hypothesis { tokens: vec![], score: 0.0 }] } else { vec![] };
                 Search { open: if ended { vec![] } else { vec![(row, 0.0)] }, closed }
             })
-            .collect();
+            .collect_vec();
         // Stopping criteria, one for each of `rows`.
         let mut row_ends = options.row_ends.clone();
         for step in 0..seq_len {
@@ -121,12 +121,12 @@ impl AutoregressiveWrapper {
                 }
                 ends_of_taken.extend(ends);
                 let from = |candidate: &Candidate| search.open[candidate.beam].0;
-                let rows_of_open: Vec<usize> = open.iter().map(from).collect();
+                let rows_of_open: Vec<usize> = open.iter().map(from).collect_vec();
                 let first = taken.len();
                 taken.extend(rows_of_open);
                 new.extend(open.iter().map(|candidate| candidate.token));
                 let numbered = open.iter().enumerate();
-                search.open = numbered.map(|(at, candidate)| (first + at, candidate.log_probability)).collect();
+                search.open = numbered.map(|(at, candidate)| (first + at, candidate.log_probability)).collect_vec();
             }
             if taken.is_empty() {
                 break;
@@ -145,7 +145,7 @@ impl AutoregressiveWrapper {
             found.truncate(beams);
             found
         };
-        Ok(searches.into_iter().zip(prompts).map(close).collect())
+        Ok(searches.into_iter().zip(prompts).map(close).collect_vec())
     }
 }
 

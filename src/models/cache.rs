@@ -7,6 +7,7 @@ use super::{
 };
 use crate::{
     DType, Error, Result, Tensor,
+    collect::CollectVec,
     error::{ErrorContext, ensure},
     nn::{ForwardOptions, LayersCache},
 };
@@ -71,7 +72,7 @@ impl DecodeCache {
     pub fn truncate(&mut self, lengths: &[usize]) -> Result<()> {
         let started = self.layers.lengths().iter().any(|&length| length > 0);
         let prefix_len = if started { self.memory_tokens } else { 0 };
-        let with_memory: Vec<usize> = lengths.iter().map(|length| length + prefix_len).collect();
+        let with_memory: Vec<usize> = lengths.iter().map(|length| length + prefix_len).collect_vec();
         self.layers.truncate(&with_memory)?;
         self.lengths = lengths.to_vec();
         Ok(())
@@ -82,7 +83,7 @@ impl DecodeCache {
     /// Errors: no rows, or a row that does not exist.
     pub fn select_rows(&mut self, rows: &[usize]) -> Result<()> {
         self.layers.select_rows(rows)?;
-        self.lengths = rows.iter().map(|&row| self.lengths[row]).collect();
+        self.lengths = rows.iter().map(|&row| self.lengths[row]).collect_vec();
         Ok(())
     }
 
@@ -124,14 +125,14 @@ impl DecodeCache {
             return lengths.reshape([self.lengths.len(), 1]).map(Some);
         }
         let row = |&length: &usize| (0..n).map(move |i| (length + i).min(limit.saturating_sub(1)) as i64);
-        let positions: Vec<i64> = self.lengths.iter().flat_map(row).collect();
+        let positions: Vec<i64> = self.lengths.iter().flat_map(row).collect_vec();
         Tensor::from_vec(positions, [self.lengths.len(), n], like.device()).map(Some)
     }
 
     /// Returns the lengths as the layers count them, and in tokens, for [`DecodeCache::follow`].
     #[cfg(feature = "cuda")]
     pub(super) fn lengths_to_follow(&self) -> [Vec<i64>; 2] {
-        [self.layers.lengths(), &self.lengths].map(|lengths| lengths.iter().map(|&length| length as i64).collect())
+        [self.layers.lengths(), &self.lengths].map(|lengths| lengths.iter().map(|&length| length as i64).collect_vec())
     }
 
     /// Reads lengths from these tensors, `[b]` I64 each, until the next call.
@@ -196,7 +197,7 @@ impl TransformerWrapper {
         let options = self.layers_options(ForwardOptions { mask: None, ..options.clone() })?;
         let memory_tokens = self.plan().num_memory_tokens;
         let capacity = capacity.min(self.plan().window()).saturating_add(memory_tokens);
-        let dtype = self.token_emb().table().dtype();
+        let dtype = self.token_emb().dtype();
         let layers = self.attn_layers().cache(batch, capacity, dtype, &options).context("attn_layers")?;
         Ok(DecodeCache::new(layers, memory_tokens))
     }

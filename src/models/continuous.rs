@@ -9,6 +9,7 @@ use super::{
 };
 use crate::{
     Error, Init, Param, ParamStore, Result, Tensor,
+    collect::CollectVec,
     config::{ContinuousPlan, ContinuousTransformerWrapperConfig, MemoryPlan, NormPlan},
     error::{ErrorContext, ensure},
     nn::{AttentionLayers, ForwardOptions, Linear, Norm},
@@ -121,7 +122,11 @@ impl ContinuousTransformerWrapper {
             out = mean_over_tokens(&out, pooled_mask.as_ref())?;
         }
         let mems = match options.return_mems {
-            true => layers.hiddens.iter().map(|hidden| last_memories(&hidden.detach(), self.plan.memories)).collect(),
+            true => layers
+                .hiddens
+                .iter()
+                .map(|hidden| last_memories(&hidden.detach(), self.plan.memories))
+                .try_collect_vec(),
             false => Ok(Vec::new()),
         };
         let out = if options.return_embeddings { out } else { self.outputs(out)? };

@@ -157,7 +157,7 @@ impl TransformerWrapper {
     fn token_types(&self, tokens: &Tensor, types: Option<&Tensor>) -> Result<Option<Tensor>> {
         let (table, types) = match (&self.token_type_emb, types) {
             (Some(table), Some(types)) => (table, types),
-            (Some(table), None) => return table.table().narrow(0, 0, 1).map(Some),
+            (Some(table), None) => return table.table()?.narrow(0, 0, 1).map(Some),
             (None, None) => return Ok(None),
             (None, Some(_)) => {
                 return Err(Error::argument("token_types", "require a model with `num_token_types` above 0"));

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{Error, Result, error::ensure};
+use crate::{Error, Result, collect::CollectVec, error::ensure};
 
 /// Stopping criterion of a row: decides from its new tokens where it ends, for instance at a stop string.
 ///
@@ -76,7 +76,7 @@ impl StopMatcher {
     ///
     /// Errors: an empty stop string.
     pub fn new<S: AsRef<str>>(stops: &[S]) -> Result<Self> {
-        let stops: Vec<String> = stops.iter().map(|stop| stop.as_ref().to_string()).collect();
+        let stops: Vec<String> = stops.iter().map(|stop| stop.as_ref().to_string()).collect_vec();
         ensure!(
             !stops.iter().any(String::is_empty),
             Error::option("stop", "expected non-empty stop strings, got an empty one")

@@ -8,9 +8,11 @@ use super::{
 };
 use crate::{
     DType, Error, Philox, Result, Tensor,
+    collect::CollectVec,
     config::{FilterLogits, SamplingConfig},
     error::ensure,
     nn::ForwardOptions,
+    sort::sort,
 };
 
 /// Options of generation.
@@ -140,7 +142,7 @@ impl GenerateOptions {
             return;
         }
         let mut seen = tokens.to_vec();
-        seen.sort_unstable();
+        sort(&mut seen);
         seen.dedup();
         for token in seen {
             if let Some(logit) = logits.get_mut(token as usize) {
@@ -166,7 +168,7 @@ pub struct TokenStream<'m> {
 
 impl TokenStream<'_> {
     fn advance(&mut self) -> Result<Vec<i64>> {
-        let open: Vec<bool> = self.ended.iter().map(|ended| !ended).collect();
+        let open: Vec<bool> = self.ended.iter().map(|ended| !ended).collect_vec();
         let drawn = self.draw(&open)?;
         let mut tokens = vec![self.pad_value; open.len()];
         for (row, &token) in drawn.iter().enumerate().filter(|&(row, _)| open[row]) {
@@ -192,7 +194,7 @@ impl TokenStream<'_> {
                 let token = sample_tokens(&logits.narrow(0, row, 1)?, sampling, seed, &step)?;
                 Ok(token.to_vec::<i64>()?[0])
             };
-            return seeds.iter().enumerate().map(of_row).collect();
+            return seeds.iter().enumerate().map(of_row).try_collect_vec();
         }
         let mut tokens = vec![0; open.len()];
         let logits = self.rows.next_logits(open)?;
@@ -250,7 +252,7 @@ impl AutoregressiveWrapper {
         let rows = Rows::new(self, start_tokens, seq_len, options)?;
         options.check(rows.tokens.len(), self.net.plan().num_tokens)?;
         Ok(TokenStream {
-            ended: rows.tokens.iter().map(|row| options.ends(row)).collect(),
+            ended: rows.tokens.iter().map(|row| options.ends(row)).collect_vec(),
             rows,
             row_ends: options.row_ends.clone(),
             options: options.clone(),

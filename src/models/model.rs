@@ -11,10 +11,11 @@ use super::{
 };
 use crate::{
     DType, Device, Error, Gradients, Param, ParamMap, ParamStore, Result, Tape, Tensor,
+    collect::CollectVec,
     config::{AroundPlan, BeamCall, Call, Config, GenerateCall, MemoryPlan, ModelPlan, SamplingConfig},
     error::{ErrorContext, ensure},
     nn::{AttentionLayers, ForwardOptions},
-    params::{ordered, try_ordered},
+    ordered::{ordered, try_ordered},
 };
 
 /// Model of any class.
@@ -89,10 +90,10 @@ impl Forward {
         let name = |kind: &'static str| move |(index, tensor)| (format!("{kind}.{index}"), tensor);
         let mems = output.mems.into_iter().enumerate().map(name("mems"));
         let attn = output.attn.into_iter().enumerate().map(name("attn"));
-        let extras = mems.chain(attn).collect();
+        let extras = mems.chain(attn).collect_vec();
         let mut outputs: Vec<(String, Tensor)> = match output.others.is_empty() {
             true => vec![("out".to_string(), output.out)],
-            false => std::iter::once(output.out).chain(output.others).enumerate().map(name("out")).collect(),
+            false => std::iter::once(output.out).chain(output.others).enumerate().map(name("out")).collect_vec(),
         };
         outputs.extend(output.embeddings.map(|embeddings| ("embeddings".to_string(), embeddings)));
         Self { outputs, extras }
@@ -205,7 +206,7 @@ impl Model {
         let gradients = options.gradients && !generates && !matches!(self.kind, Kind::Filter(_));
         let mut given = self.adopt(inputs)?;
         // Only a pass with gradients uses them, but they may always be among the inputs.
-        let keys: Vec<String> = given.0.keys().filter(|key| key.starts_with("cotangent")).cloned().collect();
+        let keys: Vec<String> = given.0.keys().filter(|key| key.starts_with("cotangent")).cloned().collect_vec();
         let cotangents = ordered(keys.into_iter().filter_map(|key| given.0.remove(&key).map(|value| (key, value))));
         let mut leaves = Vec::new();
         for (name, tensor) in &mut given.0 {
@@ -460,8 +461,8 @@ impl Model {
         let found = model.beam_search(&prompt, beams.seq_len, &search, &options)?;
         let (rows, kept) = (found.len(), if beams.return_beams_and_scores { beams.beams } else { 1 });
         let of_all = || (0..kept).flat_map(|beam| found.iter().map(move |row| &row[beam]));
-        let tokens: Vec<i64> = of_all().flat_map(|found| found.tokens.iter().copied()).collect();
-        let scores: Vec<f64> = of_all().map(|found| found.score).collect();
+        let tokens: Vec<i64> = of_all().flat_map(|found| found.tokens.iter().copied()).collect_vec();
+        let scores: Vec<f64> = of_all().map(|found| found.score).collect_vec();
         if !beams.return_beams_and_scores {
             return Ok(Forward::new("out", Tensor::from_vec(tokens, [rows, beams.seq_len], &self.device)?));
         }
@@ -496,7 +497,7 @@ fn filter(logits: &Tensor, config: &SamplingConfig) -> Result<Tensor> {
         )
     );
     let width = logits.shape()[1].max(1);
-    let rows: Vec<Vec<f64>> = logits.to_f64_vec()?.chunks(width).map(<[f64]>::to_vec).collect();
+    let rows: Vec<Vec<f64>> = logits.to_f64_vec()?.chunks(width).map(<[f64]>::to_vec).collect_vec();
     let probabilities: Vec<f64> = filter_probabilities(&rows, config)?.concat();
     Tensor::from_vec(probabilities, *logits.shape(), logits.device())?.to_dtype(logits.dtype())
 }

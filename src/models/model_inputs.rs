@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use super::{EncoderDecoderOptions, GenerateOptions, RunOptions};
 use crate::{
     DType, Device, Error, Result, Tensor,
+    collect::CollectVec,
     config::{Call, GenerateCall},
     nn::ForwardOptions,
-    params::ordered,
+    ordered::ordered,
 };
 
 /// Inputs by name, each of which must be used.
@@ -24,14 +25,14 @@ impl Inputs {
 
     /// Takes `mems.0`, `mems.1`, … up to the first that is missing.
     pub fn list(&mut self, name: &str) -> Option<Vec<Tensor>> {
-        let list: Vec<Tensor> = (0..).map_while(|index| self.take(&format!("{name}.{index}"))).collect();
+        let list: Vec<Tensor> = (0..).map_while(|index| self.take(&format!("{name}.{index}"))).collect_vec();
         (!list.is_empty()).then_some(list)
     }
 
     /// Takes all tensors of an object, by the names in it.
     pub fn object(&mut self, name: &str) -> BTreeMap<String, Tensor> {
         let prefix = format!("{name}.");
-        let keys: Vec<String> = self.0.keys().filter(|key| key.starts_with(&prefix)).cloned().collect();
+        let keys: Vec<String> = self.0.keys().filter(|key| key.starts_with(&prefix)).cloned().collect_vec();
         ordered(keys.into_iter().filter_map(|key| Some((key[prefix.len()..].to_string(), self.0.remove(&key)?))))
     }
 
@@ -97,7 +98,7 @@ impl Inputs {
     pub fn lengths(&mut self) -> Result<Option<Vec<usize>>> {
         let Some(lengths) = self.take("prompt_lens") else { return Ok(None) };
         let lengths = lengths.to_vec::<i64>()?;
-        Ok(Some(lengths.into_iter().map(|length| usize::try_from(length).unwrap_or(0)).collect()))
+        Ok(Some(lengths.into_iter().map(|length| usize::try_from(length).unwrap_or(0)).collect_vec()))
     }
 
     pub fn finish(self) -> Result<()> {
@@ -129,7 +130,7 @@ impl Ends {
         let width = start.shape().last().copied().unwrap_or(0).max(1);
         let rows = if start.dtype() == DType::I64 { start.to_vec::<i64>()? } else { Vec::new() };
         let end = |row: &[i64]| eos.is_some_and(|eos| row.contains(&eos)).then_some(0);
-        let ends = rows.chunks(width).map(end).collect();
+        let ends = rows.chunks(width).map(end).collect_vec();
         Ok(Self { eos, pad_value, pads_open_rows: generate.pads_open_rows, ends, length: 0 })
     }
 

@@ -20,7 +20,7 @@ pub struct AttentionPool {
 #[derive(Clone, Debug)]
 enum Pooler {
     Attention(Box<Attention>),
-    Layers(AttentionLayers),
+    Layers(Box<AttentionLayers>),
 }
 
 impl AttentionPool {
@@ -30,7 +30,7 @@ impl AttentionPool {
         let place = store.at("pooler");
         let pooler = match &plan.pooler {
             PoolerPlan::Attention(plan) => Pooler::Attention(Box::new(Attention::new(plan, None, &place)?)),
-            PoolerPlan::Layers(plan) => Pooler::Layers(AttentionLayers::new(plan, &place)?),
+            PoolerPlan::Layers(plan) => Pooler::Layers(Box::new(AttentionLayers::new(plan, &place)?)),
         };
         Ok(Self {
             queries: (plan.tokens > 0).then(queries).transpose()?,

@@ -29,7 +29,7 @@ impl RecordedDecode {
         sampling: &SamplingConfig,
         seed: u64,
     ) -> Result<Self> {
-        let device = model.token_emb().table().device().clone();
+        let device = model.token_emb().device();
         ensure!(device != Device::Cpu, Error::argument("graph", "expected a model on a GPU"));
         ensure!(!cache.is_empty(), Error::argument("graph", "expected a cache with a prompt; call `extend` first"));
         let batch = cache.batch();

@@ -3,8 +3,10 @@
 use super::{AutoregressiveWrapper, DecodeCache, GenerateOptions, TransformerWrapper};
 use crate::{
     DType, Device, Error, Result, Tensor,
+    collect::CollectVec,
     error::{ErrorContext, ensure},
     nn::ForwardOptions,
+    sort::sort,
 };
 
 /// Growing sequences, with their cache.
@@ -50,7 +52,7 @@ impl<'m> Rows<'m> {
                 format_args!("expected at least one token, got shape {:?}", start_tokens.shape())
             )
         );
-        let tokens: Vec<Vec<i64>> = start_tokens.to_vec::<i64>()?.chunks(t).map(<[i64]>::to_vec).collect();
+        let tokens: Vec<Vec<i64>> = start_tokens.to_vec::<i64>()?.chunks(t).map(<[i64]>::to_vec).collect_vec();
         let vocabulary = net.plan().num_tokens;
         if let Some(&index) = tokens.iter().flatten().find(|&&token| token < 0 || token as usize >= vocabulary) {
             return Err(Error::index("start_tokens", "token", index, vocabulary));
@@ -101,8 +103,8 @@ impl<'m> Rows<'m> {
 
     /// Selects these rows in this order; a row may be selected several times.
     pub fn select(&mut self, rows: &[usize]) -> Result<()> {
-        self.tokens = rows.iter().map(|&row| self.tokens[row].clone()).collect();
-        self.mask = self.mask.as_ref().map(|mask| rows.iter().map(|&row| mask[row].clone()).collect());
+        self.tokens = rows.iter().map(|&row| self.tokens[row].clone()).collect_vec();
+        self.mask = self.mask.as_ref().map(|mask| rows.iter().map(|&row| mask[row].clone()).collect_vec());
         self.forward = of_rows(&self.forward, rows)?;
         match &mut self.cache {
             Some(cache) => cache.select_rows(rows),
@@ -112,17 +114,17 @@ impl<'m> Rows<'m> {
 
     /// Returns for each wanted row the logits after its last token, in f64; an empty row for the others.
     pub fn next_logits(&mut self, wanted: &[bool]) -> Result<Vec<Vec<f64>>> {
-        let last: Vec<usize> = wanted.iter().map(|&wanted| usize::from(wanted)).collect();
-        Ok(self.last_logits(&last)?.into_iter().map(|mut rows| rows.pop().unwrap_or_default()).collect())
+        let last: Vec<usize> = wanted.iter().map(|&wanted| usize::from(wanted)).collect_vec();
+        Ok(self.last_logits(&last)?.into_iter().map(|mut rows| rows.pop().unwrap_or_default()).collect_vec())
     }
 
     /// Returns the logits after the last token of every row, `[b, num_tokens]`; those of unwanted rows are arbitrary.
     pub fn logits_of_all(&mut self, wanted: &[bool]) -> Result<Tensor> {
-        let last: Vec<usize> = wanted.iter().map(|&wanted| usize::from(wanted)).collect();
+        let last: Vec<usize> = wanted.iter().map(|&wanted| usize::from(wanted)).collect_vec();
         let (order, mut hidden) = self.last_hidden(&last)?;
         if order.len() < last.len() || order.iter().enumerate().any(|(at, &row)| at != row) {
             let place = |row: usize| order.iter().position(|&other| other == row).unwrap_or(0) as i64;
-            let index: Vec<i64> = (0..last.len()).map(place).collect();
+            let index: Vec<i64> = (0..last.len()).map(place).collect_vec();
             hidden = hidden.embedding(&Tensor::from_vec(index, [last.len()], &self.device)?)?;
         }
         Ok(self.net.logits(&hidden).context("net")?.detach())
@@ -144,20 +146,20 @@ impl<'m> Rows<'m> {
     fn last_hidden(&mut self, last: &[usize]) -> Result<(Vec<usize>, Tensor)> {
         let window = self.window();
         let anew = |row: &usize| last[*row] > 0 && (self.cache.is_none() || self.tokens[*row].len() > window);
-        let anew: Vec<usize> = (0..last.len()).filter(anew).collect();
+        let anew: Vec<usize> = (0..last.len()).filter(anew).collect_vec();
         let (mut order, mut parts) = self.extend(last)?;
-        let mut lengths: Vec<usize> = anew.iter().map(|&row| self.tokens[row].len().min(window)).collect();
-        lengths.sort_unstable();
+        let mut lengths: Vec<usize> = anew.iter().map(|&row| self.tokens[row].len().min(window)).collect_vec();
+        sort(&mut lengths);
         lengths.dedup();
         for seen in lengths {
             let rows: Vec<usize> =
-                anew.iter().copied().filter(|&row| self.tokens[row].len().min(window) == seen).collect();
+                anew.iter().copied().filter(|&row| self.tokens[row].len().min(window) == seen).collect_vec();
             parts.push(self.recompute(&rows, seen)?);
             order.extend(rows);
         }
         let hidden = match &parts[..] {
             [only] => only.clone(),
-            parts => Tensor::cat(&parts.iter().collect::<Vec<_>>(), 0)?,
+            parts => Tensor::cat(&parts.iter().collect_vec(), 0)?,
         };
         Ok((order, hidden))
     }
@@ -176,7 +178,7 @@ impl<'m> Rows<'m> {
             if n == 0 {
                 return Ok((order, parts));
             }
-            let counts: Vec<usize> = (0..b).map(|row| pending(row).min(n)).collect();
+            let counts: Vec<usize> = (0..b).map(|row| pending(row).min(n)).collect_vec();
             let starts = cache.lengths().to_vec();
             let mut new = vec![0; b * n];
             let mut kept = vec![true; b * n];
@@ -202,7 +204,7 @@ impl<'m> Rows<'m> {
             let dim = hidden.dim(2)?;
             let mut hidden = hidden.reshape([b * n, dim])?;
             if wanted.len() < b * n {
-                let index: Vec<i64> = wanted.iter().map(|&(_, at)| at as i64).collect();
+                let index: Vec<i64> = wanted.iter().map(|&(_, at)| at as i64).collect_vec();
                 hidden = hidden.embedding(&Tensor::from_vec(index, [wanted.len()], &self.device)?)?;
             }
             order.extend(wanted.into_iter().map(|(row, _)| row));
@@ -215,11 +217,12 @@ impl<'m> Rows<'m> {
     fn recompute(&self, rows: &[usize], seen: usize) -> Result<Tensor> {
         let b = rows.len();
         let last = |row: &Vec<i64>| row[row.len() - seen..].to_vec();
-        let window: Vec<i64> = rows.iter().flat_map(|&row| last(&self.tokens[row])).collect();
+        let window: Vec<i64> = rows.iter().flat_map(|&row| last(&self.tokens[row])).collect_vec();
         let window = Tensor::from_vec(window, [b, seen], &self.device)?;
         let mut options = if b == self.tokens.len() { self.forward.clone() } else { of_rows(&self.forward, rows)? };
         if let Some(mask) = &self.mask {
-            let mask: Vec<bool> = rows.iter().flat_map(|&row| mask[row][mask[row].len() - seen..].to_vec()).collect();
+            let mask: Vec<bool> =
+                rows.iter().flat_map(|&row| mask[row][mask[row].len() - seen..].to_vec()).collect_vec();
             options.mask = Some(Tensor::from_vec(mask, [b, seen], &self.device)?);
         }
         // Only the last position needs logits.
@@ -231,8 +234,8 @@ impl<'m> Rows<'m> {
 /// Returns the options of these rows.
 fn of_rows(options: &ForwardOptions, rows: &[usize]) -> Result<ForwardOptions> {
     let pick = |x: &Tensor| -> Result<Tensor> {
-        let parts = rows.iter().map(|&row| x.narrow(0, row, 1)).collect::<Result<Vec<_>>>()?;
-        Tensor::cat(&parts.iter().collect::<Vec<_>>(), 0)
+        let parts = rows.iter().map(|&row| x.narrow(0, row, 1)).try_collect_vec()?;
+        Tensor::cat(&parts.iter().collect_vec(), 0)
     };
     // An attention mask has rows only if it has four dimensions.
     let pairs = |mask: &Tensor| if mask.rank() == 4 && mask.shape()[0] > 1 { pick(mask) } else { Ok(mask.clone()) };
@@ -240,7 +243,7 @@ fn of_rows(options: &ForwardOptions, rows: &[usize]) -> Result<ForwardOptions> {
         context: options.context.as_ref().map(pick).transpose()?,
         context_mask: options.context_mask.as_ref().map(pick).transpose()?,
         attn_mask: options.attn_mask.as_ref().map(pairs).transpose()?,
-        mems: options.mems.as_ref().map(|mems| mems.iter().map(pick).collect()).transpose()?,
+        mems: options.mems.as_ref().map(|mems| mems.iter().map(pick).try_collect_vec()).transpose()?,
         prepend_embeds: options.prepend_embeds.as_ref().map(pick).transpose()?,
         prepend_mask: options.prepend_mask.as_ref().map(pick).transpose()?,
         condition: options.condition.as_ref().map(pick).transpose()?,
@@ -285,5 +288,5 @@ fn prompt_mask(forward: &ForwardOptions, b: usize, t: usize) -> Result<Option<Ve
         fits,
         Error::shape("mask", format_args!("expected bool [{b}, {t}], got {:?} {}", mask.shape(), mask.dtype()))
     );
-    Ok(Some(mask.to_vec::<bool>()?.chunks(t).map(<[bool]>::to_vec).collect()))
+    Ok(Some(mask.to_vec::<bool>()?.chunks(t).map(<[bool]>::to_vec).collect_vec()))
 }

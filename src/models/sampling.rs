@@ -5,6 +5,7 @@ use crate::{
     config::{FilterLogits, SamplingConfig},
     error::{ErrorContext, ensure},
     ops::{SampleFilter, SampleSpec},
+    sort::order,
 };
 
 /// Rejects settings outside their domain.
@@ -90,49 +91,42 @@ pub fn filter_probabilities(logits: &[Vec<f64>], config: &SamplingConfig) -> Res
             )
         );
     }
-    if config.temperature == 0.0 {
-        return Ok(logits.iter().map(|row| one_hot(row)).collect());
+    // The largest probability of the batch, for `top_a`.
+    let best = || logits.iter().flat_map(|row| softmax(row)).fold(0.0, f64::max);
+    let limit = match config.filter_logits_fn {
+        FilterLogits::TopA => best().powf(config.min_p_pow) * config.min_p_ratio,
+        _ => 0.0,
+    };
+    Ok(logits.iter().map(|row| distribution(row, config, limit)).collect())
+}
+
+/// Returns the distribution of [`filter_probabilities`] for one row; `limit` is the least probability of `top_a`.
+fn distribution(row: &[f64], config: &SamplingConfig, limit: f64) -> Vec<f64> {
+    let SamplingConfig { filter_thres: thres, temperature, .. } = *config;
+    if temperature == 0.0 {
+        return one_hot(row);
     }
     // The largest logit is subtracted first, or small temperatures would make the others overflow.
     let scaled = |row: &[f64]| {
         let best = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        row.iter().map(|x| (x - best) / config.temperature).collect::<Vec<_>>()
+        row.iter().map(|x| (x - best) / temperature).collect::<Vec<_>>()
     };
-    let thres = config.filter_thres;
-    Ok(match config.filter_logits_fn {
-        FilterLogits::None => logits.iter().map(|row| softmax(&scaled(row))).collect(),
-        FilterLogits::Entmax => logits.iter().map(|row| entmax(&scaled(row), 1.3)).collect(),
-        FilterLogits::TopK => {
-            let keep = |row: &[f64]| config.k.unwrap_or(kept_by_share(thres, Some(&row.len())));
-            logits.iter().map(|row| softmax(&scaled(&only_best(row, keep(row))))).collect()
-        }
-        FilterLogits::TopShare => {
-            let keep = |row: &[f64]| share(thres, Some(&row.len()));
-            logits.iter().map(|row| softmax(&scaled(&only_best(row, keep(row))))).collect()
-        }
-        FilterLogits::TopP => {
-            logits.iter().map(|row| softmax(&scaled(&only_mass(row, |before| before > 1.0 - thres)))).collect()
-        }
-        FilterLogits::Nucleus => {
-            logits.iter().map(|row| softmax(&scaled(&only_mass(row, |before| before >= thres)))).collect()
-        }
-        FilterLogits::TopA => {
-            let probabilities: Vec<Vec<f64>> = logits.iter().map(|row| softmax(row)).collect();
-            let best = probabilities.iter().flatten().copied().fold(0.0, f64::max);
-            let limit = best.powf(config.min_p_pow) * config.min_p_ratio;
-            probabilities.iter().map(|row| uniform_above(row, limit)).collect()
-        }
+    let kept = match config.filter_logits_fn {
+        FilterLogits::None => row.to_vec(),
+        FilterLogits::Entmax => return entmax(&scaled(row), 1.3),
+        FilterLogits::TopA => return uniform_above(&softmax(row), limit),
+        FilterLogits::TopK => only_best(row, config.k.unwrap_or(kept_by_share(thres, Some(&row.len())))),
+        FilterLogits::TopShare => only_best(row, share(thres, Some(&row.len()))),
+        FilterLogits::TopP => only_mass(row, &|before| before > 1.0 - thres),
+        FilterLogits::Nucleus => only_mass(row, &|before| before >= thres),
         FilterLogits::MinP | FilterLogits::RowTopA => {
             let power = if config.filter_logits_fn == FilterLogits::MinP { 1.0 } else { config.min_p_pow };
-            let filter = |row: &Vec<f64>| {
-                let probabilities = softmax(row);
-                let limit = probabilities.iter().copied().fold(0.0, f64::max).powf(power) * config.min_p_ratio;
-                let kept = row.iter().zip(probabilities).map(|(&x, p)| if p < limit { f64::NEG_INFINITY } else { x });
-                softmax(&scaled(&kept.collect::<Vec<_>>()))
-            };
-            logits.iter().map(filter).collect()
+            let probabilities = softmax(row);
+            let limit = probabilities.iter().copied().fold(0.0, f64::max).powf(power) * config.min_p_ratio;
+            row.iter().zip(probabilities).map(|(&x, p)| if p < limit { f64::NEG_INFINITY } else { x }).collect()
         }
-    })
+    };
+    softmax(&scaled(&kept))
 }
 
 /// Draws one token per row in f64; [`sample_tokens`] is faster. `draws` are uniform in `[0, 1)`.
@@ -180,13 +174,6 @@ fn uniform_above(probabilities: &[f64], limit: f64) -> Vec<f64> {
     probabilities.iter().map(|&p| if p >= limit { 1.0 / kept as f64 } else { 0.0 }).collect()
 }
 
-/// Returns tokens by decreasing logit; ties in the order of tokens.
-fn best_first(row: &[f64]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..row.len()).collect();
-    order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
-    order
-}
-
 /// Returns the logits of these tokens, −∞ for the others.
 fn only(row: &[f64], tokens: impl Iterator<Item = usize>) -> Vec<f64> {
     let mut kept = vec![f64::NEG_INFINITY; row.len()];
@@ -210,11 +197,12 @@ pub(super) fn best(row: &[f64], k: usize) -> Vec<usize> {
 }
 
 /// Keeps the highest logits until the mass before the next one is enough; at least one.
-fn only_mass(row: &[f64], enough: impl Fn(f64) -> bool) -> Vec<f64> {
+fn only_mass(row: &[f64], enough: &dyn Fn(f64) -> bool) -> Vec<f64> {
     let probabilities = softmax(row);
     let mut before = 0.0;
-    let order = best_first(row).into_iter().enumerate();
-    let kept = order.take_while(|&(rank, token)| {
+    // Ties in the order of tokens.
+    let order = order(row.len(), &|a, b| row[b].total_cmp(&row[a]));
+    let kept = order.into_iter().enumerate().take_while(|&(rank, token)| {
         let stays = rank == 0 || !enough(before);
         before += probabilities[token];
         stays

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::TransformerWrapper;
-use crate::{DType, Error, Result, Tensor, error::ensure, nn::ForwardOptions};
+use crate::{DType, Error, Result, Tensor, collect::CollectVec, error::ensure, nn::ForwardOptions};
 
 /// Reduction of token embeddings to one vector; padding is ignored.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -174,7 +174,7 @@ impl fmt::Display for SentenceModule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pooling { modes, include_prompt } => {
-                let modes: Vec<String> = modes.iter().map(ToString::to_string).collect();
+                let modes: Vec<String> = modes.iter().map(ToString::to_string).collect_vec();
                 let prompt = if *include_prompt { "" } else { ", without the prompt" };
                 write!(f, "pooling: {}{prompt}", modes.join(" + "))
             }
@@ -290,11 +290,10 @@ impl SentenceEncoder {
             match module {
                 SentenceModule::Pooling { modes, include_prompt } => {
                     let kept = Kept::new(&hidden, mask, if *include_prompt { 0 } else { prompt_len })?;
-                    let parts =
-                        modes.iter().map(|&mode| self.pool(mode, &hidden, &kept)).collect::<Result<Vec<_>>>()?;
+                    let parts = modes.iter().map(|&mode| self.pool(mode, &hidden, &kept)).try_collect_vec()?;
                     text = Some(match &parts[..] {
                         [one] => one.clone(),
-                        several => Tensor::cat(&several.iter().collect::<Vec<_>>(), -1)?,
+                        several => Tensor::cat(&several.iter().collect_vec(), -1)?,
                     });
                 }
                 SentenceModule::Dense(layer, Features::Tokens) => hidden = layer.forward(&hidden)?,
@@ -321,7 +320,7 @@ impl SentenceEncoder {
             Pooling::Mean if kept.all => hidden.mean(&[1]),
             Pooling::Max => {
                 let (b, n) = (hidden.dim(0)?, hidden.dim(1)?);
-                let left_out = kept.rows.iter().flatten().map(|&kept| !kept).collect();
+                let left_out = kept.rows.iter().flatten().map(|&kept| !kept).collect_vec();
                 let left_out = Tensor::from_vec::<bool>(left_out, [b, n, 1], hidden.device())?;
                 hidden.masked_fill(&left_out, f64::NEG_INFINITY)?.max(1)
             }
@@ -356,9 +355,9 @@ impl Kept {
                 Error::shape("mask", format_args!("expected bool [{b}, {n}], got {:?} {}", mask.shape(), mask.dtype()))
             );
             let mask = mask.to_vec::<bool>()?;
-            rows = mask.chunks(n.max(1)).map(<[bool]>::to_vec).collect();
+            rows = mask.chunks(n.max(1)).map(<[bool]>::to_vec).collect_vec();
         }
-        let starts: Vec<usize> = rows.iter().map(|row| row.iter().position(|&kept| kept).unwrap_or(0)).collect();
+        let starts: Vec<usize> = rows.iter().map(|row| row.iter().position(|&kept| kept).unwrap_or(0)).collect_vec();
         for (row, &start) in rows.iter_mut().zip(&starts) {
             row.iter_mut().take(start.saturating_add(left_out)).for_each(|kept| *kept = false);
         }
@@ -372,11 +371,11 @@ impl Kept {
         let (b, n) = (hidden.dim(0)?, hidden.dim(1)?);
         let mut weights = Vec::with_capacity(b * n);
         for (row, &start) in self.rows.iter().zip(&self.starts) {
-            let only = |place: Option<usize>| (0..n).map(|at| if Some(at) == place { 1.0 } else { 0.0 }).collect();
+            let only = |place: Option<usize>| (0..n).map(|at| if Some(at) == place { 1.0 } else { 0.0 }).collect_vec();
             let over = |weight: &dyn Fn(usize) -> f64, whole: &dyn Fn(f64) -> f64| -> Vec<f64> {
                 let row = || row.iter().enumerate().map(|(at, &kept)| if kept { weight(at) } else { 0.0 });
                 let whole = whole(row().sum()).max(1e-9);
-                row().map(|weight| weight / whole).collect()
+                row().map(|weight| weight / whole).collect_vec()
             };
             weights.extend::<Vec<f64>>(match mode {
                 Pooling::FirstToken => only(Some(row.iter().position(|&kept| kept).unwrap_or(0))),

@@ -8,7 +8,7 @@ use super::{
     rows::Rows,
     sampling::{filter_probabilities, pick},
 };
-use crate::{Error, Philox, Result, Tensor, error::ensure};
+use crate::{Error, Philox, Result, Tensor, collect::CollectVec, error::ensure};
 
 /// Counts of proposed and accepted tokens in speculative decoding.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -69,8 +69,8 @@ impl AutoregressiveWrapper {
         let b = rows.tokens.len();
         options.check(b, own)?;
         let mut guesses = Rows::new(draft, start_tokens, room, options)?;
-        let prompts: Vec<usize> = rows.tokens.iter().map(Vec::len).collect();
-        let ended = rows.tokens.iter().map(|row| options.ends(row)).collect();
+        let prompts: Vec<usize> = rows.tokens.iter().map(Vec::len).collect_vec();
+        let ended = rows.tokens.iter().map(|row| options.ends(row)).collect_vec();
         let mut run = Run { options, ended, row_ends: options.row_ends.clone(), stats: SpeculativeStats::default() };
         loop {
             let open: Vec<usize> = (0..b)
@@ -78,13 +78,13 @@ impl AutoregressiveWrapper {
                     let tokens = &rows.tokens[row];
                     if run.ended[row] { 0 } else { seq_len - (tokens.len() - prompts[row]) }
                 })
-                .collect();
+                .collect_vec();
             if open.iter().all(|&left| left == 0) {
                 break;
             }
-            let before: Vec<usize> = rows.tokens.iter().map(Vec::len).collect();
+            let before: Vec<usize> = rows.tokens.iter().map(Vec::len).collect_vec();
             run.step(&mut rows, &mut guesses, &open, ahead)?;
-            let new: Vec<Vec<i64>> = rows.tokens.iter().zip(&before).map(|(row, &at)| row[at..].to_vec()).collect();
+            let new: Vec<Vec<i64>> = rows.tokens.iter().zip(&before).map(|(row, &at)| row[at..].to_vec()).collect_vec();
             if !on_token(&new) {
                 break;
             }
@@ -95,7 +95,7 @@ impl AutoregressiveWrapper {
             new.resize(longest, self.pad_value());
             new
         });
-        Ok((gathered(padded.collect(), start_tokens)?, run.stats))
+        Ok((gathered(padded.collect_vec(), start_tokens)?, run.stats))
     }
 }
 
@@ -110,14 +110,14 @@ impl Run<'_> {
     /// Runs one pass of the large model: at least one token for each row that has some left.
     fn step(&mut self, rows: &mut Rows, guesses: &mut Rows, left: &[usize], ahead: usize) -> Result<()> {
         let b = left.len();
-        let before: Vec<usize> = rows.tokens.iter().map(Vec::len).collect();
+        let before: Vec<usize> = rows.tokens.iter().map(Vec::len).collect_vec();
         // A row that outgrows the window of the large model continues without proposals.
         let window = rows.window();
         let proposals = |row: usize| ahead.min(left[row].saturating_sub(1)).min(window.saturating_sub(before[row]));
-        let wanted: Vec<usize> = (0..b).map(proposals).collect();
+        let wanted: Vec<usize> = (0..b).map(proposals).collect_vec();
         let mut guessed: Vec<Vec<Vec<f64>>> = vec![Vec::new(); b];
         for at in 0..wanted.iter().copied().max().unwrap_or(0) {
-            let open: Vec<bool> = wanted.iter().map(|&wanted| at < wanted).collect();
+            let open: Vec<bool> = wanted.iter().map(|&wanted| at < wanted).collect_vec();
             let logits = guesses.next_logits(&open)?;
             for (row, logits) in logits.into_iter().enumerate().filter(|&(row, _)| open[row]) {
                 let probabilities = self.probabilities(logits, &guesses.tokens[row])?;
@@ -131,7 +131,7 @@ impl Run<'_> {
                 rows.push(row, guesses.tokens[row][at]);
             }
         }
-        let last: Vec<usize> = (0..b).map(|row| if left[row] > 0 { wanted[row] + 1 } else { 0 }).collect();
+        let last: Vec<usize> = (0..b).map(|row| if left[row] > 0 { wanted[row] + 1 } else { 0 }).collect_vec();
         let logits = rows.last_logits(&last)?;
         self.stats.passes += 1;
         for (row, logits) in logits.into_iter().enumerate().filter(|&(row, _)| left[row] > 0) {

@@ -1,14 +1,18 @@
 //! Tokens in, logits out.
 
-use std::sync::Arc;
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    sync::Arc,
+};
 
 use super::{AttentionPool, embeddings::Embedded, positions::Absolute};
 use crate::{
-    DType, Error, Init, Param, ParamStore, Result, Tensor,
+    DType, Error, Init, Param, ParamStore, QuantType, Result, Tensor,
+    collect::CollectVec,
     config::{AttentionPoolPlan, LayerPlan, MemoryPlan, NormPlan, TransformerPlan, TransformerWrapperConfig},
     error::{ErrorContext, ensure},
-    nn::{AttentionLayers, Branch, Embedding, ForwardOptions, Linear, Norm},
-    ops::{Activation, Int8Matrix},
+    nn::{AttentionLayers, Branch, Embedding, ForwardOptions, Linear, Norm, Packer},
+    ops::{Activation, PackedMatrix},
 };
 
 /// Output of a wrapper.
@@ -74,8 +78,6 @@ pub struct TransformerWrapper {
     to_numbers: Option<Linear>,
     mlm_head: Option<MaskedHead>,
     pooler: Option<Linear>,
-    /// Embedding table for tied logits, in int8.
-    tied_int8: Option<Arc<Int8Matrix>>,
 }
 
 /// BERT's masked-LM head, before the embedding table.
@@ -98,9 +100,9 @@ impl MaskedHead {
         })
     }
 
-    fn forward(&self, x: &Tensor, table: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, table: &Embedding) -> Result<Tensor> {
         let x = self.activation.of(&self.dense.forward(x).context("dense")?)?;
-        self.norm.forward(&x).context("norm")?.linear(table, Some(&self.bias.tensor()))
+        table.logits(&self.norm.forward(&x).context("norm")?, Some(&self.bias.tensor()))
     }
 }
 
@@ -183,15 +185,14 @@ impl TransformerWrapper {
             cls_token: (plan.num_cls_tokens > 0).then(cls_token).transpose()?,
             attn_layers,
             attn_pool: plan.pool.as_ref().map(|pool| AttentionPool::new(pool, &store.at("attn_pool"))).transpose()?,
-            embeds: embeds.collect::<Result<_>>()?,
+            embeds: embeds.try_collect_vec()?,
             token_type_emb: (plan.num_token_types > 0).then(types).transpose()?,
             post_emb_norm: norm(plan.post_emb_norm, "post_emb_norm", plan.emb_dim)?,
             norm: norm(plan.layers.final_norm.filter(|_| !plan.layers.owns_final_norm), "norm", dim)?,
             mlm_head: plan.mlm_head.map(mlm_head).transpose()?,
             pooler: plan.pooler.then(|| Linear::new(&store.at("pooler"), dim, dim)).transpose()?,
-            to_logits: heads.iter().map(head).collect::<Result<_>>()?,
+            to_logits: heads.iter().map(head).try_collect_vec()?,
             to_numbers: plan.numerical_token.map(|_| numbers()).transpose()?,
-            tied_int8: None,
             plan,
         })
     }
@@ -206,22 +207,35 @@ impl TransformerWrapper {
         &self.token_emb
     }
 
-    /// Quantizes the weights of linear layers to int8, with one scale per row and sums in f32: decoding reads a quarter
-    /// of the bytes of f32. Embeddings, norms and gates are not quantized. A quantized model has no gradients; earlier
-    /// clones keep their weights.
+    /// Rounds the weights of linear layers and the table of token embeddings to a quantised type; norms, gates and biases
+    /// stay as they are. Rows that are not whole blocks take the type of [`QuantType::for_rows_of`], or stay floats.
     ///
-    /// On a text of 66 kB SmolLM2-135M has 1.3215 bits per byte instead of 1.3207 (`xt generate --score FILE --weights
-    /// int8`); the README has more.
+    /// The packed weights have no gradients and are in no map of parameters; the model of another clone keeps its own. See
+    /// [`PackedMatrix`] for what their products compute.
     ///
-    /// Errors: weights that are not finite.
+    /// Errors: weights that are not finite; a type that [is not packed](QuantType::is_packed).
     #[doc(alias = "quantize_dynamic")]
-    pub fn quantize_int8(&mut self) -> Result<()> {
-        self.attn_layers.quantize_int8().context("attn_layers")?;
-        self.project_emb.iter_mut().try_for_each(Linear::quantize_int8).context("project_emb")?;
-        if self.to_logits.is_empty() {
-            self.tied_int8 = Some(Arc::new(Int8Matrix::quantize(&self.token_emb.table().detach())?));
-        }
-        self.to_logits.iter_mut().try_for_each(Linear::quantize_int8).context("to_logits")
+    #[doc(alias = "int8")]
+    pub fn quantize(&mut self, kind: QuantType) -> Result<()> {
+        // Tied layers share what replaces their weights.
+        let mut packed = HashMap::new();
+        self.pack(&mut |param| {
+            let weight = param.tensor();
+            let &[_, columns] = &weight.shape()[..] else { return Ok(None) };
+            let Some(kind) = kind.for_rows_of(columns) else { return Ok(None) };
+            Ok(Some(match packed.entry(param.leaf()) {
+                Entry::Occupied(entry) => PackedMatrix::clone(entry.get()),
+                Entry::Vacant(entry) => entry.insert(PackedMatrix::quantize(&weight, kind)?).clone(),
+            }))
+        })
+    }
+
+    /// Replaces weights by packed ones: those of linear layers, and the table of token embeddings.
+    pub(crate) fn pack(&mut self, packer: Packer) -> Result<()> {
+        self.token_emb.pack(packer).context("token_emb")?;
+        self.attn_layers.pack(packer).context("attn_layers")?;
+        self.project_emb.iter_mut().try_for_each(|linear| linear.pack(packer)).context("project_emb")?;
+        self.to_logits.iter_mut().try_for_each(|linear| linear.pack(packer)).context("to_logits")
     }
 
     /// Returns the layers.
@@ -271,8 +285,7 @@ impl TransformerWrapper {
             return Ok(output);
         }
         output.out = self.logits(&x)?;
-        output.others =
-            self.to_logits.iter().skip(1).map(|head| self.squeezed(head.forward(&x)?)).collect::<Result<_>>()?;
+        output.others = self.to_logits.iter().skip(1).map(|head| self.squeezed(head.forward(&x)?)).try_collect_vec()?;
         if let Some(to_numbers) = &self.to_numbers {
             output.others.push(to_numbers.forward(&x).context("to_numerical_output.0")?.squeeze(-1)?);
         }
@@ -285,13 +298,11 @@ impl TransformerWrapper {
     ///
     /// Errors: those of [`TransformerWrapper::logits`] and [`Tensor::cross_entropy`].
     pub fn cross_entropy(&self, embeddings: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
-        match (&self.mlm_head, self.to_logits.first(), &self.tied_int8) {
-            (None, Some(to_logits), _) => {
-                to_logits.cross_entropy(embeddings, targets, ignore_index).context("to_logits")
-            }
-            (None, None, None) if !self.plan.return_only_embed => self
+        match (&self.mlm_head, self.to_logits.first()) {
+            (None, Some(to_logits)) => to_logits.cross_entropy(embeddings, targets, ignore_index).context("to_logits"),
+            (None, None) if !self.plan.return_only_embed => self
                 .for_tied_logits(embeddings)?
-                .linear_cross_entropy(&self.token_emb.table(), None, targets, ignore_index)
+                .linear_cross_entropy(&self.token_emb.table()?, None, targets, ignore_index)
                 .context("to_logits"),
             _ => self.logits(embeddings)?.cross_entropy(targets, ignore_index),
         }
@@ -301,12 +312,11 @@ impl TransformerWrapper {
     pub fn logits(&self, embeddings: &Tensor) -> Result<Tensor> {
         ensure!(!self.plan.return_only_embed, Error::option("return_only_embed", "must be false to compute logits"));
         if let Some(head) = &self.mlm_head {
-            return head.forward(embeddings, &self.token_emb.table()).context("mlm_head");
+            return head.forward(embeddings, &self.token_emb).context("mlm_head");
         }
-        let logits = match (self.to_logits.first(), &self.tied_int8) {
-            (Some(to_logits), _) => to_logits.forward(embeddings),
-            (None, Some(table)) => table.linear(&self.for_tied_logits(embeddings)?, None),
-            (None, None) => self.for_tied_logits(embeddings)?.linear(&self.token_emb.table(), None),
+        let logits = match self.to_logits.first() {
+            Some(to_logits) => to_logits.forward(embeddings),
+            None => self.token_emb.logits(&self.for_tied_logits(embeddings)?, None),
         };
         self.squeezed(logits.context("to_logits")?)
     }
@@ -359,7 +369,7 @@ impl TransformerWrapper {
             let kept = last_memories(&joined, self.plan.memories)?;
             Ok(if options.attached_mems { kept } else { kept.detach() })
         };
-        hiddens.iter().enumerate().map(join).collect()
+        hiddens.iter().enumerate().map(join).try_collect_vec()
     }
 }
 
@@ -398,7 +408,7 @@ pub(crate) fn mean_over_tokens(x: &Tensor, mask: Option<&Tensor>) -> Result<Tens
             let kept = row.iter().filter(|&&kept| kept).count().max(1) as f64;
             row.iter().map(move |&keep| if keep { 1.0 / kept } else { 0.0 })
         })
-        .collect();
+        .collect_vec();
     let weights = Tensor::from_vec(weights, [x.dim(0)?, 1, n], x.device())?.to_dtype(x.dtype())?;
     weights.matmul(x)?.squeeze(1)
 }

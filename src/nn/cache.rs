@@ -7,6 +7,7 @@ use super::{
 };
 use crate::{
     DType, Device, Error, Result, Tensor,
+    collect::CollectVec,
     error::{ErrorContext, ensure},
 };
 
@@ -139,10 +140,10 @@ impl LayersCache {
         let device =
             self.layers.iter_mut().flat_map(LayerCache::tensors_mut).next().map(|tensor| tensor.device().clone());
         self.batch = rows.len();
-        self.lengths = rows.iter().map(|&row| self.lengths[row]).collect();
-        self.kept = self.kept.as_ref().map(|kept| rows.iter().map(|&row| kept[row].clone()).collect());
+        self.lengths = rows.iter().map(|&row| self.lengths[row]).collect_vec();
+        self.kept = self.kept.as_ref().map(|kept| rows.iter().map(|&row| kept[row].clone()).collect_vec());
         let Some(device) = device else { return Ok(()) };
-        let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+        let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect_vec();
         let rows = Tensor::from_vec(rows, [self.batch], &device)?;
         let tensors = self.layers.iter_mut().flat_map(LayerCache::tensors_mut);
         tensors.chain(self.options.context.as_mut()).try_for_each(|tensor| select(tensor, &rows))?;
@@ -157,7 +158,7 @@ impl LayersCache {
         let device_lengths = match &self.followed {
             Some(lengths) => lengths.clone(),
             None => {
-                let lengths: Vec<i64> = self.lengths.iter().map(|&length| length as i64).collect();
+                let lengths: Vec<i64> = self.lengths.iter().map(|&length| length as i64).collect_vec();
                 Tensor::from_vec(lengths, [self.batch], device)?
             }
         };

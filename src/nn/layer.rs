@@ -3,11 +3,12 @@
 use std::{borrow::Cow, sync::Arc};
 
 use super::{
-    Attention, AttentionInput, Branch, FeedForward, Linear, Norm, Past, Residual, Rotation, cache::Decode,
+    Attention, AttentionInput, Branch, FeedForward, Norm, Packer, Past, Residual, Rotation, cache::Decode,
     residual::Stream, wrap::Wrap,
 };
 use crate::{
     Error, ParamStore, Result, Tensor, checkpoint,
+    collect::CollectVec,
     config::{BranchPlan, LayerPlan},
     error::{ErrorContext, ensure},
     ops::PositionBias,
@@ -82,11 +83,11 @@ impl Layer {
         }
     }
 
-    /// Quantizes the weights of the linear layers to 8 bits for later calls; a custom branch is unchanged.
-    pub fn quantize_int8(&mut self) -> Result<()> {
+    /// Replaces weights of linear layers by packed ones; a custom branch is unchanged.
+    pub fn pack(&mut self, packer: Packer) -> Result<()> {
         match &mut self.function {
-            Function::Attention(attention) => attention.linears_mut().try_for_each(Linear::quantize_int8),
-            Function::FeedForward(feedforward) => feedforward.linears_mut().try_for_each(Linear::quantize_int8),
+            Function::Attention(attention) => attention.linears_mut().try_for_each(|linear| linear.pack(packer)),
+            Function::FeedForward(feedforward) => feedforward.linears_mut().try_for_each(|linear| linear.pack(packer)),
             Function::Custom(_) => Ok(()),
         }
     }
@@ -153,8 +154,8 @@ impl Layer {
         let x = stream.whole()?;
         let mut input = input.clone();
         // Tensors that receive gradients must be inputs of the checkpoint; the closure captures the rest.
-        let flowing: Vec<Tensor> = flowing_mut(&mut input).map(|tensor| tensor.clone()).collect();
-        let inputs: Vec<&Tensor> = std::iter::once(&x).chain(&flowing).collect();
+        let flowing: Vec<Tensor> = flowing_mut(&mut input).map(|tensor| tensor.clone()).collect_vec();
+        let inputs: Vec<&Tensor> = std::iter::once(&x).chain(&flowing).collect_vec();
         let layer = self.clone();
         let run = move |given: &[Tensor]| {
             let mut input = input.clone();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    AttentionInput, Branch, ForwardOptions, LayersCache, Linear, Norm, RelativePositionBias, Rotation,
+    AttentionInput, Branch, ForwardOptions, LayersCache, Linear, Norm, Packer, RelativePositionBias, Rotation,
     attention::{causal_mask, soft_clamp},
     cache::{Decode, LayerCache},
     layer::Layer,
@@ -14,6 +14,7 @@ use super::{
 use crate::{
     DType, Error, Init, Param, ParamStore, Result, Tensor,
     autograd::dropout_stream,
+    collect::CollectVec,
     config::{AttentionPlan, BranchPlan, LayerPlan, LayersPlan, RotaryPlan, ScoreResidual, ValueResidual},
     error::{ErrorContext, ensure},
     ops::Window,
@@ -116,7 +117,7 @@ impl AttentionLayers {
             let at = at.ok_or_else(missing)?;
             modules.push(layer((index, &plan.layers[at]))?);
         }
-        let layers: Vec<Layer> = plan.modules.iter().map(|&index| modules[index].clone()).collect();
+        let layers: Vec<Layer> = plan.modules.iter().map(|&index| modules[index].clone()).collect_vec();
         let bias = RelativePositionBias::new(plan.positions.bias, &store.at("rel_pos"))?;
         let own_norm = plan.final_norm.filter(|_| plan.owns_final_norm);
         let final_norm = own_norm.map(|norm| Norm::new(norm, plan.dim, &store.at("final_norm"))).transpose()?;
@@ -137,13 +138,10 @@ impl AttentionLayers {
         Ok(Self { plan, layers, bias, rotary, infused, polar, adaptive_mlp: network, stream_emb, final_norm })
     }
 
-    /// Quantizes the weights of all linear layers to 8 bits for later calls; norms, gates and custom branches are
-    /// unchanged.
-    ///
-    /// Errors: weights that are not finite.
-    pub fn quantize_int8(&mut self) -> Result<()> {
+    /// Replaces weights of linear layers by packed ones; norms, gates and custom branches are unchanged.
+    pub(crate) fn pack(&mut self, packer: Packer) -> Result<()> {
         let mut layers = self.layers.iter_mut().enumerate();
-        layers.try_for_each(|(index, layer)| layer.quantize_int8().context(format_args!("layers.{index}")))
+        layers.try_for_each(|(index, layer)| layer.pack(packer).context(format_args!("layers.{index}")))
     }
 
     /// Returns the plan of the layers, in which custom branches are [`BranchPlan::Custom`].

@@ -1,11 +1,49 @@
 //! Linear layers and embedding tables.
 
-use std::sync::Arc;
-
 use crate::{
-    Init, Param, ParamStore, Result, Tensor,
-    ops::{Activation, Int8Matrix},
+    DType, Device, Init, Param, ParamStore, Result, Tensor,
+    ops::{Activation, PackedMatrix},
 };
+
+/// Matrix of a layer: a parameter, or a packed matrix that has taken its place.
+#[derive(Clone, Debug)]
+enum Weight {
+    Param(Param),
+    Packed {
+        matrix: PackedMatrix,
+        /// Type of the parameter before.
+        dtype: DType,
+    },
+}
+
+/// Returns the packed form of a parameter, or `None` to keep it.
+pub(crate) type Packer<'p> = &'p mut dyn FnMut(&Param) -> Result<Option<PackedMatrix>>;
+
+impl Weight {
+    /// Replaces the parameter, unless it has been replaced or is to be kept.
+    fn pack(&mut self, packer: Packer) -> Result<()> {
+        let Self::Param(param) = self else { return Ok(()) };
+        if let Some(matrix) = packer(param)? {
+            let dtype = param.tensor().dtype();
+            *self = Self::Packed { matrix, dtype };
+        }
+        Ok(())
+    }
+
+    fn linear(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        match self {
+            Self::Param(weight) => x.linear(&weight.tensor(), bias),
+            Self::Packed { matrix, .. } => matrix.linear(x, bias),
+        }
+    }
+
+    fn floats(&self) -> Result<Tensor> {
+        match self {
+            Self::Param(weight) => Ok(weight.tensor()),
+            Self::Packed { matrix, dtype } => matrix.dequantize(*dtype),
+        }
+    }
+}
 
 /// Linear layer `x Wᵀ + b`, PyTorch's `nn.Linear`: `weight [out, in]`, `bias [out]`.
 ///
@@ -21,10 +59,8 @@ use crate::{
 #[derive(Clone, Debug)]
 #[doc(alias = "Dense")]
 pub struct Linear {
-    weight: Param,
+    weight: Weight,
     bias: Option<Param>,
-    /// 8-bit weight, used instead of the weight once quantized.
-    int8: Option<Arc<Int8Matrix>>,
 }
 
 impl Linear {
@@ -61,58 +97,42 @@ impl Linear {
         bias: Option<Init>,
     ) -> Result<Self> {
         Ok(Self {
-            weight: store.param("weight", [fan_out, fan_in], weight)?,
+            weight: Weight::Param(store.param("weight", [fan_out, fan_in], weight)?),
             bias: bias.map(|bias| store.param("bias", [fan_out], bias)).transpose()?,
-            int8: None,
         })
     }
 
     /// Computes the layer: `[.., in] → [.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.product(x, self.bias.as_ref())
+        self.weight.linear(x, self.bias.as_ref().map(Param::tensor).as_ref())
     }
 
-    /// Returns the weight, `[out, in]`.
-    pub(super) fn weight(&self) -> Tensor {
-        self.weight.tensor()
+    /// Returns the weight, `[out, in]`; a packed one is dequantised.
+    pub(super) fn weight(&self) -> Result<Tensor> {
+        self.weight.floats()
     }
 
-    /// Computes the product with the weight or its 8-bit form, plus the bias if one is given.
-    fn product(&self, x: &Tensor, bias: Option<&Param>) -> Result<Tensor> {
-        let bias = bias.map(Param::tensor);
-        match &self.int8 {
-            Some(weight) => weight.linear(x, bias.as_ref()),
-            None => x.linear(&self.weight.tensor(), bias.as_ref()),
-        }
-    }
-
-    /// Quantizes the weight to 8 bits for later calls.
-    ///
-    /// Errors: a weight that is not finite.
-    pub fn quantize_int8(&mut self) -> Result<()> {
-        self.int8 = Some(Arc::new(Int8Matrix::quantize(&self.weight.tensor().detach())?));
-        Ok(())
+    /// Replaces the weight by a packed one, which has no gradient and is in no map of parameters; the bias stays.
+    pub(crate) fn pack(&mut self, packer: Packer) -> Result<()> {
+        self.weight.pack(packer)
     }
 
     /// Computes `activation(x Wᵀ + b)`, with the bias fused into the activation.
     pub fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let Some(bias) = &self.bias else { return activation.of(&self.forward(x)?) };
-        self.product(x, None)?.add_activation(&bias.tensor(), activation)
+        self.weight.linear(x, None)?.add_activation(&bias.tensor(), activation)
     }
 
     /// Computes the mean cross-entropy of the outputs, see [`Tensor::linear_cross_entropy`].
     pub fn cross_entropy(&self, x: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
-        if self.int8.is_some() {
-            return self.forward(x)?.cross_entropy(targets, ignore_index);
-        }
         let bias = self.bias.as_ref().map(Param::tensor);
-        x.linear_cross_entropy(&self.weight.tensor(), bias.as_ref(), targets, ignore_index)
+        x.linear_cross_entropy(&self.weight.floats()?, bias.as_ref(), targets, ignore_index)
     }
 
     /// Like [`Linear::activated`], but with a gated unit: `[.., in] → [.., out / 2]`, see [`Tensor::glu`].
     pub fn gated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let Some(bias) = &self.bias else { return self.forward(x)?.glu(activation) };
-        self.product(x, None)?.add_glu(&bias.tensor(), activation)
+        self.weight.linear(x, None)?.add_glu(&bias.tensor(), activation)
     }
 }
 
@@ -128,29 +148,71 @@ impl Linear {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Embedding {
-    weight: Param,
+    weight: Weight,
 }
 
 impl Embedding {
     /// Creates a table of `count` vectors.
     pub fn new(store: &ParamStore, count: usize, dim: usize, init: Init) -> Result<Self> {
-        Ok(Self { weight: store.param("weight", [count, dim], init)? })
+        Ok(Self { weight: Weight::Param(store.param("weight", [count, dim], init)?) })
     }
 
-    /// Shares the table of another module and registers it under this place's name too.
+    /// Shares the table of another module and registers it under this place's name too, unless it is packed.
     pub fn tied(store: &ParamStore, other: &Embedding) -> Result<Self> {
-        Ok(Self { weight: store.tie("weight", &other.weight)? })
+        if let Weight::Param(param) = &other.weight {
+            store.tie("weight", param)?;
+        }
+        Ok(other.clone())
+    }
+
+    /// Replaces the table by a packed one, which has no gradient and is in no map of parameters.
+    pub(crate) fn pack(&mut self, packer: Packer) -> Result<()> {
+        self.weight.pack(packer)
     }
 
     /// Looks up rows by index: `[..] → [.., dim]`.
     ///
     /// Errors: an index is out of range.
     pub fn forward(&self, indices: &Tensor) -> Result<Tensor> {
-        self.weight.tensor().embedding(indices)
+        match &self.weight {
+            Weight::Param(table) => table.tensor().embedding(indices),
+            Weight::Packed { matrix, dtype } => matrix.embedding(indices, *dtype),
+        }
     }
 
-    /// Returns the table, `[count, dim]`.
-    pub fn table(&self) -> Tensor {
-        self.weight.tensor()
+    /// Computes the products with all rows, plus a bias `[count]`: tied logits, `[.., dim] → [.., count]`.
+    pub fn logits(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        self.weight.linear(x, bias)
+    }
+
+    /// Returns the table, `[count, dim]`; a packed one is dequantised by each call.
+    ///
+    /// Errors: out of memory.
+    pub fn table(&self) -> Result<Tensor> {
+        self.weight.floats()
+    }
+
+    /// Returns the dtype of the vectors.
+    pub fn dtype(&self) -> DType {
+        match &self.weight {
+            Weight::Param(table) => table.tensor().dtype(),
+            Weight::Packed { dtype, .. } => *dtype,
+        }
+    }
+
+    /// Returns the device of the table.
+    pub fn device(&self) -> Device {
+        match &self.weight {
+            Weight::Param(table) => table.tensor().device().clone(),
+            Weight::Packed { matrix, .. } => matrix.device().clone(),
+        }
+    }
+
+    /// Returns the number of vectors.
+    pub fn count(&self) -> usize {
+        match &self.weight {
+            Weight::Param(table) => table.tensor().shape()[0],
+            Weight::Packed { matrix, .. } => matrix.shape()[0],
+        }
     }
 }

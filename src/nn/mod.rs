@@ -28,6 +28,7 @@ pub use cache::LayersCache;
 pub use feedforward::FeedForward;
 pub use forward_options::ForwardOptions;
 pub use layers::{AttentionLayers, LayersOutput};
+pub(crate) use linear::Packer;
 pub use linear::{Embedding, Linear};
 pub use norm::Norm;
 pub use position_bias::{DynamicPositionBias, RelativePositionBias};

@@ -3,6 +3,7 @@
 use super::{Embedding, Linear, Norm};
 use crate::{
     DType, Device, Error, Init, Param, ParamStore, Result, Tensor,
+    collect::CollectVec,
     config::{DynamicPlan, NormPlan, PositionBiasPlan, T5Plan},
     ops::{PositionBias, relative_bucket},
 };
@@ -59,13 +60,13 @@ impl RelativePositionBias {
 
     /// Returns the bias for one forward pass, in which positions of queries and keys count from 0.
     ///
-    /// Errors: a bias that is a function of the distance alone, [`RelativePositionBias::by_distance`].
+    /// Errors: a dynamic bias, which is a function of the distance alone.
     pub fn forward(&self) -> Result<PositionBias> {
         Ok(match self {
             Self::Dynamic(_) => return Err(Error::argument("rel_pos", "depends on the distance alone")),
             Self::T5 { plan, table } => {
                 let T5Plan { scale, causal, max_distance, .. } = *plan;
-                PositionBias::T5 { table: table.table(), scale, causal, max_distance }
+                PositionBias::T5 { table: table.table()?, scale, causal, max_distance }
             }
             Self::Alibi(slopes) => PositionBias::Alibi { slopes: slopes.clone() },
             Self::LearnedAlibi { heads, logslopes } => {
@@ -82,17 +83,18 @@ impl RelativePositionBias {
         match self {
             Self::T5 { plan, table } => {
                 let T5Plan { scale, causal, max_distance, buckets, .. } = *plan;
-                let table = table.table();
+                let table = table.table()?;
                 let bucket = |distance: i64| relative_bucket(distance, causal, buckets, max_distance) as i64;
-                let index = Tensor::from_vec(distances().map(bucket).collect(), [after + 1 + before], table.device())?;
+                let index =
+                    Tensor::from_vec(distances().map(bucket).collect_vec(), [after + 1 + before], table.device())?;
                 table.embedding(&index)?.affine(scale, 0.0)
             }
-            Self::Dynamic(network) => network.forward(&distances().map(|distance| distance as f64).collect::<Vec<_>>()),
+            Self::Dynamic(network) => network.forward(&distances().map(|distance| distance as f64).collect_vec()),
             Self::Alibi(_) | Self::LearnedAlibi { .. } => {
                 let PositionBias::Alibi { slopes } = self.forward()? else {
                     return Err(Error::argument("rel_pos", "has no slopes"));
                 };
-                let values = distances().map(|distance| -(distance.unsigned_abs() as f64)).collect();
+                let values = distances().map(|distance| -(distance.unsigned_abs() as f64)).collect_vec();
                 let distances = Tensor::from_vec(values, [after + 1 + before, 1], slopes.device())?;
                 // Half types do not hold all positions: the product is rounded once.
                 distances.mul(&slopes.to_dtype(DType::F64)?.unsqueeze(0)?)?.to_dtype(dtype)
@@ -120,7 +122,7 @@ impl RelativePositionBias {
         let (before, after) = (keys.saturating_sub(1), queries.saturating_sub(1));
         let by_distance = self.by_distance(before, after, dtype)?;
         let row = |i: usize| (0..keys).map(move |key| (keys - queries + i + after - key) as i64);
-        let index = (0..queries).flat_map(row).collect();
+        let index = (0..queries).flat_map(row).collect_vec();
         let index = Tensor::from_vec(index, [queries, keys], by_distance.device())?;
         by_distance.embedding(&index)?.permute(&[2, 0, 1])
     }
@@ -147,7 +149,7 @@ impl DynamicPositionBias {
             Ok((Linear::new(&place.at(0), width, plan.dim)?, norm))
         };
         Ok(Self {
-            layers: (0..plan.depth).map(layer).collect::<Result<_>>()?,
+            layers: (0..plan.depth).map(layer).try_collect_vec()?,
             last: Linear::new(&mlp.at(plan.depth), plan.dim, plan.heads)?,
             log_distance: plan.log_distance,
         })
@@ -159,8 +161,8 @@ impl DynamicPositionBias {
             true => distance.signum() * libm::log(distance.abs() + 1.0),
             false => distance,
         };
-        let values = distances.iter().map(input).collect();
-        let like = self.last.weight();
+        let values = distances.iter().map(input).collect_vec();
+        let like = self.last.weight()?;
         let mut x = Tensor::from_vec(values, [distances.len(), 1], &Device::Cpu)?.to_dtype(like.dtype())?;
         x = x.to_device(like.device())?;
         for (linear, norm) in &self.layers {

@@ -3,6 +3,7 @@
 use super::Embedding;
 use crate::{
     Buffer, DType, Device, Error, Init, Param, ParamStore, Result, Tensor,
+    collect::CollectVec,
     config::{PolarPlan, RotaryPlan},
     error::ensure,
 };
@@ -32,7 +33,7 @@ impl AbsolutePositionalEmbedding {
     ///
     /// Errors: a position past the end of the table.
     pub fn forward(&self, n: usize) -> Result<Tensor> {
-        self.scaled(self.emb.table().narrow(0, 0, n)?)
+        self.scaled(self.emb.table()?.narrow(0, 0, n)?)
     }
 
     /// Returns the embeddings of these positions: `[..] → [.., dim]`.
@@ -48,7 +49,7 @@ impl AbsolutePositionalEmbedding {
 
     /// Returns the number of positions.
     pub(crate) fn len(&self) -> usize {
-        self.emb.table().shape()[0]
+        self.emb.count()
     }
 }
 
@@ -164,7 +165,7 @@ impl Rotation {
                         wave(position as f64 * frequency) * scale
                     })
                 })
-                .collect();
+                .collect_vec();
             Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(like.dtype())?.to_device(like.device())
         };
         let turn = |power: f64| Ok(Turn { cos: factors(power, libm::cos)?, sin: factors(power, libm::sin)? });
@@ -227,12 +228,13 @@ impl PolarEmbedding {
         };
         let wave = |wave: fn(f64) -> f64| {
             let angles = positions.iter().flat_map(|&p| frequencies.iter().map(move |frequency| p as f64 * frequency));
-            placed(angles.map(wave).collect(), &shape)
+            placed(angles.map(wave).collect_vec(), &shape)
         };
         let bias = self.learned_bias.tensor();
         let lowest = -std::f64::consts::TAU;
-        let values: Vec<f64> = bias.to_f64_vec()?.into_iter().map(|angle| angle.clamp(lowest, 0.0)).collect();
-        let of_bias = |wave: fn(f64) -> f64| placed(values.iter().map(|&angle| wave(angle)).collect(), bias.shape());
+        let values: Vec<f64> = bias.to_f64_vec()?.into_iter().map(|angle| angle.clamp(lowest, 0.0)).collect_vec();
+        let of_bias =
+            |wave: fn(f64) -> f64| placed(values.iter().map(|&angle| wave(angle)).collect_vec(), bias.shape());
         let (cos, sin) = (of_bias(libm::cos)?, of_bias(libm::sin)?);
         // A difference that is 0 and has the gradient of the angle, where the bounds let it through.
         let bounds = |limit: f64| Tensor::full((), limit, bias.dtype(), bias.device());

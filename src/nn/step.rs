@@ -1,7 +1,7 @@
 //! New positions of a call that continues sequences, and the tables in which it looks up positions.
 
 use super::{RelativePositionBias, Rotation};
-use crate::{DType, Result, Tensor, ops::rotary::rotary_table};
+use crate::{DType, Result, Tensor, collect::CollectVec, ops::rotary::rotary_table};
 
 /// Tables that depend only on positions, shared by all layers.
 #[derive(Clone, Debug, Default)]
@@ -67,7 +67,7 @@ impl DecodeStep {
     /// Returns the positions of the step, offset by `first` and kept below `limit`: `[b, n]` I64.
     pub fn positions(&self, first: usize, limit: usize) -> Result<Tensor> {
         let row = |&length: &usize| (0..self.n).map(move |i| (first + length + i).min(limit - 1) as i64);
-        let positions: Vec<i64> = self.lengths.iter().flat_map(row).collect();
+        let positions: Vec<i64> = self.lengths.iter().flat_map(row).collect_vec();
         Tensor::from_vec(positions, [self.lengths.len(), self.n], self.device_lengths.device())
     }
 

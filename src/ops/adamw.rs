@@ -9,6 +9,7 @@ use std::{ops::Range, sync::Mutex};
 use super::many::{Group, Table, by_device};
 use crate::{
     DType, Device, Error, Result, Tensor,
+    collect::CollectVec,
     device::{
         Address, Gpu, Grid, args, cpu,
         rows::{Floats, FloatsMut},
@@ -281,7 +282,7 @@ type Task<'a> = Box<dyn FnMut() + Send + 'a>;
 /// Runs each task once, in parallel.
 fn run(tasks: Vec<Task<'_>>) {
     // Never contended: the lock proves to the compiler that one thread at a time has a task.
-    let tasks: Vec<Mutex<Task>> = tasks.into_iter().map(Mutex::new).collect();
+    let tasks: Vec<Mutex<Task>> = tasks.into_iter().map(Mutex::new).collect_vec();
     cpu::for_tasks(tasks.len(), |index| {
         let mut task = tasks[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         task();

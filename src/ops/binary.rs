@@ -1,6 +1,6 @@
 //! Elementwise arithmetic of two tensors with broadcasting; each function is a row of a table.
 
-use bytemuck::Zeroable;
+use bytemuck::{Pod, Zeroable};
 
 use crate::{
     DType, Device, Error, Result, Shape, Tensor,
@@ -201,7 +201,7 @@ const PIECE: usize = 256;
 
 /// Calls `body` with runs of the output and of both operands, which broadcast to its shape.
 #[allow(clippy::type_complexity)]
-pub(super) fn for_pairs<T: Float, Y: Send>(
+pub(super) fn for_pairs<T: Pod + Sync, Y: Send>(
     y: &mut [Y],
     shape: &Shape,
     layouts: [&Layout; 2],
@@ -221,7 +221,7 @@ pub(super) fn for_pairs<T: Float, Y: Send>(
 /// Like [`for_pairs`], but for a run whose operands are gathered first.
 #[allow(clippy::type_complexity)]
 #[inline(never)]
-fn in_pieces<T: Float, Y>(
+fn in_pieces<T: Pod, Y>(
     y: &mut [Y],
     operands: [&[T]; 2],
     at: [usize; 2],
@@ -238,7 +238,7 @@ fn in_pieces<T: Float, Y>(
 }
 
 /// Returns numbers that are `step` apart, or the one that is repeated.
-fn run<'a, T: Float>(x: &'a [T], at: usize, step: usize, len: usize, memory: &'a mut [T]) -> &'a [T] {
+fn run<'a, T: Pod>(x: &'a [T], at: usize, step: usize, len: usize, memory: &'a mut [T]) -> &'a [T] {
     let len = if step == 0 { 1 } else { len };
     if step <= 1 {
         return &x[at..at + len];
@@ -256,13 +256,29 @@ vectorized! {
 #[inline(always)]
 fn zip_with<T: Float, F: Binary>(y: &mut [T], Pairs { a, b }: Pairs<T>) {
     let value = |a: T, b: T| T::from_acc(F::value(a.to_acc(), b.to_acc()));
+    // Both repeated, or one result.
+    if let (&[a], &[b]) = (a, b) {
+        return y.fill(value(a, b));
+    }
+    if T::DTYPE == DType::F16 {
+        // Conversions are most of the code and of the time: one loop, with a repeated operand written out.
+        let mut repeated = [T::zeroed(); PIECE];
+        let mut step = y.len();
+        if let (&[x], _) | (_, &[x]) = (a, b) {
+            step = PIECE;
+            repeated[..y.len().min(PIECE)].fill(x);
+        }
+        for (index, y) in y.chunks_mut(step).enumerate() {
+            let range = index * step..index * step + y.len();
+            let (a, b) = (a.get(range.clone()).unwrap_or(&repeated), b.get(range).unwrap_or(&repeated));
+            for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
+                *y = value(*a, *b);
+            }
+        }
+        return;
+    }
     match (a, b) {
         (a, &[b]) => {
-            // Both repeated, or one result.
-            let last = a.len() - 1;
-            if last == 0 {
-                return y.fill(value(a[0], b));
-            }
             for (y, a) in y.iter_mut().zip(a) {
                 *y = value(*a, b);
             }

@@ -4,6 +4,7 @@
 use crate::{
     DType, Device, Element, Error, Result, Tensor,
     autograd::{computed, discrete},
+    collect::CollectVec,
     device::{Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, dispatch_float},
     error::ensure,
@@ -177,7 +178,7 @@ impl Tensor {
         let mut y = Tensor::uninit(Shape::new(&[batch, n, dim])?, self.dtype(), self.device())?;
         if let Device::Gpu(gpu) = *self.device() {
             let table = Tensor::constant_on(gpu, &format!("shift_tokens {amounts:?}"), amounts.len(), || {
-                Ok(amounts.iter().map(|&amount| amount as i64).collect())
+                Ok(amounts.iter().map(|&amount| amount as i64).collect_vec())
             })?;
             let sizes = (y.numel() as i64, size32(n)?, size32(dim)?, size32(amounts.len())?, size32(chunk)?);
             gpu.kernel("cache_shift", &[("DTYPE", self.dtype().name())])?.launch(

@@ -1,12 +1,13 @@
 //! Comparisons, logic and selection: ops that return or take masks.
 
+use bytemuck::Pod;
 use half::{bf16, f16};
 
 use crate::{
     DType, Device, Element, Error, Result, Shape, Tensor,
     autograd::{Backward, InputGrads, computed, discrete, record},
     device::{Grid, args, cpu, simd::vectorized},
-    dtype::{Float, dispatch_float},
+    dtype::dispatch_float,
     error::ensure,
     ops::binary::{for_pairs, launch_binary},
     shape::{Layout, collapse_layouts},
@@ -68,11 +69,20 @@ fn compare(op: &'static str, operands: [&Tensor; 2], [a, b]: [&Tensor; 2], kind:
             match a.dtype() {
                 DType::I64 => compare_as([a.storage::<i64>()?, b.storage::<i64>()?], layouts, &shape, kind, not, to),
                 DType::Bool => compare_as([a.storage::<bool>()?, b.storage::<bool>()?], layouts, &shape, kind, not, to),
-                float => dispatch_float!(op, float, T, {
-                    let operands = [a.storage::<T>()?, b.storage::<T>()?];
-                    for_pairs::<T, u8>(to, &shape, layouts, operands, &|y, pairs| zip(kind, not, y, pairs.a, pairs.b));
-                    Ok(())
-                })?,
+                DType::F32 => compare_as([a.storage::<f32>()?, b.storage::<f32>()?], layouts, &shape, kind, not, to),
+                DType::F64 => compare_as([a.storage::<f64>()?, b.storage::<f64>()?], layouts, &shape, kind, not, to),
+                half => {
+                    let (operands, infinity) = match half {
+                        DType::BF16 => {
+                            ([a, b].map(|x| x.storage::<bf16>().map(bytemuck::cast_slice)), bf16::INFINITY.to_bits())
+                        }
+                        _ => ([a, b].map(|x| x.storage::<f16>().map(bytemuck::cast_slice)), f16::INFINITY.to_bits()),
+                    };
+                    let [a, b] = operands;
+                    for_pairs::<u16, u8>(to, &shape, layouts, [a?, b?], &|y, pairs| {
+                        zip_halves(kind, not, infinity, y, pairs.a, pairs.b);
+                    });
+                }
             }
         }
         Device::Gpu(gpu) => launch_binary(*gpu, op, &mut y, operands[0], operands[1])?,
@@ -81,26 +91,24 @@ fn compare(op: &'static str, operands: [&Tensor; 2], [a, b]: [&Tensor; 2], kind:
 }
 
 /// Like [`compare`], on the stored values of the operands.
-fn compare_as<E: Stored + Sync>(
-    [a, b]: [&[E]; 2],
+fn compare_as<E: Stored>(
+    operands: [&[E]; 2],
     layouts: [&Layout; 2],
     shape: &Shape,
     kind: Kind,
     not: bool,
     y: &mut [u8],
 ) {
-    cpu::for_strided(y, shape, layouts, |y, at, steps| {
-        let operand = |x: &[E], of: usize| (at[of], if steps[of] == 0 { 1 } else { x.len() - at[of] });
-        if steps.iter().all(|&step| step <= 1) {
-            let ((a_at, a_len), (b_at, b_len)) = (operand(a, 0), operand(b, 1));
-            return zip(kind, not, y, &a[a_at..a_at + a_len], &b[b_at..b_at + b_len]);
-        }
-        for (i, y) in y.iter_mut().enumerate() {
-            let at = |of: usize| at[of] + i * steps[of];
-            zip(kind, not, std::slice::from_mut(y), &a[at(0)..at(0) + 1], &b[at(1)..at(1) + 1]);
-        }
-    });
+    for_pairs::<E, u8>(y, shape, layouts, operands, &|y, pairs| zip(kind, not, y, pairs.a, pairs.b));
 }
+
+/// Stored value that is compared as it is.
+trait Stored: Pod + PartialOrd + Sync {}
+
+impl Stored for f32 {}
+impl Stored for f64 {}
+impl Stored for i64 {}
+impl Stored for u8 {}
 
 vectorized! {
     /// Compares operands with one element per result, or one for all.
@@ -113,37 +121,27 @@ vectorized! {
     }
 }
 
-/// Stored value that is compared as a number.
-trait Stored: Copy {
-    type Number: PartialOrd;
-    fn number(self) -> Self::Number;
-}
-
-macro_rules! stored {
-    ($($Type:ty => $Number:ty, |$x:ident| $number:expr;)*) => {$(
-        impl Stored for $Type {
-            type Number = $Number;
-            #[inline(always)]
-            fn number(self) -> $Number {
-                let $x = self;
-                $number
-            }
+vectorized! {
+    /// Like [`zip`], for the bits of either half type, which differ in those of infinity.
+    fn zip_halves(kind: Kind, not: bool, infinity: u16, y: &mut [u8], a: &[u16], b: &[u16]) {
+        let are_numbers = |a: u16, b: u16| (a & 0x7FFF <= infinity) & (b & 0x7FFF <= infinity);
+        match kind {
+            Kind::Equal => zip_with(not, y, a, b, |a, b| are_numbers(a, b) & (ascending(a) == ascending(b))),
+            Kind::Less => zip_with(not, y, a, b, |a, b| are_numbers(a, b) & (ascending(a) < ascending(b))),
+            Kind::LessOrEqual => zip_with(not, y, a, b, |a, b| are_numbers(a, b) & (ascending(a) <= ascending(b))),
         }
-    )*};
+    }
 }
 
-stored! {
-    f32 => f32, |x| x;
-    f64 => f64, |x| x;
-    bf16 => f32, |x| x.to_acc();
-    f16 => f32, |x| x.to_acc();
-    i64 => i64, |x| x;
-    u8 => u8, |x| x;
+/// Returns an integer in the order of numbers of a half type; both zeros are 0.
+#[inline(always)]
+fn ascending(bits: u16) -> i16 {
+    let (magnitude, sign) = ((bits & 0x7FFF) as i16, bits as i16 >> 15);
+    (magnitude ^ sign) - sign
 }
 
 #[inline(always)]
-fn zip_with<E: Stored>(not: bool, y: &mut [u8], a: &[E], b: &[E], f: impl Fn(E::Number, E::Number) -> bool) {
-    let f = |a: E, b: E| f(a.number(), b.number());
+fn zip_with<E: Copy>(not: bool, y: &mut [u8], a: &[E], b: &[E], f: impl Fn(E, E) -> bool) {
     match (a, b) {
         (a, &[b]) if a.len() >= y.len() => y.iter_mut().zip(a).for_each(|(y, a)| *y = u8::from(f(*a, b) != not)),
         (&[a], &[b]) => y.fill(u8::from(f(a, b) != not)),

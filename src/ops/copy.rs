@@ -3,8 +3,8 @@
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{Backward, InputGrad, InputGrads, discrete, record},
+    collect::CollectVec,
     device::cpu,
-    dtype::{Element, dispatch_float},
     error::ensure,
     shape::{Layout, Shape},
     tensor::{launch_strided, same_kind},
@@ -97,7 +97,7 @@ impl Tensor {
     #[doc(alias = "concatenate")]
     pub fn cat(tensors: &[&Tensor], dim: isize) -> Result<Tensor> {
         let (out, sizes, dim) = Self::joined(tensors, dim)?;
-        let shapes = || tensors.iter().map(|tensor| *tensor.shape()).collect();
+        let shapes = || tensors.iter().map(|tensor| *tensor.shape()).collect_vec();
         record("cat", out, tensors, |_| CatBackward { sizes, shapes: shapes(), dim })
     }
 
@@ -130,12 +130,10 @@ impl Tensor {
         dims[dim] = total;
         let mut out = Tensor::uninit(Shape::new(&dims)?, first.dtype(), first.device())?;
         let size = |tensor: &&Tensor| if adds_nothing(tensor) { 0 } else { tensor.shape()[dim] };
-        let sizes: Vec<usize> = tensors.iter().map(size).collect();
-        match (first.device(), first.dtype()) {
-            (Device::Cpu, DType::I64) => join::<i64>(tensors, dim, &mut out)?,
-            (Device::Cpu, DType::Bool) => join::<bool>(tensors, dim, &mut out)?,
-            (Device::Cpu, float) => dispatch_float!("cat", float, T, join::<T>(tensors, dim, &mut out))?,
-            (Device::Gpu(gpu), _) => {
+        let sizes: Vec<usize> = tensors.iter().map(size).collect_vec();
+        match first.device() {
+            Device::Cpu => join(tensors, dim, &mut out)?,
+            Device::Gpu(gpu) => {
                 let (whole, mut start) = (Layout::contiguous(*out.shape()), 0);
                 for (tensor, &size) in tensors.iter().zip(&sizes).filter(|(_, size)| **size > 0) {
                     launch_strided(*gpu, &mut out, &whole.narrow(dim, start, size), tensor, false)?;
@@ -147,18 +145,17 @@ impl Tensor {
     }
 }
 
-fn join<E: Element>(tensors: &[&Tensor], dim: usize, out: &mut Tensor) -> Result<()> {
+/// Joins bytes, whatever the dtype.
+fn join(tensors: &[&Tensor], dim: usize, out: &mut Tensor) -> Result<()> {
     let shape = *out.shape();
     let of_this_rank = |tensor: &&&Tensor| tensor.rank() == shape.rank();
     let packed = |tensor: &&Tensor| tensor.detach().contiguous();
-    let tensors = tensors.iter().filter(of_this_rank).map(packed).collect::<Result<Vec<_>>>()?;
-    let inner: usize = shape[dim + 1..].iter().product();
+    let tensors = tensors.iter().filter(of_this_rank).map(packed).try_collect_vec()?;
+    let inner: usize = shape[dim + 1..].iter().product::<usize>() * out.dtype().size();
     let width = shape[dim] * inner;
-    let parts = tensors
-        .iter()
-        .map(|tensor| Ok((tensor.values::<E>()?, tensor.shape()[dim] * inner)))
-        .collect::<Result<Vec<_>>>()?;
-    cpu::for_rows(out.values_mut::<E>()?, width, width, |row, rows| {
+    let parts = tensors.iter().map(|tensor| Ok((tensor.bytes()?, tensor.shape()[dim] * inner))).try_collect_vec()?;
+    let elements = width / out.dtype().size();
+    cpu::for_rows(out.bytes_mut()?, width, elements, |row, rows| {
         for (index, mut to) in rows.chunks_exact_mut(width).enumerate() {
             for &(from, len) in &parts {
                 let (part, rest) = to.split_at_mut(len);
@@ -215,6 +212,6 @@ impl Backward for CatBackward {
         let whole = |(part, shape): (Tensor, &Shape)| {
             Ok(InputGrad::Whole(if part.shape() == shape { part } else { part.reshape(*shape)? }))
         };
-        Ok(InputGrads::new(parts.into_iter().zip(&self.shapes).map(whole).collect::<Result<_>>()?))
+        Ok(InputGrads::new(parts.into_iter().zip(&self.shapes).map(whole).try_collect_vec()?))
     }
 }

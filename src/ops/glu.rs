@@ -8,6 +8,7 @@ use super::{
 use crate::{
     Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, record_cheap},
+    collect::CollectVec,
     device::{
         Grid, args, cpu,
         rows::{In, Out, Sums, for_rows_of},
@@ -89,7 +90,7 @@ fn glu(op: &'static str, f: Activation, x: &Tensor, bias: Option<&Tensor>, dim: 
     let (kept, summand) = (x.detach(), bias.map(Tensor::detach));
     let again = move || glu(op, f, &kept, summand.as_ref(), dim);
     let backward = |_: &Tensor| GluBackward { op, x: x.detach(), bias: bias.map(Tensor::detach), activation: f };
-    let inputs: Vec<&Tensor> = std::iter::once(x).chain(bias).collect();
+    let inputs: Vec<&Tensor> = std::iter::once(x).chain(bias).collect_vec();
     record_cheap(op, y, &inputs, backward, again)
 }
 

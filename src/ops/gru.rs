@@ -3,6 +3,7 @@
 use crate::{
     Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, record},
+    collect::CollectVec,
     device::{
         Gpu, Grid, args,
         rows::{In, Out, Sums, for_rows_of},
@@ -135,7 +136,7 @@ impl GruGateBackward {
         });
         let parts = all.split(&[dim, 3 * dim, 3 * dim], 1)?;
         let shapes = [*self.h.shape(), *self.input.shape(), *self.hidden.shape()];
-        parts.iter().zip(shapes).map(|(part, shape)| part.contiguous()?.reshape(shape)).collect()
+        parts.iter().zip(shapes).map(|(part, shape)| part.contiguous()?.reshape(shape)).try_collect_vec()
     }
 
     /// Computes the gradients of [`GruGateBackward::backward_rows`] on a GPU.

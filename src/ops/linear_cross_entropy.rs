@@ -11,6 +11,7 @@ use super::{
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, needs, record},
+    collect::CollectVec,
     device::{
         Address, Arg, Gpu, Grid, args,
         rows::{FloatsMut, Out, Sums, for_rows_of},
@@ -224,13 +225,13 @@ impl Layer {
                 (loss, Tensor::scalar(count, &device)?)
             }
             Device::Gpu(gpu) => {
-                let (losses, ..) = Tensor::joined(&losses.of_rows.iter().collect::<Vec<_>>(), 0)?;
+                let (losses, ..) = Tensor::joined(&losses.of_rows.iter().collect_vec(), 0)?;
                 launch_mean(*gpu, dtype, &losses, &self.targets, self.ignore_index)?
             }
         };
         let x = match of_x.len() {
             0 | 1 => of_x.pop(),
-            _ => Some(Tensor::joined(&of_x.iter().collect::<Vec<_>>(), 0)?.0),
+            _ => Some(Tensor::joined(&of_x.iter().collect_vec(), 0)?.0),
         };
         let divisor = divide_at_last.then_some(count);
         let weight = of_weight.map(|of_weight| of_weight.narrow(0, 0, self.classes)).transpose()?;

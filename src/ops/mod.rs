@@ -38,7 +38,6 @@ pub const NAMES: &[&str] = &{
     names
 };
 
-mod int8;
 mod views;
 
 // Not tensor ops: they update the parameters and the state of an optimizer in place.
@@ -63,6 +62,7 @@ ops! {
     matmul: matmul, linear;
     norm: layer_norm, clamped_rms_norm, rms_norm, scale_norm, add_layer_norm, add_clamped_rms_norm, add_rms_norm,
         add_scale_norm;
+    packed: packed_linear, packed_embedding;
     pointwise: affine;
     position: relative_position_bias, sinusoid;
     reduce: sum, mean, sum_to, max, argmax;
@@ -73,6 +73,6 @@ ops! {
     topk: top_k_mask;
 }
 
-pub use int8::Int8Matrix;
 pub use linear_cross_entropy::rows_of_logits;
+pub use packed::PackedMatrix;
 pub use sample::{SampleFilter, SampleSpec};

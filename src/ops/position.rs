@@ -3,6 +3,7 @@
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, computed, discrete, record},
+    collect::CollectVec,
     device::{Gpu, Grid, args, cpu, size32},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
@@ -38,7 +39,7 @@ impl Buckets {
         let name = format!("relative_position_bias {causal} {count} {max_distance} {reach}");
         let distances = (1 - reach as i64..reach as i64).rev();
         let table = Tensor::constant_on(gpu, &name, 2 * reach - 1, || {
-            Ok(distances.map(|distance| self.at(distance) as i64).collect())
+            Ok(distances.map(|distance| self.at(distance) as i64).collect_vec())
         })?;
         table.narrow(0, reach - queries, self.length())
     }
@@ -89,7 +90,7 @@ impl Tensor {
                 let values = table.values::<T>()?.chunks_exact(buckets);
                 let lines: Vec<Vec<T>> = values
                     .map(|row| diagonals.iter().map(|&bucket| T::from_acc(row[bucket].to_acc() * scale)).collect())
-                    .collect();
+                    .collect_vec();
                 cpu::for_rows(y.values_mut::<T>()?, keys, keys, |row, rows| {
                     for (index, y) in rows.chunks_exact_mut(keys).enumerate() {
                         let (head, query) = ((row + index) / queries, (row + index) % queries);

@@ -3,6 +3,7 @@
 use crate::{
     DType, Device, Element, Error, Result, Tensor,
     autograd::{Backward, InputGrads, computed, discrete, record},
+    collect::CollectVec,
     device::{
         Gpu, Grid, args, cpu,
         rows::{Floats, FloatsMut, In, Out, Sums, for_rows_of},
@@ -62,7 +63,7 @@ impl Tensor {
             ensure!(!repeated, Error::argument(op, format_args!("dimension {dim} occurs twice in {dims:?}")));
         }
         let (gone, kept): (Vec<usize>, Vec<usize>) = (0..self.rank()).partition(|&dim| reduced[dim]);
-        let shape = Shape::unchecked(&kept.iter().map(|&dim| self.shape()[dim]).collect::<Vec<_>>());
+        let shape = Shape::unchecked(&kept.iter().map(|&dim| self.shape()[dim]).collect_vec());
         let divisor = divisor(gone.iter().map(|&dim| self.shape()[dim]).product());
         let mut out = Tensor::uninit(shape, self.dtype(), self.device())?;
         let kept_is_last = gone.last() < kept.first();
@@ -120,7 +121,7 @@ impl Tensor {
         let dims: Vec<isize> = (0..self.rank())
             .filter(|&dim| dim < added || shape[dim - added] != self.shape()[dim])
             .map(|dim| dim as isize)
-            .collect();
+            .collect_vec();
         if dims.is_empty() { self.reshape(shape) } else { self.sum(&dims)?.reshape(shape) }
     }
 }
@@ -211,14 +212,12 @@ fn sum_columns<R: Real>(x: Floats, width: usize, start: usize, out: &mut [R], di
     for (block, out) in out.chunks_mut(COLUMNS).enumerate() {
         let start = start + block * COLUMNS;
         out.fill(R::ZERO);
-        for first in (0..x.len()).step_by(FEW * width) {
-            // Half types are read where they lie: through rows in f32, a sum would take twice its time.
-            match x.range(first..x.len().min(first + FEW * width)) {
-                Floats::F32(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
-                Floats::F64(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
-                Floats::BF16(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
-                Floats::F16(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
-            }
+        // Half types are read where they lie: through rows in f32, a sum would take twice its time.
+        match x {
+            Floats::F32(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
+            Floats::F64(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
+            Floats::BF16(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
+            Floats::F16(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
         }
         out.iter_mut().for_each(|out| *out = *out / divisor);
     }
@@ -227,15 +226,17 @@ fn sum_columns<R: Real>(x: Floats, width: usize, start: usize, out: &mut [R], di
 vectorized! {
     /// Computes `totals[j] += Σ_i x[i, start + j]`.
     fn add_columns<T: Float>(x: &[T], width: usize, start: usize, totals: &mut [T::Acc]) {
-        let mut sums = [T::Acc::ZERO; COLUMNS];
-        let sums = &mut sums[..totals.len()];
-        for row in x.chunks_exact(width) {
-            for (sum, x) in sums.iter_mut().zip(&row[start..]) {
-                *sum += x.to_acc();
+        for rows in x.chunks(FEW * width) {
+            let mut sums = [T::Acc::ZERO; COLUMNS];
+            let sums = &mut sums[..totals.len()];
+            for row in rows.chunks_exact(width) {
+                for (sum, x) in sums.iter_mut().zip(&row[start..]) {
+                    *sum += x.to_acc();
+                }
             }
-        }
-        for (total, sum) in totals.iter_mut().zip(sums) {
-            *total += *sum;
+            for (total, sum) in totals.iter_mut().zip(sums) {
+                *total += *sum;
+            }
         }
     }
 }
@@ -276,7 +277,7 @@ fn sum_each_row<R: Real>(x: Floats, mut out: FloatsMut, divisor: R) {
             });
         }
     });
-    let sums: Vec<R> = sums.chunks_exact(pieces).map(|sums| sum_row::<R>(sums) / divisor).collect();
+    let sums: Vec<R> = sums.chunks_exact(pieces).map(|sums| sum_row::<R>(sums) / divisor).collect_vec();
     out.write(&sums);
 }
 
@@ -461,7 +462,7 @@ impl Tensor {
 
     /// Returns a packed copy with a dimension moved to the end, so that each slice along it is a row.
     fn dim_last(&self, dim: usize) -> Result<Tensor> {
-        let order: Vec<usize> = (0..self.rank()).filter(|&other| other != dim).chain([dim]).collect();
+        let order: Vec<usize> = (0..self.rank()).filter(|&other| other != dim).chain([dim]).collect_vec();
         self.permute(&order)?.contiguous()
     }
 }
@@ -516,7 +517,7 @@ impl Backward for MaxBackward {
         let zero = Tensor::zeros((), grad.dtype(), grad.device())?;
         let spread = hit.where_cond(&grad.unsqueeze(-1)?, &zero)?;
         // The inverse of `dim_last`.
-        let mut order: Vec<usize> = (0..self.shape.rank() - 1).collect();
+        let mut order: Vec<usize> = (0..self.shape.rank() - 1).collect_vec();
         order.insert(self.dim, self.shape.rank() - 1);
         spread.permute(&order).map(InputGrads::one)
     }

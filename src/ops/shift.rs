@@ -3,6 +3,7 @@
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, record_cheap_after},
+    collect::CollectVec,
     device::{Grid, args, cpu, size32},
     dtype::{Float, dispatch_float},
     error::ensure,
@@ -42,7 +43,7 @@ impl Tensor {
         let mask = mask.map(Tensor::contiguous).transpose()?;
         // A move by the whole sequence or further leaves nothing.
         let furthest = n as isize;
-        let amounts: Vec<isize> = amounts.iter().map(|amount| (*amount).clamp(-furthest, furthest)).collect();
+        let amounts: Vec<isize> = amounts.iter().map(|amount| (*amount).clamp(-furthest, furthest)).collect_vec();
         let y = moved(&x, &amounts, Masked::Source(mask.as_ref()))?;
         let rule = ShiftTokensBackward { amounts, mask };
         let again = {
@@ -70,7 +71,7 @@ fn moved(x: &Tensor, amounts: &[isize], masked: Masked) -> Result<Tensor> {
     if let Device::Gpu(gpu) = x.device() {
         let rows = x.numel() / dim;
         let table = Tensor::constant_on(*gpu, &format!("shift_tokens {amounts:?}"), amounts.len(), || {
-            Ok(amounts.iter().map(|&amount| amount as i64).collect())
+            Ok(amounts.iter().map(|&amount| amount as i64).collect_vec())
         })?;
         let sizes = (rows as i64, size32(n)?, size32(dim)?, size32(amounts.len())?, size32(chunk)?);
         gpu.kernel("shift_tokens", &[("DTYPE", x.dtype().name())])?.launch(
@@ -119,7 +120,7 @@ impl Backward for ShiftTokensBackward {
 
     /// Moves the gradient back; masked positions get none.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
-        let amounts: Vec<isize> = self.amounts.iter().map(|amount| -amount).collect();
+        let amounts: Vec<isize> = self.amounts.iter().map(|amount| -amount).collect_vec();
         moved(&grad.contiguous()?, &amounts, Masked::Target(self.mask.as_ref())).map(InputGrads::one)
     }
 }

@@ -1,12 +1,9 @@
 //! Mask of the largest entries of each row.
 
-use std::cmp::Ordering;
-
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{computed, discrete},
-    device::{Grid, args, cpu, size32},
-    dtype::{Float, dispatch_real},
+    device::{Grid, args, cpu, rows::Floats, size32},
     error::ensure,
 };
 
@@ -34,19 +31,20 @@ impl Tensor {
         match x.device() {
             Device::Cpu => {
                 let from = x.floats(OP)?;
-                dispatch_real!(x.dtype(), R, {
-                    cpu::for_rows(keep.values_mut::<bool>()?, width, 16 * width, |row, rows| {
-                        let (mut order, mut memory) = (Vec::with_capacity(width), Vec::new());
-                        for (row, keep) in (row..).zip(rows.chunks_exact_mut(width)) {
-                            let x = from.range(row * width..(row + 1) * width).to_slice::<R>(&mut memory);
-                            order.clear();
-                            order.extend_from_slice(x);
-                            let (_, &mut kth, _) = order.select_nth_unstable_by(k - 1, |a, b| descending(*a, *b));
-                            for (x, keep) in x.iter().zip(keep) {
-                                *keep = u8::from(descending(*x, kth) != Ordering::Greater);
-                            }
+                cpu::for_rows(keep.values_mut::<bool>()?, width, 16 * width, |row, rows| {
+                    let (mut keys, mut order, mut values) = (Vec::new(), Vec::new(), Vec::new());
+                    for (row, keep) in (row..).zip(rows.chunks_exact_mut(width)) {
+                        keys.clear();
+                        match from.range(row * width..(row + 1) * width) {
+                            Floats::F64(x) => keys.extend(x.iter().map(|&x| ascending(x))),
+                            x => keys.extend(x.to_slice::<f32>(&mut values).iter().map(|&x| ascending(x.into()))),
                         }
-                    });
+                        order.clone_from(&keys);
+                        let (_, &mut kth, _) = order.select_nth_unstable(width - k);
+                        for (key, keep) in keys.iter().zip(keep) {
+                            *keep = u8::from(*key >= kth);
+                        }
+                    }
                 });
             }
             Device::Gpu(gpu) => {
@@ -59,8 +57,13 @@ impl Tensor {
     }
 }
 
-/// Orders the largest first, NaN before all.
-fn descending<T: Float>(a: T, b: T) -> Ordering {
-    let is_nan = |x: T| x.partial_cmp(&x).is_none();
-    b.partial_cmp(&a).unwrap_or_else(|| is_nan(b).cmp(&is_nan(a)))
+/// Returns an integer in the order of the numbers, NaN above all.
+fn ascending(x: f64) -> u64 {
+    // Both zeros are +0.
+    let bits = (x + 0.0).to_bits();
+    match x.is_nan() {
+        true => u64::MAX,
+        false if bits >> 63 == 1 => !bits,
+        false => bits | 1 << 63,
+    }
 }

@@ -4,6 +4,7 @@
 use crate::{
     Error, Result,
     autograd::{Backward, InputGrad, InputGrads, record},
+    collect::CollectVec,
     error::ensure,
     shape::{IntoShape, Layout, MAX_RANK, Shape},
     tensor::{GradSlice, Tensor},
@@ -80,7 +81,7 @@ impl Tensor {
     pub fn transpose(&self, a: isize, b: isize) -> Result<Tensor> {
         let at = |dim: isize| self.shape().dim_unless_scalar(dim, "transpose");
         let (Some(a), Some(b)) = (at(a)?, at(b)?) else { return Ok(self.clone()) };
-        let mut order: Vec<usize> = (0..self.rank()).collect();
+        let mut order: Vec<usize> = (0..self.rank()).collect_vec();
         order.swap(a, b);
         self.permute(&order)
     }
@@ -252,7 +253,7 @@ impl Tensor {
                 start += size;
                 self.narrow(at as isize, start - size, size)
             })
-            .collect()
+            .try_collect_vec()
     }
 
     /// Splits a dimension into at most `n` pieces of equal size, of which the last may be shorter, as in PyTorch: 13
@@ -274,7 +275,7 @@ impl Tensor {
         let size = self.shape()[at];
         let sizes: Vec<usize> = match size.div_ceil(n) {
             0 => vec![0; n],
-            piece => (0..size).step_by(piece).map(|start| piece.min(size - start)).collect(),
+            piece => (0..size).step_by(piece).map(|start| piece.min(size - start)).collect_vec(),
         };
         self.split(&sizes, dim)
     }

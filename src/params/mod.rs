@@ -1,25 +1,26 @@
 //! Named parameters: one registration serves initialisation, the optimizer, loading and saving.
 
 use std::{
-    collections::{BTreeMap, HashSet, btree_map::Entry},
+    collections::BTreeMap,
     fmt,
     sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
 mod init;
-mod ordered;
 
 use crate::{
     DType, Device, Error, ErrorKind, Result,
+    collect::CollectVec,
     error::ensure,
     hash::fnv1a,
+    ordered::{OrderedMap, ordered},
     philox::Philox,
     shape::{IntoShape, Shape},
+    sort::{order, sort},
     tensor::{GradSlot, LeafId, Tensor},
 };
 
 pub use init::Init;
-pub(crate) use ordered::{ordered, try_ordered};
 
 /// Trainable tensor. Clones share it: a tied weight is one parameter under two names.
 ///
@@ -160,8 +161,8 @@ impl fmt::Debug for Buffer {
 /// ```
 #[derive(Clone, Default, Debug)]
 pub struct ParamMap {
-    params: BTreeMap<String, Param>,
-    buffers: BTreeMap<String, Buffer>,
+    params: OrderedMap<String, Param>,
+    buffers: OrderedMap<String, Buffer>,
 }
 
 impl ParamMap {
@@ -172,8 +173,17 @@ impl ParamMap {
 
     /// Returns each parameter once, under the first of its names.
     pub fn unique(&self) -> impl Iterator<Item = (&str, &Param)> {
-        let mut seen = HashSet::new();
-        self.iter().filter(move |(_, param)| seen.insert(param.leaf()))
+        let mut places = self.by_leaf();
+        sort(&mut places);
+        places.into_iter().map(|at| (self.params.keys()[at].as_str(), &self.params.values()[at]))
+    }
+
+    /// Returns the place of each parameter once, under the first of its names, in the order of [`Param::leaf`].
+    fn by_leaf(&self) -> Vec<usize> {
+        let leaf = |at: usize| self.params.values()[at].leaf();
+        let mut places = order(self.params.len(), &|a, b| leaf(a).cmp(&leaf(b)));
+        places.dedup_by_key(|at| leaf(*at));
+        places
     }
 
     /// Returns the tensors that are saved but not trained.
@@ -197,8 +207,8 @@ impl ParamMap {
     /// it.
     pub fn state_dict(&self) -> BTreeMap<String, Tensor> {
         // Optimizers lock all parameters in this order before they change any.
-        let cells = ordered(self.params.values().map(|param| (param.leaf(), param)));
-        let values = ordered(cells.into_iter().map(|(leaf, param)| (leaf, param.read())));
+        let cells = self.by_leaf().into_iter().map(|at| &self.params.values()[at]);
+        let values: OrderedMap<LeafId, _> = cells.map(|param| (param.leaf(), param.read())).collect();
         let params = self.params.iter().map(|(name, param)| (name.clone(), values[&param.leaf()].clone()));
         ordered(params.chain(self.buffers.iter().map(|(name, buffer)| (name.clone(), buffer.tensor()))))
     }
@@ -213,16 +223,17 @@ impl ParamMap {
     /// are not float; a tied parameter with different values.
     #[doc(alias = "load_state_dict")]
     pub fn load(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
-        let given: HashSet<LeafId> =
-            self.params.iter().filter(|(name, _)| state.contains_key(*name)).map(|(_, param)| param.leaf()).collect();
+        let given = self.params.iter().filter(|(name, _)| state.contains_key(*name));
+        let mut given: Vec<LeafId> = given.map(|(_, param)| param.leaf()).collect_vec();
+        sort(&mut given);
         let missing: Vec<_> = self
             .params
             .iter()
-            .filter(|(_, param)| !given.contains(&param.leaf()))
+            .filter(|(_, param)| given.binary_search(&param.leaf()).is_err())
             .map(|(name, _)| name.clone())
-            .collect();
+            .collect_vec();
         let known = |name: &str| self.params.contains_key(name) || self.buffers.contains_key(name);
-        let unused: Vec<_> = state.keys().filter(|&name| !known(name)).cloned().collect();
+        let unused: Vec<_> = state.keys().filter(|&name| !known(name)).cloned().collect_vec();
         let shape = |name: &String| match self.params.get(name) {
             Some(param) => Some(*param.tensor().shape()),
             None => self.buffers.get(name).map(|buffer| *buffer.tensor().shape()),
@@ -233,41 +244,36 @@ impl ParamMap {
                 let expected = shape(name)?;
                 (expected != *tensor.shape()).then(|| (name.clone(), expected.to_vec(), tensor.shape().to_vec()))
             })
-            .collect();
+            .collect_vec();
         ensure!(
             missing.is_empty() && unused.is_empty() && mismatched.is_empty(),
             Error::new(ErrorKind::Weights { missing, unused, mismatched })
         );
         // Converted first, so that a failure midway leaves the model unchanged.
-        let mut values: BTreeMap<LeafId, (&str, &Param, Tensor)> = BTreeMap::new();
-        for (name, param) in &self.params {
+        let mut values: OrderedMap<LeafId, (&str, &Param, Tensor)> = OrderedMap::default();
+        for (name, param) in self.params.iter() {
             let Some(tensor) = state.get(name) else { continue };
             ensure!(
                 tensor.dtype().is_float(),
                 Error::dtype("load", format_args!("{name}: expected a float dtype, got {}", tensor.dtype()))
             );
-            match values.entry(param.leaf()) {
-                Entry::Vacant(entry) => {
-                    let old = param.tensor();
-                    let value = tensor.packed()?.on(old.device())?.converted(old.dtype())?;
-                    entry.insert((name, param, value));
-                }
-                Entry::Occupied(entry) => {
-                    let other = entry.get().0;
-                    ensure!(
-                        tensor.to_f64_vec()? == state[other].to_f64_vec()?,
-                        Error::argument(
-                            "load",
-                            format_args!(
-                                "`{other}` and `{name}` are tied in the model, but have different values in the file"
-                            )
+            if let Some((other, ..)) = values.get(&param.leaf()) {
+                ensure!(
+                    tensor.to_f64_vec()? == state[*other].to_f64_vec()?,
+                    Error::argument(
+                        "load",
+                        format_args!(
+                            "`{other}` and `{name}` are tied in the model, but have different values in the file"
                         )
-                    );
-                }
+                    )
+                );
+                continue;
             }
+            let old = param.tensor();
+            values.insert(param.leaf(), (name, param, tensor.packed()?.on(old.device())?.converted(old.dtype())?));
         }
         let mut buffers = Vec::new();
-        for (name, buffer) in &self.buffers {
+        for (name, buffer) in self.buffers.iter() {
             let Some(tensor) = state.get(name) else { continue };
             let old = buffer.tensor();
             ensure!(
@@ -278,7 +284,8 @@ impl ParamMap {
         }
         buffers.into_iter().for_each(|(buffer, value)| buffer.set(value));
         // All together, in the order of the optimizers' locks: readers see all old values or all new ones.
-        let mut locked: Vec<_> = values.into_values().map(|(_, param, value)| (param, param.lock(), value)).collect();
+        let mut locked: Vec<_> =
+            values.into_iter().map(|(_, (_, param, value))| (param, param.lock(), value)).collect_vec();
         for (param, old, value) in &mut locked {
             **old = value.detach();
             param.0.value.clear_poison();

@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::options::{Options, json};
 use crate::{
     Error, Result,
+    collect::CollectVec,
     io::{Metadata, TensorFile},
 };
 
@@ -53,7 +54,7 @@ pub(super) fn of_folder(options: &Options, folder: &Path, vocabulary: usize) -> 
     };
     let ids = match value {
         Value::Null => Vec::new(),
-        Value::Array(list) => list.iter().map(id).collect::<Result<_>>()?,
+        Value::Array(list) => list.iter().map(id).try_collect_vec()?,
         value => vec![id(value)?],
     };
     Ok(within(ids, vocabulary))

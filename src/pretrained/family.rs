@@ -5,6 +5,7 @@ use std::fmt;
 use super::{Described, bert, llama, options::Options};
 use crate::{
     Error, Result,
+    collect::CollectVec,
     error::ensure,
     io::{Layout, TensorFile},
 };
@@ -153,7 +154,7 @@ impl Family {
     pub(super) fn of(options: &Options) -> Result<Self> {
         let found = options.text("model_type", "")?;
         let of_name = |family: &&Self| family.description().model_type == found;
-        let types: Vec<&str> = Self::ALL.iter().map(|family| family.description().model_type).collect();
+        let types: Vec<&str> = Self::ALL.iter().map(|family| family.description().model_type).collect_vec();
         let known = format!("expected {}", joined(&types));
         ensure!(
             !found.is_empty(),
@@ -168,7 +169,7 @@ impl Family {
     /// Errors: an unknown architecture, with a list of the known ones.
     pub(super) fn of_architecture(architecture: &str) -> std::result::Result<Self, String> {
         let of_name = |family: &&Self| family.description().architecture == Some(architecture);
-        let known: Vec<&str> = Self::ALL.iter().filter_map(|family| family.description().architecture).collect();
+        let known: Vec<&str> = Self::ALL.iter().filter_map(|family| family.description().architecture).collect_vec();
         Self::ALL.iter().find(of_name).copied().ok_or_else(|| joined(&known))
     }
 

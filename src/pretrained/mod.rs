@@ -7,11 +7,15 @@ mod gguf;
 mod llama;
 mod names;
 mod options;
+mod quantize;
 mod rope;
 mod sentence;
 mod sentence_modules;
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
 
 pub use self::{
     family::Family,
@@ -23,7 +27,8 @@ use self::{
     options::{Options, is_mistaken, json},
 };
 use crate::{
-    DType, Device, Error, ErrorKind, ParamMap, ParamStore, Result,
+    DType, Device, Error, ErrorKind, ParamStore, Result,
+    collect::CollectVec,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
     error::ensure,
     io::{Format, Renamed, TensorFile, holds_gguf},
@@ -69,6 +74,8 @@ pub struct Pretrained {
     /// Folder that was opened: the model's, or the one above it with the modules of sentence-transformers.
     root: Option<PathBuf>,
     ends: Vec<i64>,
+    /// If `true`, quantised weights stay packed.
+    packed: bool,
 }
 
 /// File as its family reads it: the options, and the source of each parameter.
@@ -109,7 +116,7 @@ impl Pretrained {
             let (family, (config, names)) = gguf::of_gguf(&file)?;
             let ends = ends::of_gguf(&file, config.num_tokens);
             let renamed = Renamed::default();
-            return Ok(Self { family, config, names, file, renamed, folder: None, root: None, ends });
+            return Ok(Self { family, config, names, file, renamed, folder: None, root: None, ends, packed: true });
         }
         let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
         let root = if root.is_dir() { root } else { folder };
@@ -128,6 +135,7 @@ impl Pretrained {
             folder: Some(folder.to_path_buf()),
             root: Some(root.to_path_buf()),
             ends,
+            packed: true,
         })
     }
 
@@ -177,25 +185,34 @@ impl Pretrained {
     /// ```
     pub fn unused(&self) -> Vec<String> {
         let unused = self.names.unused(&self.file);
-        let mut unused: Vec<String> = unused.iter().map(|name| self.renamed.of_file(name)).collect();
+        let mut unused: Vec<String> = unused.iter().map(|name| self.renamed.of_file(name)).collect_vec();
         sort(&mut unused);
         unused
     }
 
+    /// Returns the same model with weights that are dequantised when they are loaded, instead of staying packed.
+    ///
+    /// Needed for training them, and to compute with their exact values: products of packed weights round their inputs.
+    #[must_use]
+    pub fn dequantized(self) -> Self {
+        Self { packed: false, ..self }
+    }
+
     /// Creates the model with its weights.
+    ///
+    /// Quantised matrices of a type that [is packed](crate::QuantType::is_packed) stay as the file has them, see
+    /// [`PackedMatrix`](crate::ops::PackedMatrix), unless the model is [dequantized](Pretrained::dequantized); `dtype` is that
+    /// of the other weights, of activations and of the key/value cache.
     ///
     /// Errors: [`ErrorKind::Weights`] with a table of tensors that are missing or have another shape and, for a GGUF
     /// file, unused ones, by the file's names; weights that are NaN, infinite or too large for the dtype; out of
     /// memory.
     pub fn model(&self, dtype: DType, device: &Device) -> Result<TransformerWrapper> {
-        self.check()?;
-        let store = ParamStore::zeros(dtype, device);
-        let model = TransformerWrapper::new(&self.config, &store)?;
-        self.load(&store.params(), "")?;
-        Ok(model)
+        let new = |store: &ParamStore| TransformerWrapper::new(&self.config, store);
+        self.load(dtype, device, "", new, |model| model)
     }
 
-    /// Creates the model with its weights, as a model that generates text.
+    /// Creates the model with its weights, as a model that generates text; see [`Pretrained::model`].
     ///
     /// Errors: those of [`Pretrained::model`], or a model that is not causal.
     #[doc(alias = "AutoModelForCausalLM")]
@@ -208,10 +225,31 @@ impl Pretrained {
             )
         );
         let config = AutoregressiveConfig { net: self.config.clone(), ..AutoregressiveConfig::default() };
+        self.load(dtype, device, "net.", |store| AutoregressiveWrapper::new(&config, store), |model| &mut model.net)
+    }
+
+    /// Creates a model with its weights, whose names begin with `place`.
+    fn load<M>(
+        &self,
+        dtype: DType,
+        device: &Device,
+        place: &str,
+        new: impl FnOnce(&ParamStore) -> Result<M>,
+        net: impl Fn(&mut M) -> &mut TransformerWrapper,
+    ) -> Result<M> {
         self.check()?;
-        let store = ParamStore::zeros(dtype, device);
-        let model = AutoregressiveWrapper::new(&config, &store)?;
-        self.load(&store.params(), "net.")?;
+        // Every parameter is replaced: those of the file by their values, and packed ones by their matrices.
+        let store = ParamStore::shapes(dtype, device);
+        let mut model = new(&store)?;
+        let mut may_be_packed = HashSet::new();
+        if self.packed {
+            net(&mut model).pack(&mut |param| {
+                may_be_packed.insert(param.leaf());
+                Ok(None)
+            })?;
+        }
+        let packed = self.names.load(&self.file, &store.params(), place, &may_be_packed)?;
+        net(&mut model).pack(&mut |param| Ok(packed.get(&param.leaf()).cloned()))?;
         Ok(model)
     }
 
@@ -232,10 +270,6 @@ impl Pretrained {
             }
             other => Error::new(other),
         })
-    }
-
-    fn load(&self, params: &ParamMap, place: &str) -> Result<()> {
-        self.names.load(&self.file, params, place)
     }
 }
 

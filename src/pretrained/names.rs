@@ -3,15 +3,18 @@
 //! A family has a list of [`Weight`]s: for each parameter of the model, the source of its values in the file. Tensors
 //! that are missing or have another shape are an error with a table; additional tensors of a file are listed.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use half::f16;
 
 use super::TensorFile;
 use crate::{
-    DType, Error, ErrorKind, ParamMap, Result, Tensor,
+    DType, Error, ErrorKind, LeafId, ParamMap, QuantType, Result, Tensor,
+    collect::CollectVec,
     dtype::{Float, Real, dispatch_float},
     error::{ErrorContext, ensure},
+    io::Stored,
+    ops::PackedMatrix,
     sort::sort,
 };
 
@@ -42,6 +45,16 @@ impl Source {
             Self::Stacked(names) => names,
         }
     }
+
+    /// Returns the type of matrices that are multiplied as they are stored; `None` if one is not, or has another type.
+    pub fn quantized(&self, file: &TensorFile) -> Option<QuantType> {
+        let mut kinds = self.names().iter().map(|name| {
+            let info = file.info(name).filter(|info| info.shape.len() == 2)?;
+            if let Stored::Quantized(kind) = info.stored { Some(kind).filter(|kind| kind.is_packed()) } else { None }
+        });
+        let first = kinds.next()??;
+        kinds.all(|kind| kind == Some(first)).then_some(first)
+    }
 }
 
 /// Mapping from a file's tensors to parameters.
@@ -68,59 +81,77 @@ impl Names {
     }
 
     /// Loads the parameters from a file one at a time, which keeps only one of the file's weights in memory beside the
-    /// model; their names begin with `place`.
+    /// model; their names begin with `place`. Returns the packed weights of those parameters that may be packed, and whose
+    /// tensors in the file are: these parameters keep their values.
     ///
     /// Errors: tied tensors with different values; NaN or infinity, or values out of range of a parameter's dtype; a
     /// parameter without a source.
-    pub fn load(&self, file: &TensorFile, params: &ParamMap, place: &str) -> Result<()> {
+    pub fn load(
+        &self,
+        file: &TensorFile,
+        params: &ParamMap,
+        place: &str,
+        may_be_packed: &HashSet<LeafId>,
+    ) -> Result<HashMap<LeafId, PackedMatrix>> {
         for (copy, original) in &self.copies {
             ensure!(
                 file.info(copy).is_none() || equal(file, copy, original)?,
                 Error::file(file.path(), format_args!("`{copy}` and `{original}` are tied in this family, but differ"))
             );
         }
-        let mut loaded = HashSet::new();
+        let (mut loaded, mut packed) = (Vec::new(), HashMap::new());
         for weight in &self.weights {
             let name = format!("{place}{}", weight.ours);
             let Some(param) = params.get(&name) else { continue };
             let old = param.tensor();
+            loaded.push(param.leaf());
+            if may_be_packed.contains(&param.leaf()) && weight.theirs.quantized(file).is_some() {
+                packed.insert(param.leaf(), weight.packed(file)?.to_device(old.device())?);
+                continue;
+            }
             let tensor = weight.read(file)?;
             check_values(file, weight, &tensor, old.dtype())?;
             let tensor = tensor.to_device(old.device())?.to_dtype(old.dtype())?.contiguous()?;
             param.set(tensor).context(&name)?;
-            loaded.insert(param.leaf());
         }
+        sort(&mut loaded);
         let missing: Vec<String> = params
             .iter()
-            .filter(|(_, param)| !loaded.contains(&param.leaf()))
+            .filter(|(_, param)| loaded.binary_search(&param.leaf()).is_err())
             .map(|(name, _)| name.to_string())
-            .collect();
+            .collect_vec();
         ensure!(
             missing.is_empty(),
             Error::new(ErrorKind::Weights { missing, unused: Vec::new(), mismatched: Vec::new() })
         );
-        Ok(())
+        Ok(packed)
     }
 
     /// Returns the tensors of a file that are not the source of a parameter, except buffers and those that the family
     /// ignores.
     pub fn unused(&self, file: &TensorFile) -> Vec<String> {
         let used = self.used();
-        let copies: BTreeSet<&str> = self.copies.iter().map(|(copy, _)| copy.as_str()).collect();
         let known = |name: &str| {
-            used.contains(name)
-                || copies.contains(name)
+            used.binary_search(&name).is_ok()
+                || self.copies.iter().any(|(copy, _)| copy == name)
                 || self.left_out.iter().any(|start| name.starts_with(start.as_str()))
                 || is_buffer(file, name)
         };
         let names = file.names().chain(file.unreadable().map(|(name, _)| name));
-        let mut unused: Vec<String> = names.filter(|name| !known(name)).map(str::to_string).collect();
+        let mut unused: Vec<String> = names.filter(|name| !known(name)).map(str::to_string).collect_vec();
         sort(&mut unused);
         unused
     }
 
-    fn used(&self) -> BTreeSet<&str> {
-        self.weights.iter().flat_map(|weight| weight.theirs.names()).map(String::as_str).collect()
+    /// Returns the names of the tensors that weights are made from, each once, in alphabetical order.
+    fn used(&self) -> Vec<&str> {
+        let mut used = Vec::new();
+        for weight in &self.weights {
+            used.extend(weight.theirs.names().iter().map(String::as_str));
+        }
+        sort(&mut used);
+        used.dedup();
+        used
     }
 
     /// Checks that a file has all tensors that a model with these parameters needs and, if `strict`, no other weights.
@@ -130,7 +161,7 @@ impl Names {
     pub fn check(&self, file: &TensorFile, model: &ParamMap, strict: bool) -> Result<()> {
         let used = self.used();
         let missing: Vec<String> =
-            used.iter().filter(|name| file.info(name).is_none()).map(|name| name.to_string()).collect();
+            used.iter().filter(|name| file.info(name).is_none()).map(|name| name.to_string()).collect_vec();
         if let Some((name, why)) = missing.iter().find_map(|name| Some((name, file.inert(name)?))) {
             return Err(Error::file(file.path(), format_args!("weight `{name}` {why}")));
         }
@@ -165,16 +196,29 @@ impl Weight {
         match &self.theirs {
             Source::One(name) => file.tensor(name),
             Source::Stacked([first, second]) => Tensor::cat(&[&file.tensor(first)?, &file.tensor(second)?], 0),
-            Source::Halves(name, heads) => {
-                let tensor = file.tensor(name)?;
-                // A bias has a row of one column.
-                let rows = tensor.dim(0)?;
-                let columns = if tensor.rank() == 1 { 1 } else { tensor.dim(1)? };
-                let pairs = tensor.reshape([*heads, rows / heads / 2, 2, columns])?;
-                pairs.transpose(1, 2)?.reshape(&tensor.shape()[..])
-            }
+            Source::Halves(name, heads) => halves(&file.tensor(name)?, *heads),
         }
     }
+
+    fn packed(&self, file: &TensorFile) -> Result<PackedMatrix> {
+        match &self.theirs {
+            Source::One(name) => file.packed(name),
+            Source::Stacked([first, second]) => {
+                let second = file.packed(second)?;
+                file.packed(first)?.with_rows(|first| Tensor::cat(&[first, second.blocks()], 0))
+            }
+            Source::Halves(name, heads) => file.packed(name)?.with_rows(|rows| halves(rows, *heads)),
+        }
+    }
+}
+
+/// Permutes the rows of heads from adjacent feature pairs to pairs across the two halves.
+fn halves(tensor: &Tensor, heads: usize) -> Result<Tensor> {
+    // A bias has a row of one column.
+    let rows = tensor.dim(0)?;
+    let columns = if tensor.rank() == 1 { 1 } else { tensor.dim(1)? };
+    let pairs = tensor.reshape([heads, rows / heads / 2, 2, columns])?;
+    pairs.transpose(1, 2)?.reshape(&tensor.shape()[..])
 }
 
 /// Returns `true` if a tensor is not a weight but a buffer of a module, by its integer dtype or its name.

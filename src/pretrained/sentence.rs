@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     DType, Device, Error, Result,
+    collect::CollectVec,
     error::ensure,
     models::{Pooling, SentenceEncoder, SentenceModule},
 };
@@ -180,7 +181,7 @@ impl Pretrained {
                         format_args!("starts with the module `{}`, expected `Transformer`", first.class)
                     )
                 );
-                rest.iter().filter_map(read).collect::<Result<Vec<_>>>()?
+                rest.iter().filter_map(read).try_collect_vec()?
             }
             None => vec![SentenceModule::Pooling { modes: vec![Pooling::Mean], include_prompt: true }],
         };
@@ -303,7 +304,7 @@ fn model_options(options: &Options, to: &mut SentenceOptions) -> Result<()> {
     }
     match &to.default_prompt {
         Some(name) if !to.prompts.contains_key(name) => {
-            let known = to.prompts.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+            let known = to.prompts.keys().map(|name| format!("`{name}`")).collect_vec().join(", ");
             Err(options.refuse("default_prompt_name", format!("is `{name}`, expected one of {known}")))
         }
         _ => Ok(()),

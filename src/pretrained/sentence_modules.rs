@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     DType, Device, Error, ErrorKind, Result, Tensor,
+    collect::CollectVec,
     error::ensure,
     io::TensorFile,
     models::{DenseActivation, DenseLayer, DenseResidual, Features, Pooling, SentenceModule},
@@ -67,7 +68,7 @@ fn pooling(options: &Options) -> Result<SentenceModule> {
         })
     };
     let modes = match options.get(KEY) {
-        Some(Value::Array(names)) if !names.is_empty() => names.iter().map(named).collect::<Result<Vec<_>>>()?,
+        Some(Value::Array(names)) if !names.is_empty() => names.iter().map(named).try_collect_vec()?,
         Some(name) => vec![named(name)?],
         None => {
             let mut modes = Vec::new();
@@ -159,9 +160,9 @@ impl<'d> Weights<'d> {
     /// Errors: tensors beyond these.
     fn open(entry: &Entry, dtype: DType, device: &'d Device, names: &[&str]) -> Result<Self> {
         let file = TensorFile::open(&entry.folder)?;
-        let unused: Vec<String> = file.names().filter(|name| !names.contains(name)).map(str::to_string).collect();
+        let unused: Vec<String> = file.names().filter(|name| !names.contains(name)).map(str::to_string).collect_vec();
         let lacks = |name: &&&str| file.info(name).is_none();
-        let missing: Vec<String> = names.iter().filter(lacks).map(ToString::to_string).collect();
+        let missing: Vec<String> = names.iter().filter(lacks).map(ToString::to_string).collect_vec();
         ensure!(
             unused.is_empty() && missing.is_empty(),
             Error::new(ErrorKind::Weights { missing, unused, mismatched: Vec::new() }).context(file.path().display())

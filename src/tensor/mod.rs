@@ -405,7 +405,7 @@ impl Tensor {
         Arc::get_mut(&mut self.0).and_then(|handle| Arc::get_mut(&mut handle.buffer))
     }
 
-    fn bytes_mut(&mut self) -> Result<&mut [u8]> {
+    pub(crate) fn bytes_mut(&mut self) -> Result<&mut [u8]> {
         let device = self.0.device.clone();
         match self.unshared() {
             Some(Buffer::Cpu(buffer)) => Ok(buffer.bytes_mut()),

@@ -5,6 +5,7 @@ use std::fmt;
 use super::{GradSlot, Tensor};
 use crate::{
     Device, Error, Result,
+    collect::CollectVec,
     device::{Arg, Grid, Kernel, Kind, ParameterType, Source, SourceParameter, launch::IntoArg},
     error::ensure,
 };
@@ -123,13 +124,13 @@ impl RawKernel {
     /// the tensors, and no thread may write what another one reads or writes at the same time.
     pub unsafe fn launch<'a>(&self, grid: Grid, args: impl IntoIterator<Item = KernelArg<'a>>) -> Result<()> {
         let (name, parameters) = (self.source.kernel(), self.parameters());
-        let given: Vec<KernelArg<'a>> = args.into_iter().collect();
+        let given: Vec<KernelArg<'a>> = args.into_iter().collect_vec();
         ensure!(
             given.len() == parameters.len(),
             Error::argument(OP, format_args!("`{name}` takes {} arguments, got {}", parameters.len(), given.len()))
         );
         let args = parameters.iter().zip(given).map(|(parameter, given)| self.argument(parameter, given));
-        self.kernel.launch(grid, &args.collect::<Result<Vec<_>>>()?)
+        self.kernel.launch(grid, &args.try_collect_vec()?)
     }
 
     /// Checks one argument.

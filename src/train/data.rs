@@ -8,7 +8,10 @@ use std::{
 };
 
 use super::random::{Purpose, stream};
-use crate::{DType, Device, Error, ErrorKind, Philox, Result, Shape, Tensor, error::ensure, hash::fnv1a, sort::sort};
+use crate::{
+    DType, Device, Error, ErrorKind, Philox, Result, Shape, Tensor, collect::CollectVec, error::ensure, hash::fnv1a,
+    sort::sort,
+};
 
 /// Number of windows in [`ByteText::validation_windows`].
 const VALIDATION_WINDOWS: usize = 64;
@@ -193,7 +196,7 @@ fn no_text(folder: &Path, skipped: &[(PathBuf, String)]) -> Error {
 fn read_folder(folder: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, String)>) -> Result<()> {
     let broken = |source| Error::io(folder, source);
     let entries = fs::read_dir(folder).map_err(broken)?.collect::<std::io::Result<Vec<_>>>().map_err(broken)?;
-    let mut names: Vec<_> = entries.into_iter().map(|entry| entry.file_name()).collect();
+    let mut names: Vec<_> = entries.into_iter().map(|entry| entry.file_name()).collect_vec();
     sort(&mut names);
     for name in names {
         if name.as_encoded_bytes().starts_with(b".") {

@@ -4,9 +4,10 @@ use std::{collections::BTreeMap, fmt};
 
 use crate::{
     Device, Error, ErrorKind, Param, ParamMap, Result, Tensor,
+    collect::CollectVec,
     error::ensure,
     ops::adamw::{average, own},
-    params::try_ordered,
+    ordered::{OrderedMap, ordered},
     profile::{self, Phase},
 };
 
@@ -33,7 +34,7 @@ use crate::{
 #[doc(alias = "AveragedModel")]
 pub struct Ema {
     decay: f64,
-    averages: BTreeMap<String, Tensor>,
+    averages: OrderedMap<String, Tensor>,
 }
 
 impl fmt::Debug for Ema {
@@ -55,7 +56,7 @@ impl Ema {
             own(&mut average)?;
             Ok((name.to_string(), average))
         });
-        Ok(Self { decay, averages: try_ordered(averages)? })
+        Ok(Self { decay, averages: averages.collect::<Result<_>>()? })
     }
 
     /// Updates the average with the current values.
@@ -76,7 +77,7 @@ impl Ema {
             )
         );
         // Both iterate over the names in alphabetical order.
-        let mut averages: Vec<&mut Tensor> = self.averages.values_mut().collect();
+        let mut averages: Vec<&mut Tensor> = self.averages.values_mut().iter_mut().collect_vec();
         averages.iter_mut().try_for_each(|average| own(average))?;
         average(averages, &values, self.decay)?;
         let device = values.first().map_or(Device::Cpu, |value| value.device().clone());
@@ -105,7 +106,7 @@ impl Ema {
 
     /// Returns the averages by the names of their parameters.
     pub fn state_dict(&self) -> BTreeMap<String, Tensor> {
-        self.averages.clone()
+        ordered(self.averages.clone())
     }
 
     /// Replaces the averages.
@@ -113,13 +114,14 @@ impl Ema {
     /// Errors, with nothing changed: [`ErrorKind::Weights`] with every missing, unused and mismatched name; another
     /// dtype.
     pub fn load_state_dict(&mut self, dict: &BTreeMap<String, Tensor>) -> Result<()> {
-        let missing: Vec<_> = self.averages.keys().filter(|&name| !dict.contains_key(name)).cloned().collect();
-        let unused: Vec<_> = dict.keys().filter(|&name| !self.averages.contains_key(name)).cloned().collect();
+        let missing: Vec<_> =
+            self.averages.keys().iter().filter(|&name| !dict.contains_key(name)).cloned().collect_vec();
+        let unused: Vec<_> = dict.keys().filter(|&name| !self.averages.contains_key(name)).cloned().collect_vec();
         let pairs = || self.averages.iter().filter_map(|(name, average)| Some((name, average, dict.get(name)?)));
         let mismatched: Vec<_> = pairs()
             .filter(|(_, average, given)| average.shape() != given.shape())
             .map(|(name, average, given)| (name.clone(), average.shape().to_vec(), given.shape().to_vec()))
-            .collect();
+            .collect_vec();
         ensure!(
             missing.is_empty() && unused.is_empty() && mismatched.is_empty(),
             Error::new(ErrorKind::Weights { missing, unused, mismatched })
@@ -135,7 +137,7 @@ impl Ema {
         }
         let moved =
             pairs().map(|(name, average, given)| Ok((name.clone(), given.detach().to_device(average.device())?)));
-        self.averages = try_ordered(moved)?;
+        self.averages = moved.collect::<Result<_>>()?;
         Ok(())
     }
 

@@ -6,10 +6,11 @@ use std::{collections::BTreeMap, fmt};
 use crate::ops::adamw::{adamw_recorded, clip_on_device};
 use crate::{
     DType, Device, Error, ErrorKind, Gradients, ParamMap, Result, Tensor,
+    collect::CollectVec,
     error::ensure,
     ops::adamw::{Settings, Update, adamw, compile, own, square_norms},
+    ordered::OrderedMap,
     params::Param,
-    params::ordered,
     profile::{self, Phase},
     sort::{order, sort_by},
 };
@@ -68,7 +69,7 @@ impl Default for AdamWOptions {
 #[doc(alias = "Optimizer")]
 pub struct AdamW {
     options: AdamWOptions,
-    state: BTreeMap<String, State>,
+    state: OrderedMap<String, State>,
     steps: u64,
     /// If `true`, an update is in progress or has panicked.
     updating: bool,
@@ -130,7 +131,7 @@ impl AdamW {
                 Error::option(key, format_args!("expected a finite number of at least 0, got {value}"))
             );
         }
-        Ok(Self { options, state: BTreeMap::new(), steps: 0, updating: false })
+        Ok(Self { options, state: OrderedMap::default(), steps: 0, updating: false })
     }
 
     /// Returns the hyperparameters.
@@ -216,14 +217,15 @@ impl AdamW {
         }
         self.prepare(named)?;
         let order = order(named.len(), &|a, b| named[a].1.leaf().cmp(&named[b].1.leaf()));
-        let mut locked: Vec<_> = order.into_iter().map(|index| (index, named[index].1.lock())).collect();
+        let mut locked: Vec<_> = order.into_iter().map(|index| (index, named[index].1.lock())).collect_vec();
         sort_by(&mut locked, |a, b| a.0.cmp(&b.0));
-        let mut states = ordered(self.state.iter_mut().map(|(name, state)| (name.as_str(), state)));
+        let mut states = self.state.iter_mut();
         let mut updates = Vec::with_capacity(named.len());
         for (((name, _), (_, value)), grad) in named.iter().zip(&mut locked).zip(grads) {
             own(value)?;
-            // `prepare` made one for every name.
-            let Some(State { exp_avg, exp_avg_sq, master, step }) = states.remove(name) else { continue };
+            // `prepare` made one for every name; both are in alphabetical order.
+            let found = states.find(|(key, _)| key.as_str() == *name);
+            let Some((_, State { exp_avg, exp_avg_sq, master, step })) = found else { continue };
             let master = master.as_mut();
             updates.push(Update { value, grad, exp_avg, exp_avg_sq, master, step: *step + 1 });
         }
@@ -258,12 +260,12 @@ impl AdamW {
         let (named, packed) = with_gradients(params, grads)?;
         let norm = clip_on_device(&packed, given)?;
         let grad_scale = norm.narrow(0, 1, 1)?;
-        let positions: BTreeMap<&str, usize> = ordered(params.unique().map(|(name, _)| name).zip(0..));
+        let positions: OrderedMap<&str, usize> = params.unique().map(|(name, _)| name).zip(0..).collect();
         let place = |(name, _): &Named| factors.narrow(0, positions[name], 1)?.address();
-        let places = named.iter().map(place).collect::<Result<Vec<_>>>()?;
+        let places = named.iter().map(place).try_collect_vec()?;
         compile("adamw_recorded", kinds(&named, &packed))?;
         self.update(&named, &packed, |updates| adamw_recorded(updates, &places, &grad_scale))?;
-        Ok((norm, named.into_iter().map(|(name, _)| name.to_string()).collect()))
+        Ok((norm, named.into_iter().map(|(name, _)| name.to_string()).collect_vec()))
     }
 
     /// Returns the numbers of the next step of every parameter, in the order of [`ParamMap::unique`].
@@ -271,13 +273,13 @@ impl AdamW {
     pub(super) fn factors(&self, params: &ParamMap, lr: f64) -> Vec<f64> {
         let settings = self.settings(lr, 1.0);
         let next = |name: &str| self.state.get(name).map_or(1, |state| state.step + 1);
-        params.unique().flat_map(|(name, _)| settings.factors(next(name))).collect()
+        params.unique().flat_map(|(name, _)| settings.factors(next(name))).collect_vec()
     }
 
     /// Returns `true` if nothing else shares the tensors of the state, which a recorded step updates in place.
     #[cfg(feature = "cuda")]
     pub(super) fn is_unique(&mut self) -> bool {
-        self.state.values_mut().all(|State { exp_avg, exp_avg_sq, master, .. }| {
+        self.state.values_mut().iter_mut().all(|State { exp_avg, exp_avg_sq, master, .. }| {
             exp_avg.is_unique() && exp_avg_sq.is_unique() && master.as_mut().is_none_or(Tensor::is_unique)
         })
     }
@@ -302,7 +304,7 @@ impl AdamW {
             let value = param.tensor().detach();
             let state = match self.state.get_mut(*name) {
                 Some(state) => state,
-                None => self.state.entry(name.to_string()).or_insert(State::new(&value)?),
+                None => self.state.or_insert(name.to_string(), State::new(&value)?),
             };
             ensure!(
                 state.exp_avg.shape() == value.shape()
@@ -332,8 +334,9 @@ impl AdamW {
     /// `master.P` of each updated parameter `P`, and `steps`.
     pub fn state_dict(&self) -> Result<BTreeMap<String, Tensor>> {
         let count = |steps: u64| Tensor::scalar(steps as i64, &crate::Device::Cpu);
-        let mut dict = BTreeMap::from([("steps".to_string(), count(self.steps)?)]);
-        for (name, state) in &self.state {
+        let mut dict = BTreeMap::new();
+        dict.insert("steps".to_string(), count(self.steps)?);
+        for (name, state) in self.state.iter() {
             dict.insert(format!("exp_avg.{name}"), state.exp_avg.clone());
             dict.insert(format!("exp_avg_sq.{name}"), state.exp_avg_sq.clone());
             dict.insert(format!("step.{name}"), count(state.step)?);
@@ -352,7 +355,7 @@ impl AdamW {
     pub fn load_state_dict(&mut self, params: &ParamMap, dict: &BTreeMap<String, Tensor>) -> Result<()> {
         let mut loader = Loader { dict, used: Default::default(), missing: Vec::new(), mismatched: Vec::new() };
         let steps = loader.count("steps")?;
-        let mut state = BTreeMap::new();
+        let mut state = OrderedMap::default();
         for (name, param) in params.unique() {
             let keys = ["exp_avg", "exp_avg_sq", "step", "master"].map(|kind| format!("{kind}.{name}"));
             if !keys.iter().any(|key| dict.contains_key(key)) {
@@ -396,7 +399,7 @@ type Named<'a> = (&'a str, &'a Param);
 fn with_gradients<'a>(params: &'a ParamMap, grads: &Gradients) -> Result<(Vec<Named<'a>>, Vec<Tensor>)> {
     let with_grad = params.unique().filter_map(|(name, param)| Some((name, param, grads.param(param)?)));
     let packed = with_grad.map(|(name, param, grad)| Ok(((name, param), grad.detach().contiguous()?)));
-    Ok(packed.collect::<Result<Vec<_>>>()?.into_iter().unzip())
+    Ok(packed.try_collect_vec()?.into_iter().unzip())
 }
 
 /// Returns the types that the kernel of each parameter is compiled for.
@@ -415,7 +418,7 @@ fn bytes(tensor: &Tensor) -> usize {
 /// Takes tensors out of a state dict and collects mismatches.
 struct Loader<'a> {
     dict: &'a BTreeMap<String, Tensor>,
-    used: std::collections::BTreeSet<String>,
+    used: OrderedMap<String, ()>,
     missing: Vec<String>,
     mismatched: Vec<(String, Vec<usize>, Vec<usize>)>,
 }
@@ -426,7 +429,7 @@ impl Loader<'_> {
             self.missing.push(key.to_string());
             return Ok(None);
         };
-        self.used.insert(key.to_string());
+        self.used.insert(key.to_string(), ());
         if **tensor.shape() != *shape {
             self.mismatched.push((key.to_string(), shape.to_vec(), tensor.shape().to_vec()));
             return Ok(None);
@@ -452,7 +455,7 @@ impl Loader<'_> {
 
     fn finish(self, steps: Option<u64>) -> Result<u64> {
         let Self { dict, used, missing, mismatched } = self;
-        let unused: Vec<_> = dict.keys().filter(|&key| !used.contains(key)).cloned().collect();
+        let unused: Vec<_> = dict.keys().filter(|&key| !used.contains_key(key)).cloned().collect_vec();
         match steps {
             Some(steps) if missing.is_empty() && unused.is_empty() && mismatched.is_empty() => Ok(steps),
             _ => Err(Error::new(ErrorKind::Weights { missing, unused, mismatched })),

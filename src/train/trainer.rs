@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     DType, Device, Error, ErrorKind, Gradients, Param, ParamMap, ParamStore, Result, Tape, Tensor,
+    collect::CollectVec,
     config::Config,
     error::{ErrorContext, ensure},
     models::AutoregressiveWrapper,
@@ -315,7 +316,7 @@ impl<M: TrainModel> Trainer<M> {
     fn not_finite(&self, tensor: impl Fn(&Tensor) -> Option<Tensor>) -> Result<Option<&str>> {
         let given = |(name, param): (_, &Param)| Some((name, tensor(&param.tensor())?.contiguous()));
         let (names, tensors): (Vec<_>, Vec<_>) = self.params.unique().filter_map(given).unzip();
-        let squares = square_norms(&tensors.into_iter().collect::<Result<Vec<_>>>()?)?;
+        let squares = square_norms(&tensors.into_iter().try_collect_vec()?)?;
         Ok(squares.iter().position(|square| !square.is_finite()).map(|index| names[index]))
     }
 

@@ -35,7 +35,7 @@ pub fn options(expected: &Tensors) -> Result<ForwardOptions> {
 
 /// Hidden states within 1e-4, and logits of the first tokens.
 pub fn check(place: &str, (folder, expected): (PathBuf, Tensors)) -> Result<Pretrained> {
-    let pretrained = Pretrained::open(&folder)?;
+    let pretrained = Pretrained::open(&folder)?.dequantized();
     let model = pretrained.model(DType::F32, &device())?;
     let hidden = model.forward(&expected["tokens"].to_device(&device())?, &options(&expected)?)?.out;
     let off = difference(&hidden, &expected["hidden"], Some(&expected["mask"]))?;

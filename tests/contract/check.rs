@@ -45,8 +45,9 @@ struct Packed {
 impl Check<'_> {
     fn all(&mut self) -> Result<()> {
         let arrays = self.case.draw();
-        self.gradients(&arrays)?;
         self.layouts(&arrays, &[Lay::Packed, Lay::Transposed, Lay::Sliced, Lay::Offset])?;
+        self.gradients(&arrays)?;
+        self.one_gradient_at_a_time(&arrays)?;
         for lay in [Lay::RepeatedRows, Lay::RepeatedColumns] {
             if self.case.repeats {
                 let possible = |(array, input): (&Array, &Input)| match input {
@@ -90,6 +91,30 @@ impl Check<'_> {
         let wrong = |input: &x_transformers::InputReport| !(input.error <= report.tolerance);
         if report.inputs.iter().any(|input| case.differentiates(input.input) && wrong(input)) {
             self.fail(&case.name, format!("gradient\n{report}"));
+        }
+        Ok(())
+    }
+
+    /// An input has the same gradient if no other input requires one.
+    fn one_gradient_at_a_time(&mut self, arrays: &[Array]) -> Result<()> {
+        let (case, bound) = (self.case, 2.0 * allowed(DType::F32) * self.case.tolerance);
+        let differentiated: Vec<usize> = (0..arrays.len()).filter(|&i| case.differentiates(i)).collect();
+        if differentiated.len() < 2 {
+            return Ok(());
+        }
+        let tensors = case.tensors(arrays, DType::F32, Lay::Packed)?;
+        let (_, all) = case.run_with_gradients(&tensors)?;
+        for (input, expected) in differentiated.into_iter().zip(&all) {
+            let mut inputs = tensors.clone();
+            inputs[input] = inputs[input].requires_grad()?;
+            let mut tape = Tape::grad();
+            let output = (case.run)(&inputs)?;
+            let grads = tape.backward_with(&output, &cotangent(&output)?)?;
+            let zeros = || Ok(vec![0.0; expected.values.len()]);
+            let values = grads.get(&inputs[input]).map_or_else(zeros, Tensor::to_f64_vec)?;
+            if let Some(message) = far(&values, &expected.values, bound) {
+                self.fail(&case.name, format!("gradient of input {input} by itself: {message}"));
+            }
         }
         Ok(())
     }

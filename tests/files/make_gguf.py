@@ -4,6 +4,8 @@
     pip install torch transformers gguf safetensors
 
     blocks.gguf      random blocks of every quantised type, with scales up to the limits of their type
+    rounded.safetensors
+                     values, and the blocks that they are rounded to
     mixture.gguf     a Llama whose tensors are of as many types, as those of `Q4_K_M` and its like are
     biases.gguf      a Llama with biases everywhere and factors of the rotation, and metadata that llama.cpp allows
     qwen2.gguf       a Qwen2 with biases and a head of its own; qwen2-0000N-of-00003.gguf: the same in three files
@@ -62,6 +64,16 @@ def blocks():
         expected[kind] = torch.from_numpy(gguf.quants.dequantize(drawn, Kind[kind]))
     finish(writer)
     save_file(expected, FOLDER / "blocks.safetensors")
+
+
+def rounded():
+    random = np.random.default_rng(5)
+    values = random.standard_normal((8, 256)).astype(np.float32)
+    # A block of zeros, one of a single value, and ties.
+    values[0, :32], values[0, 32:64], values[1] = 0, -0.75, np.round(values[1] * 4) / 4
+    tensors = {kind: gguf.quants.quantize(values, Kind[kind]) for kind in ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]}
+    save_file({"values": torch.from_numpy(values)} | {kind: torch.from_numpy(blocks) for kind, blocks in tensors.items()},
+              FOLDER / "rounded.safetensors")
 
 
 def finish(writer):
@@ -310,4 +322,5 @@ def rotations():
 
 
 blocks()
+rounded()
 save_file({"tokens": tokens(), **mixture(), **biases(), **qwen2(), **rotations()}, FOLDER / "rotations.safetensors")

@@ -1,7 +1,8 @@
 //! The numeric gradient check must find errors and say where they are.
 
 use x_transformers::{
-    Backward, DType, Device, Error, ErrorKind, Gradcheck, InputGrads, Result, Tape, Tensor, gradcheck, record,
+    Backward, DType, Device, Error, ErrorKind, Gradcheck, InputGrads, QuantType, Result, Tape, Tensor, gradcheck,
+    ops::PackedMatrix, record,
 };
 
 const CPU: Device = Device::Cpu;
@@ -191,5 +192,27 @@ fn wrong_calls_are_refused() -> Result<()> {
     let tape = Tape::grad();
     let _ = input(&[2]).requires_grad()?.sum(&[])?;
     assert_eq!(tape.len(), 1, "no tape of a failed check is left behind");
+    Ok(())
+}
+
+/// Gradients of the inputs and the bias pass through packed weights; in f32 they are those of the dequantised weights.
+#[test]
+fn packed_weights_pass_gradients_on() -> Result<()> {
+    for kind in [QuantType::Q8_0, QuantType::Q4_1, QuantType::Q6K] {
+        let matrix = PackedMatrix::quantize(&input(&[5, 256]), kind)?;
+        let (x, bias) = (input(&[2, 3, 256]), input(&[5]));
+        let run = |x: &[Tensor]| matrix.linear(&x[0], Some(&x[1]))?.square()?.sum(&[]);
+        let report = gradcheck(run, &[x.clone(), bias.clone()], Gradcheck::default())?;
+        assert!(report.passed(), "{kind}\n{report}");
+        let gradient = |linear: &dyn Fn(&Tensor) -> Result<Tensor>| -> Result<Vec<f64>> {
+            let x = x.to_dtype(DType::F32)?.requires_grad()?;
+            let mut tape = Tape::grad();
+            let loss = linear(&x)?.sum(&[])?;
+            let grads = tape.backward(&loss)?;
+            grads.get(&x).expect("a gradient").to_f64_vec()
+        };
+        let wide = matrix.dequantize(DType::F32)?;
+        assert_eq!(gradient(&|x| matrix.linear(x, None))?, gradient(&|x| x.linear(&wide, None))?, "{kind}");
+    }
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::{Value, json};
 use x_transformers::{
-    DType, Device, Result, Tensor,
+    DType, Device, QuantType, Result, Tensor,
     io::{Metadata, RawTensor, Stored, TensorFile, read_safetensors, write_safetensors},
     models::ForwardOptions,
     pretrained::{Family, Pretrained},
@@ -42,41 +42,123 @@ impl Drop for Folder {
     }
 }
 
-const KINDS: [Stored; 12] = [
-    Stored::Q8_0,
-    Stored::Q4_0,
-    Stored::Q4_1,
-    Stored::Q5_0,
-    Stored::Q5_1,
-    Stored::Q2K,
-    Stored::Q3K,
-    Stored::Q4K,
-    Stored::Q5K,
-    Stored::Q6K,
-    Stored::Iq4Nl,
-    Stored::Iq4Xs,
-];
-
 /// Random blocks, including the largest, smallest and zero scales, decode to the same bits as with the package gguf.
 #[test]
 fn blocks_have_the_bits_of_the_package_gguf() -> Result<()> {
     let file = TensorFile::open(files("blocks.gguf"))?;
     let expected = read_safetensors(files("blocks.safetensors"))?;
-    assert_eq!(file.names().count(), KINDS.len());
-    for stored in KINDS {
-        let name = stored.to_string();
+    assert_eq!(file.names().count(), QuantType::ALL.len());
+    for kind in QuantType::ALL {
+        let name = kind.to_string();
         let info = file.info(&name).unwrap();
-        assert_eq!((info.stored, &info.shape[..]), (stored, &[2, 1024][..]));
+        assert_eq!((info.stored, &info.shape[..]), (Stored::Quantized(kind), &[2, 1024][..]));
         let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
         let expected = bits(expected[&name].to_vec()?);
         assert_eq!(bits(file.tensor(&name)?.to_vec()?), expected, "{name}");
         // The same by hand, a row at a time.
         let RawTensor { stored, shape, bytes } = file.raw(&name)?;
-        let (values, size) = stored.block();
+        assert_eq!(stored, Stored::Quantized(kind));
+        let (values, size) = kind.block();
         assert_eq!(bytes.len(), shape[0] * shape[1] / values * size);
         let mut row = vec![0.0; shape[1]];
-        stored.dequantize(&bytes[bytes.len() / 2..], &mut row)?;
+        kind.dequantize(&bytes[bytes.len() / 2..], &mut row)?;
         assert_eq!(bits(row), expected[1024..], "{name}");
+    }
+    Ok(())
+}
+
+/// Values are rounded to the blocks that the package gguf rounds them to; types that it has none of, to close ones.
+#[test]
+fn values_are_rounded_as_by_the_package_gguf() -> Result<()> {
+    let file = TensorFile::open(files("rounded.safetensors"))?;
+    let values: Vec<f32> = file.tensor("values")?.to_vec()?;
+    let energy: f32 = values.iter().map(|value| value * value).sum();
+    for kind in QuantType::ALL.into_iter().filter(|kind| kind.is_packed()) {
+        let blocks = kind.quantize(&values)?;
+        if file.info(kind.name()).is_some() {
+            assert_eq!(blocks, file.raw(kind.name())?.bytes, "{kind}");
+        }
+        let mut near = vec![0.0; values.len()];
+        kind.dequantize(&blocks, &mut near)?;
+        let error = values.iter().zip(&near).map(|(value, near)| (value - near).powi(2)).sum::<f32>() / energy;
+        let most = match kind {
+            QuantType::Q8_0 => 1e-4,
+            QuantType::Q6K => 6e-4,
+            QuantType::Q5_0 | QuantType::Q5_1 | QuantType::Q5K => 3e-3,
+            _ => 8e-3,
+        };
+        println!("{kind}: {error:.1e} of the energy");
+        assert!(error < most, "{kind}: {error}");
+        // What is a block's value already stays it.
+        let mut again = vec![0.0; values.len()];
+        kind.dequantize(&kind.quantize(&near)?, &mut again)?;
+        let moved = near.iter().zip(&again).map(|(a, b)| (a - b).powi(2)).sum::<f32>() / energy;
+        assert!(moved < most / 2.0, "{kind}: {moved}");
+    }
+    assert!(QuantType::Q2K.quantize(&values).is_err() && QuantType::Q8_0.quantize(&values[..33]).is_err());
+    assert!(QuantType::Q8_0.quantize(&[f32::INFINITY; 32]).is_err());
+    Ok(())
+}
+
+/// Packed matrices of every type, with the largest and the smallest scales: their products are those of the values that
+/// the package gguf gives, for inputs that 8 bits hold.
+#[test]
+fn packed_matrices_multiply_the_values_of_the_package_gguf() -> Result<()> {
+    let file = TensorFile::open(files("blocks.gguf"))?;
+    let expected = read_safetensors(files("blocks.safetensors"))?;
+    let inputs: Vec<f32> =
+        (0..3 * 1024).map(|i| if i % 32 == 5 { 127.0 } else { (i * 37 % 251) as f32 - 125.0 }).collect();
+    let x = Tensor::from_slice(&inputs, [3, 1024], &Device::Cpu)?;
+    for kind in QuantType::ALL {
+        let Ok(matrix) = file.packed(kind.name()) else {
+            assert!(!kind.is_packed());
+            continue;
+        };
+        assert_eq!((matrix.kind(), matrix.shape()), (kind, [2, 1024]));
+        let values = expected[kind.name()].to_vec::<f32>()?;
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&matrix.dequantize(DType::F32)?.to_vec::<f32>()?), bits(&values), "{kind}");
+        let y = matrix.linear(&x, None)?.to_vec::<f32>()?;
+        for (at, &y) in y.iter().enumerate() {
+            let terms = inputs[at / 2 * 1024..][..1024].iter().zip(&values[at % 2 * 1024..]);
+            let terms: Vec<f64> = terms.map(|(x, w)| f64::from(*x) * f64::from(*w)).collect();
+            let (sum, size) = (terms.iter().sum::<f64>(), terms.iter().map(|term| term.abs()).sum::<f64>());
+            assert!((f64::from(y) - sum).abs() <= 1e-5 * size, "{kind}: {y}, expected {sum}");
+        }
+    }
+    assert!(file.packed("Q2_K").unwrap_err().to_string().contains("Q2_K"));
+    let wrong = TensorFile::from_bytes(gguf(&[], &[("w", &[32, 1], 8, vec![0xFF; 34])]))?;
+    assert!(wrong.packed("w").unwrap_err().to_string().contains("`w` holds NaN or infinity"));
+    Ok(())
+}
+
+/// Models whose matrices stay packed compute nearly what those with dequantised ones do, and have the gradients of their
+/// other parameters; matrices of types that are not packed, or that are stacked from two types, are dequantised.
+#[test]
+fn packed_models_are_close() -> Result<()> {
+    for name in ["mixture.gguf", "biases.gguf", "qwen2.gguf", "llama.gguf"] {
+        let tokens = Tensor::from_slice(&(0..24i64).collect::<Vec<_>>(), [2, 12], &Device::Cpu)?;
+        let logits = |pretrained: &Pretrained, dtype| -> Result<Vec<f64>> {
+            let model = pretrained.model(dtype, &Device::Cpu)?;
+            model.forward(&tokens, &ForwardOptions::default())?.out.to_f64_vec()
+        };
+        let packed = Pretrained::open(files(name))?;
+        let (near, half) = (logits(&packed, DType::F32)?, logits(&packed, DType::BF16)?);
+        // Not rounded in f64.
+        let exact = logits(&packed, DType::F64)?;
+        let wide = logits(&packed.dequantized(), DType::F64)?;
+        let off = |a: &[f64], b: &[f64]| {
+            let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>();
+            (squares(&mut a.iter().zip(b).map(|(a, b)| a - b)) / squares(&mut b.iter().copied())).sqrt()
+        };
+        println!(
+            "{name}: packed {:.1e}, bf16 {:.1e}, f64 {:.1e}",
+            off(&near, &wide),
+            off(&half, &wide),
+            off(&exact, &wide)
+        );
+        assert!(near != wide && off(&near, &wide) < 4e-2 && off(&half, &wide) < 6e-2, "{name}");
+        assert!(off(&exact, &wide) < 1e-12, "{name}");
     }
     Ok(())
 }
@@ -85,29 +167,28 @@ fn blocks_have_the_bits_of_the_package_gguf() -> Result<()> {
 #[test]
 fn large_tensors_are_read_in_parts() -> Result<()> {
     let file = TensorFile::open(files("blocks.gguf"))?;
-    for (stored, rows) in [(Stored::Q4K, 700), (Stored::Q5_0, 333)] {
-        let RawTensor { bytes, .. } = file.raw(&stored.to_string())?;
-        let values: Vec<f32> = file.tensor(&stored.to_string())?.to_vec()?;
+    for (kind, rows) in [(QuantType::Q4K, 700), (QuantType::Q5_0, 333)] {
+        let RawTensor { bytes, .. } = file.raw(kind.name())?;
+        let values: Vec<f32> = file.tensor(kind.name())?.to_vec()?;
         let row = [&bytes[..], &bytes].concat();
-        let large = gguf(&[], &[("large", &[4096, rows], number(stored), row.repeat(rows as usize))]);
+        let large = gguf(&[], &[("large", &[4096, rows], number(kind), row.repeat(rows as usize))]);
         let read = TensorFile::from_bytes(large)?.tensor("large")?.to_vec::<f32>()?;
-        assert!(read.chunks(2048).all(|chunk| chunk == values), "{stored}");
+        assert!(read.chunks(2048).all(|chunk| chunk == values), "{kind}");
     }
     Ok(())
 }
 
 #[test]
 fn partial_blocks_are_refused() {
-    let error = |stored: Stored, bytes: usize, values: usize| {
-        stored.dequantize(&vec![0; bytes], &mut vec![0.0; values]).unwrap_err().to_string()
+    let error = |kind: QuantType, bytes: usize, values: usize| {
+        kind.dequantize(&vec![0; bytes], &mut vec![0.0; values]).unwrap_err().to_string()
     };
-    assert!(error(Stored::F32, 4, 1).contains("F32 is not a quantised type"));
-    assert!(error(Stored::Q6K, 209, 256).contains("whole blocks of 210 bytes of Q6_K, got 209"));
-    assert!(error(Stored::Q6K, 420, 256).contains("an output of 512 values, got 256"));
-    for stored in KINDS {
-        let (values, size) = stored.block();
+    assert!(error(QuantType::Q6K, 209, 256).contains("whole blocks of 210 bytes of Q6_K, got 209"));
+    assert!(error(QuantType::Q6K, 420, 256).contains("an output of 512 values, got 256"));
+    for kind in QuantType::ALL {
+        let (values, size) = kind.block();
         let cut = |row: u64, bytes: usize| {
-            let file = gguf(&[], &[("w", &[row, 2], number(stored), vec![0; bytes])]);
+            let file = gguf(&[], &[("w", &[row, 2], number(kind), vec![0; bytes])]);
             TensorFile::from_bytes(file).unwrap_err().to_string()
         };
         let half = values as u64 / 2;
@@ -127,11 +208,11 @@ fn partial_blocks_are_refused() {
 /// Tensors outside the file are an error before memory is allocated for them.
 #[test]
 fn sizes_beyond_the_file_are_refused() {
-    for stored in KINDS {
-        let rows = (1 << 40) / stored.block().0 as u64;
-        let file = gguf(&[], &[("w", &[stored.block().0 as u64, rows], number(stored), vec![0; 4096])]);
+    for kind in QuantType::ALL {
+        let rows = (1 << 40) / kind.block().0 as u64;
+        let file = gguf(&[], &[("w", &[kind.block().0 as u64, rows], number(kind), vec![0; 4096])]);
         let error = TensorFile::from_bytes(file).unwrap_err().to_string();
-        assert!(error.contains("`w`"), "{stored}: {error}");
+        assert!(error.contains("`w`"), "{kind}: {error}");
     }
 }
 
@@ -178,7 +259,7 @@ fn integers_of_every_width() -> Result<()> {
 
 /// The last logits of a model, which differ from the expected ones by rounding only.
 fn check(name: &str, path: &Path, expected: &BTreeMap<String, Tensor>) -> Result<Pretrained> {
-    let pretrained = Pretrained::open(path)?;
+    let pretrained = Pretrained::open(path)?.dequantized();
     let model = pretrained.model(DType::F32, &Device::Cpu)?;
     let logits = model.forward(&expected["tokens"], &ForwardOptions::default())?.out;
     let expected = &expected[name];
@@ -199,9 +280,9 @@ fn expected() -> BTreeMap<String, Tensor> {
 fn mixtures_of_types() -> Result<()> {
     let pretrained = check("mixture", &files("mixture.gguf"), &expected())?;
     let stored = |name: &str| pretrained.file().info(name).unwrap().stored;
-    assert_eq!(stored("token_embd.weight"), Stored::Q4K);
-    assert_eq!(stored("blk.0.ffn_gate.weight"), Stored::Q2K);
-    assert_eq!(stored("output.weight"), Stored::Q6K);
+    assert_eq!(stored("token_embd.weight"), Stored::Quantized(QuantType::Q4K));
+    assert_eq!(stored("blk.0.ffn_gate.weight"), Stored::Quantized(QuantType::Q2K));
+    assert_eq!(stored("output.weight"), Stored::Quantized(QuantType::Q6K));
     Ok(())
 }
 
@@ -543,20 +624,20 @@ fn windows_of_qwen2() -> Result<()> {
 }
 
 /// The number of a type in a file.
-fn number(stored: Stored) -> u32 {
-    match stored {
-        Stored::Q4_0 => 2,
-        Stored::Q4_1 => 3,
-        Stored::Q5_0 => 6,
-        Stored::Q5_1 => 7,
-        Stored::Q8_0 => 8,
-        Stored::Q2K => 10,
-        Stored::Q3K => 11,
-        Stored::Q4K => 12,
-        Stored::Q5K => 13,
-        Stored::Q6K => 14,
-        Stored::Iq4Nl => 20,
-        Stored::Iq4Xs => 23,
+fn number(kind: QuantType) -> u32 {
+    match kind {
+        QuantType::Q4_0 => 2,
+        QuantType::Q4_1 => 3,
+        QuantType::Q5_0 => 6,
+        QuantType::Q5_1 => 7,
+        QuantType::Q8_0 => 8,
+        QuantType::Q2K => 10,
+        QuantType::Q3K => 11,
+        QuantType::Q4K => 12,
+        QuantType::Q5K => 13,
+        QuantType::Q6K => 14,
+        QuantType::Iq4Nl => 20,
+        QuantType::Iq4Xs => 23,
         other => panic!("{other}"),
     }
 }

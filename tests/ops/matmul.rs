@@ -36,7 +36,7 @@ fn turned(x: &Tensor) -> Result<Tensor> {
 
 /// The same values in every second row and column of a larger matrix that is NaN elsewhere.
 fn scattered(x: &Tensor) -> Result<Tensor> {
-    let [rows, columns] = x.shape()[..] else { panic!("{x:?} is no matrix") };
+    let [rows, columns] = x.shape()[..] else { panic!("{x:?} is not a matrix") };
     let values = x.to_f64_vec()?;
     let wide = Tensor::generate([rows, 2, columns, 2], x.dtype(), &Device::Cpu, |i| {
         let (row, column) = (i / (4 * columns), i % (2 * columns));

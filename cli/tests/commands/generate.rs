@@ -39,7 +39,7 @@ fn text_from_a_model_in_every_way() {
         &["--seed", "9"],
         &["--beams", "3", "--length-penalty", "0.5"],
         &["--weights", "bf16"],
-        &["--weights", "int8", "--temperature", "5"],
+        &["--weights", "q8_0", "--temperature", "5"],
     ] {
         let text = generate(&[&cat[..], other].concat());
         assert!(text.starts_with("the cat") && text == generate(&[&cat[..], other].concat()), "{other:?}");
@@ -57,7 +57,7 @@ fn text_from_a_model_in_every_way() {
             succeeds(&["generate", "--checkpoint", &out, "--device", "cpu", "--score", &corpus, "--weights", weights]);
         line.split(' ').next().and_then(|bits| bits.parse::<f64>().ok()).expect("a number of bits")
     };
-    let (exact, small) = (score("f32"), score("int8"));
+    let (exact, small) = (score("f32"), score("q8_0"));
     assert!(exact > 0.0 && exact < 9.0 && (exact - small).abs() < 0.1, "{exact} {small}");
     let short = path(folder.path(), "short.txt");
     fs::write(&short, "s").expect("a file");
@@ -92,7 +92,7 @@ fn averaged_weights_are_used() {
     assert_ne!(score(), averaged);
 }
 
-/// Loss due to int8 weights on a trained model, in bits per byte. The README has figures of a larger model.
+/// Loss due to q8_0 weights on a trained model, in bits per byte. The README has figures of a larger model.
 #[test]
 fn eight_bits_cost_little() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -107,8 +107,8 @@ fn eight_bits_cost_little() {
         let line = succeeds(&all);
         line.split(' ').next().and_then(|bits| bits.parse::<f64>().ok()).expect("a number of bits")
     };
-    let (exact, half, small) = (score("f32"), score("bf16"), score("int8"));
-    println!("bits per byte: f32 {exact}, bf16 {half}, int8 {small}");
+    let (exact, half, small) = (score("f32"), score("bf16"), score("q8_0"));
+    println!("bits per byte: f32 {exact}, bf16 {half}, q8_0 {small}");
     assert!(exact < 2.5, "{exact}: nothing was learned");
     assert!((half - exact).abs() < 0.02 && (small - exact).abs() < 0.01, "{exact} {half} {small}");
 }
@@ -121,5 +121,5 @@ fn ways_that_exclude_each_other() {
     assert!(with(&["--beams", "3", "--draft", "small"]).contains("--draft"));
     assert!(with(&["--ahead", "3"]).contains("--draft"));
     assert!(with(&["--length-penalty", "3"]).contains("--beams"));
-    assert!(with(&["--weights", "int3"]).contains("int8"));
+    assert!(with(&["--weights", "int3"]).contains("q8_0"));
 }

@@ -130,8 +130,8 @@ fn pretrained_models_continue_texts_in_every_way() {
         &["--beams", "3", "--length-penalty", "0.5"],
         &["--weights", "bf16"],
         &["--weights", "f16"],
-        &["--weights", "int8", "--temperature", "5"],
-        &["--weights", "int8", "--draft", &model],
+        &["--weights", "q8_0", "--temperature", "5"],
+        &["--weights", "q8_0", "--draft", &model],
     ] {
         let text = alone("the cat", other);
         assert!(text.starts_with("the cat") && text == alone("the cat", other), "{other:?}");
@@ -174,7 +174,7 @@ fn pretrained_models_score_texts() {
     // Two windows, the second of which is partial.
     let text = "sphinxofblackquartzjudgemyvow".repeat(3);
     fs::write(&file, &text).unwrap();
-    let opened = Pretrained::open(&model).unwrap().autoregressive(DType::F32, &Device::Cpu).unwrap();
+    let opened = Pretrained::open(&model).unwrap().dequantized().autoregressive(DType::F32, &Device::Cpu).unwrap();
     let tokens = letters(&text);
     let nats: f64 = [(0, 65), (64, tokens.len())]
         .map(|(start, end)| {
@@ -186,8 +186,9 @@ fn pretrained_models_score_texts() {
     let expected = nats / (text.len() - 1) as f64 / std::f64::consts::LN_2;
     let (bits, bytes) = score("f32");
     assert!((bits - expected).abs() < 1e-3 && bytes == text.len() - 1, "{bits} {expected} {bytes}");
-    let (half, small) = (score("bf16").0, score("int8").0);
+    let [half, small, stored] = ["bf16", "q8_0", "stored"].map(|weights| score(weights).0);
     assert!((half - bits).abs() < 0.5 && (small - bits).abs() < 0.5, "{bits} {half} {small}");
+    assert!((stored - bits).abs() < 0.05, "{bits} {stored}");
     // Tokens of several bytes: the first one is given.
     fs::write(&file, " the the the").unwrap();
     assert_eq!(score("f32").1, 8);
@@ -430,7 +431,7 @@ fn a_chat_is_answered() {
     for way in [
         &["--temperature", "0"][..],
         &["--beams", "3"],
-        &["--temperature", "0", "--weights", "int8"],
+        &["--temperature", "0", "--weights", "q8_0"],
         &["--temperature", "0", "--weights", "bf16"],
         &["--temperature", "0", "--draft", &folder, "--ahead", "3"],
     ] {
@@ -566,4 +567,77 @@ fn overflow_of_f16_is_named() {
     );
     let message = score(60000.0);
     assert!(message.contains("overflow f16") && message.contains("bf16"), "{message}");
+}
+
+/// Files that `xt quantize` writes: types of the rows that there are, a model that generates, and refusals.
+#[test]
+fn gguf_files_are_quantised() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = llama();
+    let scored = path(folder.path(), "text.txt");
+    fs::write(&scored, "sphinxofblackquartzjudgemyvow".repeat(4)).unwrap();
+    let score = |model: &str, weights: &str| {
+        let all = ["generate", "--checkpoint", model, "--device", "cpu", "--score", &scored, "--weights", weights];
+        succeeds(&all).split(' ').next().and_then(|bits| bits.parse::<f64>().ok()).expect("a number of bits")
+    };
+    let exact = score(&model, "f32");
+    // Rows of 32 and 64 values are not whole blocks of 256.
+    for (kind, of_rows, of_table, most) in [
+        ("q8_0", "Q8_0", "Q8_0", 0.05),
+        ("q4_0", "Q4_0", "Q8_0", 0.6),
+        ("q4_k", "Q5_0", "Q8_0", 0.3),
+        ("q5_k", "Q5_1", "Q8_0", 0.6),
+    ] {
+        let out = path(folder.path(), &format!("{kind}.gguf"));
+        let said = succeeds(&["quantize", &model, &out, "--type", kind]);
+        assert!(said.contains(&format!("of {of_rows} (")) && said.contains("stays packed"), "{said}");
+        let file = TensorFile::open(&out).unwrap();
+        let stored = |name: &str| file.info(name).unwrap().stored.to_string();
+        assert_eq!((stored("blk.1.ffn_down.weight"), stored("token_embd.weight")), (of_rows.into(), of_table.into()));
+        assert_eq!(stored("blk.0.attn_norm.weight"), "F32");
+        assert!(succeeds(&["info", "--checkpoint", &out]).contains(&format!("of {of_rows} (")));
+        let (packed, wide) = (score(&out, "stored"), score(&out, "f32"));
+        println!("{kind}: {packed} packed, {wide} dequantised, {exact} before");
+        assert!((packed - wide).abs() < 0.05 && (wide - exact).abs() < most, "{kind}: {packed} {wide} {exact}");
+        let text = succeeds(&["generate", "--checkpoint", &out, "--prompt", "the cat", "--length", "5"]);
+        assert!(!text.is_empty());
+        assert!(fails(&["quantize", &model, &out, "--type", kind]).contains("--overwrite"));
+        succeeds(&["quantize", &model, &out, "--type", kind, "--overwrite"]);
+    }
+    let out = path(folder.path(), "none.gguf");
+    assert!(fails(&["quantize", &files("llama"), &out]).contains("convert_hf_to_gguf.py"));
+    assert!(fails(&["quantize", &files("bert"), &out]).contains("does not generate text"));
+    assert!(refuses(&["quantize", &model, &out, "--type", "q2_k"]).contains("q4_k"));
+    assert!(!PathBuf::from(&out).exists());
+}
+
+/// A real model's perplexity with packed weights is that of the dequantised ones within 1 % on a short text, as stored and
+/// rounded anew.
+#[test]
+fn packed_weights_score_as_dequantised_ones_do() {
+    let Some(model) = find(SMOLLM) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let scored = path(folder.path(), "text.txt");
+    let readme = include_str!("../../../README.md");
+    fs::write(&scored, readme.chars().take(3000).collect::<String>()).unwrap();
+    let model = fs::read_dir(model)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.extension().is_some_and(|end| end == "gguf"));
+    let model = model.expect("a GGUF file").to_string_lossy().into_owned();
+    let score = |model: &str, weights: &str| {
+        let all = ["generate", "--checkpoint", model, "--device", "cpu", "--score", &scored, "--weights", weights];
+        succeeds(&all).split(' ').next().and_then(|bits| bits.parse::<f64>().ok()).expect("a number of bits")
+    };
+    for kind in ["", "q8_0", "q4_k"] {
+        let file = if kind.is_empty() { model.clone() } else { path(folder.path(), &format!("{kind}.gguf")) };
+        if !kind.is_empty() {
+            succeeds(&["quantize", &model, &file, "--type", kind]);
+        }
+        let (packed, wide) = (score(&file, "stored"), score(&file, "f32"));
+        // Bits a byte; a token has about three bytes of this text.
+        let off = ((packed - wide).abs() * 3.0 * std::f64::consts::LN_2).exp() - 1.0;
+        println!("{kind}: {packed} bits a byte packed, {wide} dequantised: a perplexity off by {off:.4}");
+        assert!(off < 0.01, "{kind}: {packed} {wide}");
+    }
 }

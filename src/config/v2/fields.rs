@@ -6,7 +6,7 @@ use super::super::{
     kwargs::Map,
     options::{LayerType, ShiftTokens},
 };
-use crate::{Error, Result};
+use crate::{Error, Result, collect::CollectVec};
 
 /// Value of an option.
 pub(super) trait Field {
@@ -79,7 +79,7 @@ fn take_fields(names: &[&str], fields: Vec<&mut dyn Field>, prefix: &str, map: &
 pub(super) fn differing<T: Options>(options: &T, others: &T, prefix: &str) -> Map {
     let values = |options: &T| -> Vec<Value> {
         let mut options = options.clone();
-        options.fields().into_iter().map(|field| field.write()).collect()
+        options.fields().into_iter().map(|field| field.write()).collect_vec()
     };
     let mut map = Map::new();
     for ((name, value), other) in T::NAMES.iter().zip(values(options)).zip(values(others)) {

@@ -3,10 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{
-    super::{
-        json::object,
-        kwargs::{self, Map},
-    },
+    super::kwargs::{self, Map},
     AttentionConfig, AttentionLayersConfig, AttentionPoolConfig, AutoregressiveConfig, Config,
     ContinuousAutoregressiveConfig, ContinuousTransformerWrapperConfig, DpoConfig, FeedForwardConfig, FilterConfig,
     LayersKind, MultiInputConfig, PerLayer, SamplingConfig, TransformerWrapperConfig, ViTransformerWrapperConfig,
@@ -16,6 +13,7 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, Result,
+    collect::CollectVec,
     error::{ErrorContext, ensure},
 };
 
@@ -39,7 +37,7 @@ const MODELS: [&str; 13] = [
 impl Config {
     /// Reads the options of a model, without `version`.
     pub(in crate::config) fn from_map(mut map: Map) -> Result<Self> {
-        let all = || MODELS.into_iter().chain(LayersKind::ALL.map(|(name, _)| name)).collect::<Vec<_>>().join(", ");
+        let all = || MODELS.into_iter().chain(LayersKind::ALL.map(|(name, _)| name)).collect_vec().join(", ");
         let model = match map.remove("model") {
             Some(Value::String(model)) => model,
             Some(other) => return Err(Error::option("model", format_args!("expected a name, got {other}"))),
@@ -213,7 +211,7 @@ impl SamplingConfig {
     pub(in crate::config) fn from_map(mut map: Map) -> Result<Self> {
         let mut config = Self::default();
         if let Some(filter) = map.remove("filter_kwargs") {
-            let mut filter = object("filter_kwargs", filter)?;
+            let mut filter = kwargs::object("filter_kwargs", filter)?;
             take(&mut config.filter, "", &mut filter).context("filter_kwargs")?;
             finish(filter, "", "", &[FilterConfig::NAMES]).context("filter_kwargs")?;
         }
@@ -258,7 +256,7 @@ fn encoder_decoder(mut map: Map) -> Result<XTransformerConfig> {
     take(&mut config, "", &mut map)?;
     let dim = map.remove("dim").ok_or_else(|| missing("dim"))?;
     for (prefix, kind) in [("enc_", LayersKind::Encoder), ("dec_", LayersKind::Decoder)] {
-        let keys: Vec<String> = map.keys().filter(|key| key.starts_with(prefix)).cloned().collect();
+        let keys: Vec<String> = map.keys().filter(|key| key.starts_with(prefix)).cloned().collect_vec();
         let (mut options, mut of_layers) = (Map::new(), Map::new());
         for key in keys {
             let name = key.trim_start_matches(prefix);
@@ -314,7 +312,7 @@ fn continuous(mut map: Map) -> Result<ContinuousTransformerWrapperConfig> {
 
 /// Takes the option `net`, a model of this class.
 fn net<T>(map: &mut Map, model: &str, read: impl FnOnce(Map) -> Result<T>) -> Result<T> {
-    let mut net = object("net", map.remove("net").ok_or_else(|| missing("net"))?)?;
+    let mut net = kwargs::object("net", map.remove("net").ok_or_else(|| missing("net"))?)?;
     let given = net.remove("model").unwrap_or_else(|| json!(model));
     ensure!(given == model, Error::option("model", format_args!("expected \"{model}\", got {given}")).context("net"));
     read(net).context("net")
@@ -322,7 +320,7 @@ fn net<T>(map: &mut Map, model: &str, read: impl FnOnce(Map) -> Result<T>) -> Re
 
 fn nested_layers(map: &mut Map) -> Result<AttentionLayersConfig> {
     let of_layers = map.remove("attn_layers").ok_or_else(|| missing("attn_layers"))?;
-    layers(object("attn_layers", of_layers)?, None, "").context("attn_layers")
+    layers(kwargs::object("attn_layers", of_layers)?, None, "").context("attn_layers")
 }
 
 /// Reads the options of attention layers, whose class the map has under `kind` unless it is given.
@@ -358,8 +356,8 @@ fn layers(mut map: Map, kind: Option<LayersKind>, prefix: &str) -> Result<Attent
         [("attn_", AttentionConfig::NAMES), ("cross_attn_", AttentionConfig::NAMES), ("ff_", FeedForwardConfig::NAMES)]
             .into_iter()
             .flat_map(|(prefix, names)| names.iter().map(move |name| format!("{prefix}{name}")))
-            .collect();
-    let groups: Vec<&str> = groups.iter().map(String::as_str).collect();
+            .collect_vec();
+    let groups: Vec<&str> = groups.iter().map(String::as_str).collect_vec();
     finish(map, "attn_", refused::ATTENTION, &[names[0], &groups])?;
     Ok(config)
 }
@@ -406,7 +404,7 @@ fn write_per_layer<T: Options>(options: &PerLayer<T>, others: &T, prefix: &str) 
     let mut map = Map::new();
     for (index, name) in T::NAMES.iter().enumerate() {
         let value = |options: &T| options.clone().fields()[index].write();
-        let values: Vec<Value> = each.iter().map(value).collect();
+        let values: Vec<Value> = each.iter().map(value).collect_vec();
         if values.iter().all(|one| *one == values[0]) {
             if values.first().is_some_and(|one| *one != value(others)) {
                 map.insert(format!("{prefix}{name}"), values[0].clone());
@@ -491,6 +489,6 @@ fn finish(map: Map, prefix: &str, refused: &str, known: &[&[&str]]) -> Result<()
         let why = "is an option of x-transformers 0.22, which version 2 lacks: remove \"version\" to follow 0.22";
         return Err(Error::option(key, why));
     }
-    let all = || known.iter().flat_map(|names| names.iter().copied());
-    Err(unknown(key, kwargs::nearest(key, all()).as_deref()))
+    let all: Vec<String> = known.iter().flat_map(|names| names.iter().map(ToString::to_string)).collect_vec();
+    Err(unknown(key, kwargs::nearest(key, &all).as_deref()))
 }

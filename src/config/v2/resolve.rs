@@ -6,6 +6,7 @@ use super::{
 };
 use crate::{
     Error, Result,
+    collect::CollectVec,
     config::{
         AlibiPlan, BranchPlan, ConditionPlan, DropPlan, DynamicPlan, Gain, HyperPlan, LayerPlan, LayerScalePlan,
         LayerType, LayersPlan, NormPlan, PolarPlan, PositionBiasPlan, Positions, ResidualPlan, RotaryPlan, ShiftTokens,
@@ -32,7 +33,7 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
     );
     let types = types(config, crosses)?;
     let modules = match (&config.layers_execute_order, config.weight_tie_layers) {
-        (None, false) => (0..types.len()).collect(),
+        (None, false) => (0..types.len()).collect_vec(),
         (None, true) => {
             ensure!(
                 config.custom_layers.is_none() && config.par_ratio.is_none() && config.sandwich_coef.is_none(),
@@ -42,7 +43,7 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
                 )
             );
             let block = types.len() / depth(config)?;
-            (0..types.len()).map(|index| index % block).collect()
+            (0..types.len()).map(|index| index % block).collect_vec()
         }
         (Some(_), true) => {
             return Err(Error::option("layers_execute_order", "cannot be used with `weight_tie_layers`"));
@@ -90,10 +91,10 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
         };
         LayerPlan { branch, norms: norms.map(|on| on.then_some(norm)), wrap, residual }
     });
-    let plans: Vec<LayerPlan> = plans.collect();
+    let plans: Vec<LayerPlan> = plans.collect_vec();
     check_residual(config)?;
     let final_norm = (config.pre_norm && has_final_norm(config) && !config.pre_and_post_norm).then_some(norm);
-    let (positions, layers) = (positions(config, causal)?, modules.iter().map(|&at| plans[at].clone()).collect());
+    let (positions, layers) = (positions(config, causal)?, modules.iter().map(|&at| plans[at].clone()).collect_vec());
     Ok(LayersPlan {
         dim: config.dim,
         cross_attend: crosses,
@@ -141,7 +142,7 @@ fn types(config: &AttentionLayersConfig, crosses: bool) -> Result<Vec<LayerType>
         ..options::AttentionLayersConfig::default()
     })?;
     let order: Vec<LayerType> =
-        order.into_iter().filter(|&kind| !(config.only_attn && kind == LayerType::FeedForward)).collect();
+        order.into_iter().filter(|&kind| !(config.only_attn && kind == LayerType::FeedForward)).collect_vec();
     ensure!(!order.is_empty(), Error::option("only_attn", "leaves no sublayer"));
     ensure!(
         crosses || !order.contains(&LayerType::CrossAttention),

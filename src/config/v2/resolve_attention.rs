@@ -5,6 +5,7 @@ use super::{
 };
 use crate::{
     Error, Result,
+    collect::CollectVec,
     config::{
         AttentionPlan, FeedForwardPlan, NormPlan, Normalize, PaddingPlan, QkNormPlan, RotaryPlan, ScoreResidual,
         TalkingHeads, Temperature, ValueGate, ValueResidual, options::FeedForwardConfig as Widths,
@@ -70,7 +71,7 @@ pub(super) fn attentions(
         );
         checked(AttentionPlan { causal, residual: residual(config.residual_attn), value_residual, polar, ..plan })
     });
-    let own = own.collect::<Result<_>>()?;
+    let own = own.try_collect_vec()?;
     let cross = cross_options.iter().map(|options| {
         let value_residual = if config.add_value_residual { ValueResidual::Half } else { ValueResidual::None };
         let plan = attention(config, options, rotary.as_ref(), "cross_attn_")?;
@@ -78,7 +79,7 @@ pub(super) fn attentions(
         let residual = residual(config.cross_residual_attn);
         checked(AttentionPlan { dim_context, residual, value_residual, ..plan })
     });
-    Ok([own, cross.collect::<Result<_>>()?])
+    Ok([own, cross.try_collect_vec()?])
 }
 
 fn checked(plan: AttentionPlan) -> Result<AttentionPlan> {
@@ -212,7 +213,7 @@ pub(super) fn feedforwards(config: &AttentionLayersConfig, count: usize) -> Resu
         plan.check()?;
         Ok(plan)
     };
-    each(&config.ff, count, "ff_*")?.iter().map(plan).collect()
+    each(&config.ff, count, "ff_*")?.iter().map(plan).try_collect_vec()
 }
 
 /// Returns the activation; for tanh, which is none of the fused ones, any.
@@ -222,7 +223,7 @@ fn activation(options: &FeedForwardConfig) -> Result<Activation> {
     }
     if let Some(name) = &options.custom_activation {
         let found = Activation::ALL.iter().find(|activation| activation.name() == name);
-        let names = || Activation::ALL.iter().map(|activation| activation.name()).collect::<Vec<_>>().join(", ");
+        let names = || Activation::ALL.iter().map(|activation| activation.name()).collect_vec().join(", ");
         let unknown =
             || Error::option("ff_custom_activation", format_args!("expected one of {}, {TANH}, got `{name}`", names()));
         return found.copied().ok_or_else(unknown);

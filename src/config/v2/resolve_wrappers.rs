@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     Error, Result,
+    collect::CollectVec,
     config::{
         AbsolutePositions, AroundPlan, AttentionPlan, AttentionPoolPlan, AutoregressivePlan,
         ContinuousAutoregressivePlan, ContinuousLoss, ContinuousPlan, FilterLogits, LayersPlan, LossPlan, MemoryPlan,
@@ -133,7 +134,7 @@ impl TransformerWrapperConfig {
             pool: self.attn_pool.then(pool).transpose()?,
             logits: match self.num_output_heads {
                 1 => vec![(String::new(), logits_dim)],
-                heads => (0..heads).map(|head| (head.to_string(), logits_dim)).collect(),
+                heads => (0..heads).map(|head| (head.to_string(), logits_dim)).collect_vec(),
             },
             numerical_token: None,
             squeeze_logits: self.squeeze_out_last_dim,
@@ -296,7 +297,7 @@ impl MultiInputConfig {
             ..TransformerWrapperConfig::default()
         };
         let (token_emb, logits) = (format!("embeds.{}_embed", first.0), self.num_tokens.clone());
-        let names = self.num_tokens.iter().map(|(name, _)| name.clone()).collect();
+        let names = self.num_tokens.iter().map(|(name, _)| name.clone()).collect_vec();
         Ok(AroundPlan::MultiInput(TransformerPlan { token_emb, logits, ..net.plan()? }, names))
     }
 }

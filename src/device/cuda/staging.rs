@@ -75,7 +75,7 @@ impl Staging {
             };
             self.used += part.len();
             // SAFETY: the caller's memory at `to` has room for `from` and is freed on this stream, after this copy.
-            // What it reads stays as it is until `turn` has waited for the slot's event.
+            // The staged bytes stay unchanged until `turn` has waited for the slot's event.
             let copied = unsafe { result::memcpy_htod_async(to + sent as u64, staged, device.stream.0) };
             device.check("cuMemcpyHtoDAsync", copied)?;
             sent += part.len();

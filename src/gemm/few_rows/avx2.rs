@@ -45,7 +45,7 @@ pub(super) fn multiply<T: Float>(
 ///
 /// AVX2 is there, a stride of B is 1, and the pointers reach as far as the sizes say.
 #[allow(clippy::too_many_arguments)]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn columns<T: Widen<V, N>, V: Square<N>, const N: usize>(
     rows: usize,
     n: usize,

@@ -58,7 +58,7 @@ pub(super) fn pack<T: Float>(from: Matrix<T>, m: usize, kc: usize, width: usize,
 /// # Safety
 ///
 /// AVX2 is there, and both pointers reach as far as the sizes say.
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn across<T: Widen<V, N>, V: Square<N>, const N: usize, const WIDTH: usize>(
     from: *const T,
     col: usize,
@@ -98,7 +98,7 @@ unsafe fn across<T: Widen<V, N>, V: Square<N>, const N: usize, const WIDTH: usiz
 ///
 /// As for [`across`].
 #[inline(never)]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn edge<T: Widen<V, N>, V: Square<N>, const N: usize>(from: *const T, count: usize, to: *mut V::Scalar) {
     // SAFETY: see above.
     unsafe {
@@ -199,7 +199,7 @@ unsafe fn widened<T: Widen<V, N>, V: Square<N>, const N: usize>(rows: &[*const u
 /// # Safety
 ///
 /// As for [`across`].
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn along_f32(dtype: DType, from: *const u8, strides: [usize; 2], m: usize, kc: usize, to: *mut f32) {
     // SAFETY: see above.
     unsafe { along(Singles(dtype), from, strides, m, kc, to) }
@@ -210,7 +210,7 @@ unsafe fn along_f32(dtype: DType, from: *const u8, strides: [usize; 2], m: usize
 /// # Safety
 ///
 /// As for [`across`].
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn along_f64(from: *const u8, strides: [usize; 2], m: usize, kc: usize, to: *mut f64) {
     // SAFETY: see above.
     unsafe { along(Doubles, from, strides, m, kc, to) }

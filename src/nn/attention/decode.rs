@@ -3,6 +3,7 @@
 use super::{Attention, AttentionInput, AttentionOutput};
 use crate::{
     DType, Error, Result, Tensor,
+    collect::CollectVec,
     config::{AttentionPlan, PaddingPlan},
     error::ErrorContext,
     nn::step::{DecodeStep, Tables},
@@ -220,7 +221,7 @@ impl AttentionCache {
             let distance = move |position: usize, key: usize| position.saturating_sub(key).min(distances - 1) as i64;
             (0..step.n).flat_map(move |i| (0..keys).map(move |key| distance(prefix_len + length + i, key)))
         };
-        let index: Vec<i64> = step.lengths.iter().flat_map(row).collect();
+        let index: Vec<i64> = step.lengths.iter().flat_map(row).collect_vec();
         let index = Tensor::from_vec(index, [step.lengths.len(), step.n, keys], by_distance.device())?;
         let bias = by_distance.transpose(0, 1)?.embedding(&index)?.permute(&[0, 3, 1, 2])?.to_dtype(q.dtype())?;
         if unbiased == 0 {

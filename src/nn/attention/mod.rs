@@ -14,6 +14,7 @@ use std::sync::Arc;
 use super::{Linear, PolarTurn, Rotation, Turn};
 use crate::{
     DType, Error, Init, Param, ParamStore, Result, Tensor,
+    collect::CollectVec,
     config::{AttentionPlan, TalkingHeads, Temperature, ValueGate, ValueResidual},
     error::{ErrorContext, ensure},
     ops::{self, Activation, PositionBias},
@@ -172,7 +173,7 @@ impl Attention {
             TalkingHeads::Matrices => ["pre_softmax_proj", "post_softmax_proj"]
                 .map(|name| normal(name, &[heads, heads]).map(Some))
                 .into_iter()
-                .collect::<Result<Vec<_>>>()?
+                .try_collect_vec()?
                 .try_into()
                 .unwrap_or_default(),
             TalkingHeads::Convolutions([pre, post]) => [

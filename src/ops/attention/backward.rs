@@ -2,26 +2,26 @@
 
 use std::marker::PhantomData;
 
-use half::bf16;
-
 use super::{
     Kept, OP, Problem, Sizes,
     cpu::{multiplies_bf16, run},
     cuda,
     gradients::{Pass, Task},
+    operand::Rows,
     packed_rows,
     position::Position,
     residual_scale,
     rows::{Output, RowOrder, widen, without_common},
-    tile::{KEYS, Rows, Tiles, add, dot, sum_rows},
+    tile::{KEYS, Tiles, add, dot, sum_rows},
 };
 use crate::{
     Device, Result, Tensor,
+    collect::CollectVec,
     device::{
         cpu,
-        rows::{Out, Sums as RowSums, for_rows_of},
+        rows::{Floats, Out, Sums as RowSums, for_rows_of},
     },
-    dtype::{Element, Float, Real, dispatch_float, dispatch_real},
+    dtype::{Float, Real, dispatch_real},
     gemm::Multiply,
     shape::{Layout, Shape},
 };
@@ -40,7 +40,6 @@ pub(super) fn backward(
         return zeros(problem, need);
     }
     match problem.q.device() {
-        Device::Cpu if multiplies_bf16(problem) => backward_as::<bf16>(problem, out, kept, grad, need),
         Device::Cpu => dispatch_real!(problem.q.dtype(), R, backward_as::<R>(problem, out, kept, grad, need)),
         Device::Gpu(gpu) => cuda::backward(*gpu, problem, out, kept, grad, need),
     }
@@ -51,39 +50,39 @@ fn zeros(problem: &Problem, need: &[bool]) -> Result<Vec<Option<Tensor>>> {
     let operands = [&problem.q, &problem.k, &problem.v].into_iter().chain(&problem.bias);
     let weights = problem.position.as_ref().map(|position| position.weights());
     let zeros = operands.chain(weights).map(|x| Tensor::zeros(*x.shape(), x.dtype(), x.device()));
-    zeros.zip(need).map(|(zeros, need)| need.then_some(zeros).transpose()).collect()
+    zeros.zip(need).map(|(zeros, need)| need.then_some(zeros).transpose()).try_collect_vec()
 }
 
-fn backward_as<O: Multiply>(
+fn backward_as<A: Real + Multiply>(
     problem: &Problem,
     out: &Tensor,
     kept: &Kept,
     grad: &Tensor,
     need: &[bool],
 ) -> Result<Vec<Option<Tensor>>> {
-    let operands = [widen::<O>(&problem.q)?, widen::<O>(&problem.k)?, widen::<O>(&problem.v)?];
+    let bf16 = multiplies_bf16(problem);
+    let operands = [widen::<A>(&problem.q, bf16)?, widen::<A>(&problem.k, bf16)?, widen::<A>(&problem.v, bf16)?];
     let grad = packed_rows(grad)?;
-    let delta = dispatch_float!(OP, out.dtype(), T, delta::<T>(out, kept.residual.as_ref(), &grad))?;
-    let grad = widen::<O>(&grad)?;
-    let rounds = O::DTYPE != <O::Acc as Element>::DTYPE;
-    let directions = if rounds && need[0] { without_common::<O>(&operands[1])? } else { None };
+    let delta = delta::<A>(out, kept.residual.as_ref(), &grad)?;
+    let grad = widen::<A>(&grad, bf16)?;
+    let directions = if bf16 && need[0] { without_common(&operands[1])? } else { None };
     let directions = directions.unwrap_or_else(|| operands[1].clone());
-    let pass = Pass::<O> {
+    let pass = Pass::<A> {
         tiles: Tiles::new(problem, &operands)?,
         directions: Rows::new(&directions)?,
         grad: Rows::new(&grad)?,
-        statistics: kept.statistics.values::<O::Acc>()?.as_chunks().0,
-        delta: delta.values::<O::Acc>()?,
+        statistics: kept.statistics.values::<A>()?.as_chunks().0,
+        delta: delta.values::<A>()?,
     };
     let need_bias = problem.bias.is_some() && need[3];
     let need_position = problem.position.is_some() && need[need.len() - 1];
     let cut = Cut::new(&problem.sizes);
-    let mut sums = Sums::<O::Acc>::new(problem, &cut, need[0], need_position)?;
+    let mut sums = Sums::<A>::new(problem, &cut, need[0], need_position)?;
     let (mut dk, mut dv) = (Output::new(&problem.k, need[1])?, Output::new(&problem.v, need[2])?);
     if need[..3].contains(&true) || need_position {
         let rows = dk.deal(cut.keys)?.into_iter().zip(dv.deal(cut.keys)?);
         let tasks = rows.zip(sums.parts(&cut)?).map(|((dk, dv), (dq, position))| Task { dk, dv, dq, position });
-        run_tasks(&pass, problem, &cut, tasks.collect(), [need[1], need[2]]);
+        run_tasks(&pass, problem, &cut, tasks.collect_vec(), [need[1], need[2]]);
     }
     let dq = need[0].then(|| sums.dq(problem, &cut)).transpose()?;
     let mut gradients = vec![dq, dk.finish()?, dv.finish()?];
@@ -96,7 +95,7 @@ fn backward_as<O: Multiply>(
     Ok(gradients)
 }
 
-fn run_tasks<O: Multiply>(pass: &Pass<O>, problem: &Problem, cut: &Cut, tasks: Vec<Task<O::Acc>>, wanted: [bool; 2]) {
+fn run_tasks<A: Real + Multiply>(pass: &Pass<A>, problem: &Problem, cut: &Cut, tasks: Vec<Task<A>>, wanted: [bool; 2]) {
     let Sizes { kv_heads, queries, keys, d, e, .. } = problem.sizes;
     let cost = cut.group * queries * cut.keys.min(keys) * (d + e);
     run(tasks, cost, |index, task| {
@@ -107,23 +106,34 @@ fn run_tasks<O: Multiply>(pass: &Pass<O>, problem: &Problem, cut: &Cut, tasks: V
 }
 
 /// Computes `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` before rounding.
-fn delta<T: Float>(out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
+fn delta<A: Real>(out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
     let [batch, heads, queries, e] = [0, 1, 2, 3].map(|dim| out.shape()[dim]);
-    let mut delta = Tensor::uninit(Shape::new(&[batch, heads, queries])?, <T::Acc as Element>::DTYPE, out.device())?;
-    let part = T::Acc::from_f64(1.0 / residual_scale(out.dtype()));
-    let of_residual = residual.map(|residual| Ok((residual.storage::<T>()?, residual.layout()))).transpose()?;
-    let (of_out, of_grad, out, grad) = (out.storage::<T>()?, grad.storage::<T>()?, out.layout(), grad.layout());
-    cpu::for_rows(delta.values_mut::<T::Acc>()?, 1, e, |first, delta| {
+    let mut delta = Tensor::uninit(Shape::new(&[batch, heads, queries])?, A::DTYPE, out.device())?;
+    let part = <A as Float>::from_f64(1.0 / residual_scale(out.dtype()));
+    let of_residual = residual.map(|residual| Ok((residual.stored_floats(OP)?, residual.layout()))).transpose()?;
+    let (of_out, of_grad, out, grad) = (out.stored_floats(OP)?, grad.stored_floats(OP)?, out.layout(), grad.layout());
+    cpu::for_rows(delta.values_mut::<A>()?, 1, e, |first, delta| {
         let at = |layout: &Layout, row: usize| layout.row_offset(row)..layout.row_offset(row) + e;
         for (row, delta) in (first..).zip(delta) {
-            let grad = &of_grad[at(grad, row)];
-            *delta = dot(&of_out[at(out, row)], grad);
+            let grad = of_grad.range(at(grad, row));
+            *delta = dot_of(of_out.range(at(out, row)), grad);
             if let Some((residual, layout)) = of_residual {
-                *delta += dot(&residual[at(layout, row)], grad) * part;
+                *delta += dot_of::<A>(residual.range(at(layout, row)), grad) * part;
             }
         }
     });
     Ok(delta)
+}
+
+/// Returns the product of two rows of one type.
+fn dot_of<A: Real>(x: Floats, y: Floats) -> A {
+    <A as Float>::from_f64(match (x, y) {
+        (Floats::F64(x), Floats::F64(y)) => dot(x, y),
+        (Floats::F32(x), Floats::F32(y)) => dot(x, y).into(),
+        (Floats::BF16(x), Floats::BF16(y)) => dot(x, y).into(),
+        (Floats::F16(x), Floats::F16(y)) => dot(x, y).into(),
+        _ => unreachable!("rows of two types"),
+    })
 }
 
 /// Approximate number of tasks for the keys of all heads: enough for many threads. Each sums up a gradient of its
@@ -150,7 +160,7 @@ impl Cut {
 
     /// Returns each task's parts, one per query head, of `[batch · kv_heads, group, chunks, width]`.
     fn deal<'a, S>(&self, values: &'a mut [S], tasks: usize) -> Vec<Vec<&'a mut [S]>> {
-        let mut parts: Vec<Vec<&mut [S]>> = (0..tasks).map(|_| Vec::new()).collect();
+        let mut parts: Vec<Vec<&mut [S]>> = (0..tasks).map(|_| Vec::new()).collect_vec();
         let width = values.len() / (tasks * self.group);
         if width > 0 {
             for (index, values) in values.chunks_exact_mut(width).enumerate() {

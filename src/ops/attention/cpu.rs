@@ -6,21 +6,20 @@ use half::bf16;
 
 use super::{
     Kept, OP, Problem, Sizes,
+    operand::{operand, product},
     rows::{RowOrder, RowWriter, deal, widen},
-    tile::{At, Empty, KEYS, QUERIES, Tiles, finite, mean_of, operand, softmax_step, weights, with_scratch},
+    tile::{At, Empty, KEYS, QUERIES, Tiles, finite, mean_of, softmax_step, weights, with_scratch},
 };
 use crate::{
     DType, Result, Tensor,
+    collect::CollectVec,
     device::cpu,
-    dtype::{Element, Float, Real, dispatch_real},
-    gemm::{Multiply, gemm_block},
+    dtype::{Float, Real, dispatch_real},
+    gemm::Multiply,
 };
 
 /// Writes the output `[batch, query, heads, e]` and the values kept for the backward pass; neither is empty.
 pub(super) fn forward(problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {
-    if multiplies_bf16(problem) {
-        return forward_as::<bf16>(problem, out, kept);
-    }
     dispatch_real!(problem.q.dtype(), R, forward_as::<R>(problem, out, kept))
 }
 
@@ -30,14 +29,15 @@ pub(super) fn multiplies_bf16(problem: &Problem) -> bool {
     problem.q.dtype() == DType::BF16 && <bf16 as Multiply>::is_fast()
 }
 
-fn forward_as<O: Multiply>(problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {
+fn forward_as<A: Real + Multiply>(problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {
     let Sizes { batch, heads, queries, .. } = problem.sizes;
-    let operands = [widen::<O>(&problem.q)?, widen::<O>(&problem.k)?, widen::<O>(&problem.v)?];
-    let tiles = Tiles::<O>::new(problem, &operands)?;
+    let bf16 = multiplies_bf16(problem);
+    let operands = [widen::<A>(&problem.q, bf16)?, widen::<A>(&problem.k, bf16)?, widen::<A>(&problem.v, bf16)?];
+    let tiles = Tiles::<A>::new(problem, &operands)?;
     let block = queries_per_task(&problem.sizes);
     let residual = kept.residual.as_mut().map(|residual| residual.floats_mut(OP)).transpose()?;
     let rows = deal(out.floats_mut(OP)?, residual, RowOrder::SequenceFirst, [batch, heads, queries], block);
-    forward_tasks(&tiles, block, rows, kept.statistics.values_mut::<O::Acc>()?.as_chunks_mut().0);
+    forward_tasks(&tiles, block, rows, kept.statistics.values_mut::<A>()?.as_chunks_mut().0);
     Ok(())
 }
 
@@ -48,16 +48,16 @@ fn queries_per_task(sizes: &Sizes) -> usize {
     [QUERIES, QUERIES / 2].into_iter().find(|block| tasks(block) >= 16).unwrap_or(QUERIES / 4)
 }
 
-fn forward_tasks<O: Multiply>(
-    tiles: &Tiles<O>,
+fn forward_tasks<A: Real + Multiply>(
+    tiles: &Tiles<A>,
     block: usize,
     rows: Vec<RowWriter<'_>>,
-    statistics: &mut [[O::Acc; 2]],
+    statistics: &mut [[A; 2]],
 ) {
     let Sizes { heads, queries, keys, d, e, .. } = tiles.sizes;
     let blocks = queries.div_ceil(block);
     let statistics = statistics.chunks_mut(queries).flat_map(|statistics| statistics.chunks_mut(block));
-    let tasks: Vec<_> = rows.into_iter().zip(statistics).collect();
+    let tasks: Vec<_> = rows.into_iter().zip(statistics).collect_vec();
     run(tasks, block.min(queries) * keys * (d + e), |task, (mut out, statistics)| {
         let (head, query) = (task / blocks, task % blocks * block);
         let at = At { batch: head / heads, head: head % heads, query, queries: statistics.len(), key: 0, keys: 0 };
@@ -71,7 +71,7 @@ pub(super) fn run<S: Send>(tasks: Vec<S>, cost: usize, body: impl Fn(usize, S) +
         return tasks.into_iter().enumerate().for_each(|(index, task)| body(index, task));
     }
     // The thread that runs a task takes it out of its slot.
-    let slots: Vec<Mutex<Option<S>>> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
+    let slots: Vec<Mutex<Option<S>>> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect_vec();
     cpu::for_tasks(slots.len(), |index| {
         let task = slots[index].lock().ok().and_then(|mut slot| slot.take());
         task.into_iter().for_each(|task| body(index, task));
@@ -84,17 +84,17 @@ pub(super) fn key_blocks(at: At, keys: Range<usize>) -> impl Iterator<Item = At>
     keys.step_by(KEYS).map(move |key| At { key, keys: KEYS.min(end - key), ..at })
 }
 
-fn forward_block<O: Multiply>(tiles: &Tiles<O>, at: At, out: &mut RowWriter<'_>, statistics: &mut [[O::Acc; 2]]) {
+fn forward_block<A: Real + Multiply>(tiles: &Tiles<A>, at: At, out: &mut RowWriter<'_>, statistics: &mut [[A; 2]]) {
     let Sizes { keys, e, .. } = tiles.sizes;
-    let rounded = if O::DTYPE == <O::Acc as Element>::DTYPE { 0 } else { at.queries * KEYS };
+    let rounded = if tiles.rounds() { at.queries * KEYS } else { 0 };
     // Rounded weights are multiplied where the sums are complete: rounding would take more from their product.
     let factor = tiles.dropout_factor();
-    let [kept, later] = if rounded > 0 { [O::Acc::ONE, factor] } else { [factor, O::Acc::ONE] };
+    let [kept, later] = if rounded > 0 { [A::ONE, factor] } else { [factor, A::ONE] };
     let lengths = [at.queries * KEYS, at.queries * e, at.queries, at.queries, KEYS, rounded];
-    with_scratch(lengths, |[s, acc, max, sum, factors, rounded]: [&mut [O::Acc]; 6]| {
-        acc.fill(O::Acc::ZERO);
-        max.fill(O::Acc::NEG_INFINITY);
-        sum.fill(O::Acc::ZERO);
+    with_scratch(lengths, |[s, acc, max, sum, factors, rounded]: [&mut [A]; 6]| {
+        acc.fill(A::ZERO);
+        max.fill(A::NEG_INFINITY);
+        sum.fill(A::ZERO);
         for seen in key_blocks(at, 0..keys).filter_map(|at| tiles.reach(at)) {
             let (first, last) = (seen.query - at.query, seen.query - at.query + seen.queries);
             let acc = &mut acc[first * e..last * e];
@@ -104,36 +104,35 @@ fn forward_block<O: Multiply>(tiles: &Tiles<O>, at: At, out: &mut RowWriter<'_>,
             add_values(tiles, seen, s, rounded, acc);
         }
         for (row, statistics) in statistics.iter_mut().enumerate() {
-            *statistics = if sum[row] == O::Acc::ZERO {
+            *statistics = if sum[row] == A::ZERO {
                 match tiles.empty(at, row) {
-                    Empty::Masked => [-O::Acc::NEG_INFINITY, O::Acc::ZERO],
-                    Empty::Biased => [O::Acc::ZERO; 2],
-                    Empty::Overflown => [O::Acc::from_f64(f64::NAN); 2],
+                    Empty::Masked => [-A::NEG_INFINITY, A::ZERO],
+                    Empty::Biased => [A::ZERO; 2],
+                    Empty::Overflown => [A::from_f64(f64::NAN); 2],
                 }
             } else {
                 // Where a score is infinite, the sum is NaN.
-                [if sum[row].to_f64().is_nan() { sum[row] } else { max[row] }, O::Acc::ONE / sum[row]]
+                [if sum[row].to_f64().is_nan() { sum[row] } else { max[row] }, A::ONE / sum[row]]
             };
         }
-        let masked: &dyn Fn(usize) -> bool = &|row| statistics[row][0] == -O::Acc::NEG_INFINITY;
+        let masked: &dyn Fn(usize) -> bool = &|row| statistics[row][0] == -A::NEG_INFINITY;
         let any_masked = (0..at.queries).any(masked);
         // Fully masked queries have their weights, the others' rows of `acc` must not change.
-        let spread =
-            |weight: O::Acc, s: &mut [O::Acc], factors: &mut [O::Acc], acc: &mut [O::Acc], rounded: &mut [_]| {
-                for at in key_blocks(at, 0..keys) {
-                    s.fill(O::Acc::ZERO);
-                    tiles.spread(at, masked, [weight, kept], s, factors);
-                    add_values(tiles, at, s, rounded, acc);
-                }
-            };
+        let spread = |weight: A, s: &mut [A], factors: &mut [A], acc: &mut [A], rounded: &mut [_]| {
+            for at in key_blocks(at, 0..keys) {
+                s.fill(A::ZERO);
+                tiles.spread(at, masked, [weight, kept], s, factors);
+                add_values(tiles, at, s, rounded, acc);
+            }
+        };
         if any_masked {
-            spread(O::Acc::ONE, s, factors, acc, rounded);
+            spread(A::ONE, s, factors, acc, rounded);
         }
         if !finite(acc) {
             // Values near the largest number overflow in a sum with weights of up to 1 each. With a part of the final
             // weights they do not, unless one is infinite itself.
-            let part = <O::Acc as Float>::from_f64(0.25);
-            acc.fill(O::Acc::ZERO);
+            let part = <A as Float>::from_f64(0.25);
+            acc.fill(A::ZERO);
             for seen in key_blocks(at, 0..keys).filter_map(|at| tiles.reach(at)) {
                 let (first, last) = (seen.query - at.query, seen.query - at.query + seen.queries);
                 tiles.scores(seen, s);
@@ -144,25 +143,25 @@ fn forward_block<O: Multiply>(tiles: &Tiles<O>, at: At, out: &mut RowWriter<'_>,
             if any_masked {
                 spread(part, s, factors, acc, rounded);
             }
-            let whole = O::Acc::ONE / part;
+            let whole = A::ONE / part;
             let dropped = tiles.drops();
             acc.iter_mut().for_each(|x| *x = if dropped { *x * whole } else { mean_of(*x, whole, tiles.largest) });
-            sum.fill(O::Acc::ONE);
+            sum.fill(A::ONE);
         }
         for (row, acc) in acc.chunks_exact(e).enumerate() {
             let [largest, share] = statistics[row];
             // `acc` is zero where all weights are.
-            let divisor = if share == O::Acc::ZERO { O::Acc::ONE } else { sum[row] };
-            let factor = if largest.to_f64().is_nan() { largest } else { O::Acc::ONE / divisor };
-            out.write(row, acc, if later == O::Acc::ONE { factor } else { factor * later });
+            let divisor = if share == A::ZERO { A::ONE } else { sum[row] };
+            let factor = if largest.to_f64().is_nan() { largest } else { A::ONE / divisor };
+            out.write(row, acc, if later == A::ONE { factor } else { factor * later });
         }
     });
 }
 
 /// Computes `acc += s v`.
-fn add_values<O: Multiply>(tiles: &Tiles<O>, at: At, s: &[O::Acc], rounded: &mut [O::Acc], acc: &mut [O::Acc]) {
+fn add_values<A: Real + Multiply>(tiles: &Tiles<A>, at: At, s: &[A], rounded: &mut [A], acc: &mut [A]) {
     let e = tiles.sizes.e;
     let v = tiles.v.block(at.batch, at.head / tiles.sizes.group(), at.key);
-    let s = operand::<O>(&s[..at.queries * KEYS], at.keys, rounded);
-    gemm_block::<O>(at.queries, e, at.keys, s, v, true, acc, e);
+    let s = operand(&s[..at.queries * KEYS], at.keys, rounded);
+    product([at.queries, e, at.keys], s, v, true, acc, e);
 }

@@ -5,6 +5,7 @@ use std::{fmt, sync::OnceLock};
 use super::{Kept, OP, Problem, Sizes, packed_rows, position::Position, rows::RowOrder};
 use crate::{
     DType, Error, Result, Shape, Tensor,
+    collect::CollectVec,
     device::{Arg, Gpu, Grid, args, size32},
     error::ensure,
     shape::Layout,
@@ -315,7 +316,7 @@ impl Terms {
         let reach = max_distance.min(sizes.queries.max(sizes.keys).next_power_of_two());
         let name = format!("t5 buckets: causal {causal}, {parameters} up to {max_distance}, {reach} distances");
         let table = Tensor::constant_on(gpu, &name, reach + 1, || {
-            Ok((0..=reach as i64).map(|distance| position.bucket(distance) as i64).collect::<Vec<i64>>())
+            Ok((0..=reach as i64).map(|distance| position.bucket(distance) as i64).collect_vec())
         })?;
         let behind = if causal { 0 } else { parameters / 2 };
         Ok(Self { bucket_of: Some(table), parameters, reach: size32(reach)? as i32, behind, scale })

@@ -5,18 +5,12 @@ use std::ops::Range;
 use super::{
     Sizes,
     cpu::{key_blocks, run},
+    operand::{Rows, operand, product, transposed},
     position::Position,
     rows::RowWriter,
-    tile::{
-        At, KEYS, QUERIES, Rows, Tiles, add, operand, score_gradients, score_gradients_dropped, sum, transposed,
-        weights, with_scratch,
-    },
+    tile::{At, KEYS, QUERIES, Tiles, add, score_gradients, score_gradients_dropped, sum, weights, with_scratch},
 };
-use crate::{
-    Result, Tensor,
-    dtype::{Element, Real},
-    gemm::{Multiply, gemm_block},
-};
+use crate::{Result, Tensor, collect::CollectVec, dtype::Real, gemm::Multiply};
 
 /// Outputs of a task, which owns some keys of one key head.
 pub(super) struct Task<'a, A> {
@@ -29,13 +23,13 @@ pub(super) struct Task<'a, A> {
 }
 
 /// Inputs of the backward pass.
-pub(super) struct Pass<'a, O: Multiply> {
-    pub tiles: Tiles<'a, O>,
+pub(super) struct Pass<'a, A> {
+    pub tiles: Tiles<'a, A>,
     /// The keys as the gradients of the queries see them.
-    pub directions: Rows<'a, O>,
-    pub grad: Rows<'a, O>,
-    pub statistics: &'a [[O::Acc; 2]],
-    pub delta: &'a [O::Acc],
+    pub directions: Rows<'a>,
+    pub grad: Rows<'a>,
+    pub statistics: &'a [[A; 2]],
+    pub delta: &'a [A],
 }
 
 /// Working memory of a tile.
@@ -56,7 +50,7 @@ enum Reach {
     Scores,
 }
 
-impl<O: Multiply> Pass<'_, O> {
+impl<A: Real + Multiply> Pass<'_, A> {
     fn per_query<'a, V>(&self, at: At, values: &'a [V]) -> &'a [V] {
         let Sizes { heads, queries, .. } = self.tiles.sizes;
         &values[(at.batch * heads + at.head) * queries + at.query..][..at.queries]
@@ -64,9 +58,9 @@ impl<O: Multiply> Pass<'_, O> {
 
     /// Computes in `work` the weights (after dropout, as they multiply the values) and the gradient of the scores of
     /// one tile, for the returned queries of the tile.
-    fn tile(&self, at: At, work: &mut Work<O::Acc>) -> Option<(At, Reach)> {
+    fn tile(&self, at: At, work: &mut Work<A>) -> Option<(At, Reach)> {
         let (tiles, kv_head) = (&self.tiles, at.head / self.tiles.sizes.group());
-        let masked = |[largest, _]: &[O::Acc; 2]| *largest == -O::Acc::NEG_INFINITY;
+        let masked = |[largest, _]: &[A; 2]| *largest == -A::NEG_INFINITY;
         let any_masked = self.per_query(at, self.statistics).iter().any(masked);
         let (at, reach) = match (tiles.reach(at), any_masked) {
             (None, false) => return None,
@@ -78,22 +72,22 @@ impl<O: Multiply> Pass<'_, O> {
         if reach == Reach::Scores {
             tiles.scores(at, work.p);
             // Fully masked queries come out with weight and gradient 0.
-            weights(work.p, at.width(), O::Acc::ONE, statistics);
+            weights(work.p, at.width(), A::ONE, statistics);
             let grad = self.grad.block(at.batch, at.head, at.query);
             let v = transposed(tiles.v.block(at.batch, kv_head, at.key));
-            gemm_block::<O>(at.queries, at.keys, tiles.sizes.e, grad, v, false, work.ds, KEYS);
+            product([at.queries, at.keys, tiles.sizes.e], grad, v, false, work.ds, KEYS);
             self.score_gradients(at, work);
         } else {
-            work.p.fill(O::Acc::ZERO);
+            work.p.fill(A::ZERO);
         }
         if any_masked {
-            let spread = [O::Acc::ONE, tiles.dropout_factor()];
-            tiles.spread(at, |row| masked(&statistics[row]), spread, work.p, work.factors);
+            let spread = [A::ONE, tiles.dropout_factor()];
+            tiles.spread(at, &|row| masked(&statistics[row]), spread, work.p, work.factors);
         }
         Some((at, reach))
     }
 
-    fn score_gradients(&self, at: At, work: &mut Work<O::Acc>) {
+    fn score_gradients(&self, at: At, work: &mut Work<A>) {
         let delta = self.per_query(at, self.delta);
         if !self.tiles.drops() {
             return score_gradients(work.p, work.ds, at.keys, delta);
@@ -113,40 +107,40 @@ impl<O: Multiply> Pass<'_, O> {
         [batch, kv_head]: [usize; 2],
         keys: Range<usize>,
         [want_k, want_v]: [bool; 2],
-        mut task: Task<O::Acc>,
+        mut task: Task<A>,
     ) {
         let Sizes { queries, d, e, .. } = self.tiles.sizes;
         let group = self.tiles.sizes.group();
         let distances = if task.position.is_empty() { 0 } else { keys.len() + queries - 1 };
-        let rounded = if O::DTYPE == <O::Acc as Element>::DTYPE { 0 } else { QUERIES * KEYS };
+        let rounded = if self.tiles.rounds() { QUERIES * KEYS } else { 0 };
         let lengths = [QUERIES * KEYS, QUERIES * KEYS, KEYS, KEYS * d, KEYS * e, group * distances, rounded];
-        with_scratch(lengths, |[p, ds, factors, dk, dv, curves, rounded]: [&mut [O::Acc]; 7]| {
+        with_scratch(lengths, |[p, ds, factors, dk, dv, curves, rounded]: [&mut [A]; 7]| {
             let mut work = Work { p, ds, factors };
-            task.dq.iter_mut().for_each(|dq| dq.fill(O::Acc::ZERO));
-            curves.fill(O::Acc::ZERO);
+            task.dq.iter_mut().for_each(|dq| dq.fill(A::ZERO));
+            curves.fill(A::ZERO);
             let start = At { batch, head: kv_head * group, query: 0, queries: 0, key: 0, keys: 0 };
             for block in key_blocks(start, keys.clone()) {
-                dk.fill(O::Acc::ZERO);
-                dv.fill(O::Acc::ZERO);
+                dk.fill(A::ZERO);
+                dv.fill(A::ZERO);
                 for member in 0..group {
                     for at in query_blocks(At { head: start.head + member, ..block }, 0..queries) {
                         let Some((at, reach)) = self.tile(at, &mut work) else { continue };
                         if want_v {
                             let grad = self.grad.block(batch, at.head, at.query);
-                            let p = operand::<O>(&work.p[..at.queries * KEYS], at.keys, rounded);
-                            gemm_block::<O>(at.keys, e, at.queries, transposed(p), grad, true, dv, e);
+                            let p = operand(&work.p[..at.queries * KEYS], at.keys, rounded);
+                            product([at.keys, e, at.queries], transposed(p), grad, true, dv, e);
                         }
                         if reach == Reach::Weights {
                             continue;
                         }
-                        let ds = operand::<O>(&work.ds[..at.queries * KEYS], at.keys, rounded);
+                        let ds = operand(&work.ds[..at.queries * KEYS], at.keys, rounded);
                         if want_k {
                             let q = self.tiles.q.block(batch, at.head, at.query);
-                            gemm_block::<O>(at.keys, d, at.queries, transposed(ds), q, true, dk, d);
+                            product([at.keys, d, at.queries], transposed(ds), q, true, dk, d);
                         }
                         if let Some(dq) = task.dq.get_mut(member) {
                             let k = self.directions.block(batch, kv_head, at.key);
-                            gemm_block::<O>(at.queries, d, at.keys, ds, k, true, &mut dq[at.query * d..], d);
+                            product([at.queries, d, at.keys], ds, k, true, &mut dq[at.query * d..], d);
                         }
                         if distances > 0 {
                             let curve = &mut curves[member * distances..(member + 1) * distances];
@@ -157,7 +151,7 @@ impl<O: Multiply> Pass<'_, O> {
                 for key in 0..block.keys {
                     let row = block.key - keys.start + key;
                     task.dk.write(row, &dk[key * d..(key + 1) * d], self.tiles.scale);
-                    task.dv.write(row, &dv[key * e..(key + 1) * e], O::Acc::ONE);
+                    task.dv.write(row, &dv[key * e..(key + 1) * e], A::ONE);
                 }
             }
             for (curve, weights) in curves.chunks_exact(distances.max(1)).zip(task.position) {
@@ -168,7 +162,7 @@ impl<O: Multiply> Pass<'_, O> {
 
     /// Adds the gradient of the scores to that of each distance, starting at the distance of the last query and key
     /// `first_key`.
-    fn add_distances(&self, at: At, first_key: usize, ds: &[O::Acc], curve: &mut [O::Acc]) {
+    fn add_distances(&self, at: At, first_key: usize, ds: &[A], curve: &mut [A]) {
         let last = at.key - first_key + self.tiles.sizes.queries - 1 - at.query;
         for (row, ds) in ds.chunks_exact(KEYS).take(at.queries).enumerate() {
             add(&mut curve[last - row..][..at.keys], &ds[..at.keys]);
@@ -182,17 +176,17 @@ impl<O: Multiply> Pass<'_, O> {
         let mut shape = [1; 4];
         shape[4 - bias.rank()..].copy_from_slice(bias.shape());
         let [_, bias_heads, rows, columns] = shape;
-        let mut gradient = Tensor::zeros(*bias.shape(), O::Acc::DTYPE, bias.device())?;
+        let mut gradient = Tensor::zeros(*bias.shape(), A::DTYPE, bias.device())?;
         let part = if rows == 1 { KEYS.min(columns) } else { QUERIES * columns };
         let parts = (rows * columns).div_ceil(part);
-        let tasks = gradient.values_mut::<O::Acc>()?.chunks_mut(rows * columns).flat_map(|slab| slab.chunks_mut(part));
-        run(tasks.collect(), part * batch * heads, |index, gradient: &mut [O::Acc]| {
+        let tasks = gradient.values_mut::<A>()?.chunks_mut(rows * columns).flat_map(|slab| slab.chunks_mut(part));
+        run(tasks.collect_vec(), part * batch * heads, |index, gradient: &mut [A]| {
             let (slab, first) = (index / parts, index % parts * part);
             let along = |size: usize, index: usize, all: usize| if size == 1 { 0..all } else { index..index + 1 };
             let (query, key) = (first / columns, first % columns);
             let query_range = if rows == 1 { 0..queries } else { query..query + gradient.len() / columns };
             let key_range = if columns == 1 { 0..keys } else { key..key + gradient.len().min(columns) };
-            with_scratch([QUERIES * KEYS, QUERIES * KEYS, KEYS], |[p, ds, factors]: [&mut [O::Acc]; 3]| {
+            with_scratch([QUERIES * KEYS, QUERIES * KEYS, KEYS], |[p, ds, factors]: [&mut [A]; 3]| {
                 let mut work = Work { p, ds, factors };
                 for batch in along(shape[0], slab / bias_heads, batch) {
                     for head in along(bias_heads, slab % bias_heads, heads) {

@@ -8,6 +8,7 @@ mod cpu;
 mod cuda;
 mod decode;
 mod gradients;
+mod operand;
 mod position;
 mod rows;
 mod tile;

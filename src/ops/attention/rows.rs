@@ -3,11 +3,12 @@
 
 use half::{bf16, f16};
 
-use super::{OP, residual_scale, tile::Rows};
+use super::{OP, residual_scale};
 use crate::{
-    Result, Tensor,
+    DType, Result, Tensor,
+    collect::CollectVec,
     device::{cpu, rows::FloatsMut, simd::vectorized},
-    dtype::{Element, Float, Real},
+    dtype::{Float, Real},
     shape::Shape,
 };
 
@@ -116,7 +117,7 @@ pub(super) fn deal<'a>(
     let mut residuals = residual.map(|residual| deal_rows(residual, order, sizes, block).into_iter());
     let mut residual = || residuals.as_mut().and_then(Iterator::next).unwrap_or_default();
     let rows = deal_rows(values, order, sizes, block).into_iter();
-    rows.map(|rows| RowWriter { rows, residual: residual(), scale }).collect()
+    rows.map(|rows| RowWriter { rows, residual: residual(), scale }).collect_vec()
 }
 
 fn deal_rows<'a>(
@@ -126,7 +127,7 @@ fn deal_rows<'a>(
     block: usize,
 ) -> Vec<Vec<FloatsMut<'a>>> {
     let blocks = sequence.div_ceil(block);
-    let mut tasks: Vec<Vec<FloatsMut>> = (0..batch * heads * blocks).map(|_| Vec::new()).collect();
+    let mut tasks: Vec<Vec<FloatsMut>> = (0..batch * heads * blocks).map(|_| Vec::new()).collect_vec();
     // Without features, or if nothing is wanted, the tasks get no rows.
     if let Some(width) = values.len().checked_div(batch * heads * sequence).filter(|&width| width > 0) {
         for (row, values) in values.chunks(width).into_iter().enumerate() {
@@ -166,15 +167,15 @@ impl Output {
     }
 }
 
-/// Returns a tensor of rank 4 with packed rows in the operand type, which is the tensor's type or the compute type:
-/// itself, or a packed copy.
-pub(super) fn widen<O: Float>(x: &Tensor) -> Result<Tensor> {
-    if x.dtype() == O::DTYPE {
+/// Returns a tensor of rank 4 with packed rows in the type of operands, its own if that is bf16 and multiplied as such,
+/// or else the compute type: itself, or a packed copy.
+pub(super) fn widen<A: Real>(x: &Tensor, multiplies_bf16: bool) -> Result<Tensor> {
+    if multiplies_bf16 || x.dtype() == A::DTYPE {
         return Ok(x.clone());
     }
-    let mut wide = Tensor::uninit(*x.shape(), <O::Acc as Element>::DTYPE, x.device())?;
+    let mut wide = Tensor::uninit(*x.shape(), A::DTYPE, x.device())?;
     let (layout, from, width) = (*x.layout(), x.stored_floats(OP)?, x.shape()[3]);
-    cpu::for_rows(wide.values_mut::<O::Acc>()?, width, width, |first, wide| {
+    cpu::for_rows(wide.values_mut::<A>()?, width, width, |first, wide| {
         for (row, wide) in wide.chunks_exact_mut(width).enumerate() {
             let start = layout.row_offset(first + row);
             from.range(start..start + width).read(wide);
@@ -190,28 +191,28 @@ const SAMPLE: usize = 64;
 /// head, where that exceeds their differences; `None` if there is none. The gradients of a query's scores sum to zero,
 /// so that they may be multiplied by either; but rounded to a half type they do not quite, and the common part would
 /// multiply the difference.
-pub(super) fn without_common<O: Float>(keys: &Tensor) -> Result<Option<Tensor>> {
+pub(super) fn without_common(keys: &Tensor) -> Result<Option<Tensor>> {
     let [batch, heads, count, d] = [0, 1, 2, 3].map(|dim| keys.shape()[dim]);
-    let rows = Rows::<O>::new(keys)?;
-    let row = |head: usize, key: usize| rows.row(head / heads, head % heads, key, d);
+    let (layout, storage) = (*keys.layout(), keys.storage::<bf16>()?);
+    let row = |head: usize, key: usize| &storage[layout.row_offset(head * count + key)..][..d];
     let step = count.div_ceil(SAMPLE).max(1);
-    let part = O::Acc::from_f64(1.0 / count.div_ceil(step).max(1) as f64);
+    let part = (1.0 / count.div_ceil(step).max(1) as f64) as f32;
     // The sums become the common parts of all heads.
-    let mut common = vec![O::Acc::ZERO; batch * heads * d];
-    let mut squares = vec![O::Acc::ZERO; d];
+    let mut common = vec![0.0; batch * heads * d];
+    let mut squares = vec![0.0; d];
     for (head, sums) in common.chunks_exact_mut(d.max(1)).enumerate() {
-        squares.fill(O::Acc::ZERO);
-        (0..count).step_by(step).for_each(|key| add_moments::<O>(row(head, key), row(head, 0), sums, &mut squares));
-        common_part::<O>(row(head, 0), sums, &squares, part);
+        squares.fill(0.0);
+        (0..count).step_by(step).for_each(|key| add_moments(row(head, key), row(head, 0), sums, &mut squares));
+        common_part(row(head, 0), sums, &squares, part);
     }
-    if common.iter().all(|common| *common == O::Acc::ZERO) {
+    if common.iter().all(|common| *common == 0.0) {
         return Ok(None);
     }
-    let mut rest = Tensor::uninit(Shape::new(&[batch, heads, count, d])?, O::DTYPE, keys.device())?;
-    cpu::for_rows(rest.values_mut::<O>()?, d, d, |first, rest| {
+    let mut rest = Tensor::uninit(Shape::new(&[batch, heads, count, d])?, DType::BF16, keys.device())?;
+    cpu::for_rows(rest.values_mut::<bf16>()?, d, d, |first, rest| {
         for (index, rest) in (first..).zip(rest.chunks_exact_mut(d)) {
             let head = index / count;
-            subtract::<O>(row(head, index % count), &common[head * d..][..d], rest);
+            subtract(row(head, index % count), &common[head * d..][..d], rest);
         }
     });
     Ok(Some(rest))
@@ -219,7 +220,7 @@ pub(super) fn without_common<O: Float>(keys: &Tensor) -> Result<Option<Tensor>> 
 
 vectorized! {
     /// Sums and sums of squares of the differences from a row.
-    fn add_moments<O: Float>(row: &[O], from: &[O], sums: &mut [O::Acc], squares: &mut [O::Acc]) {
+    fn add_moments(row: &[bf16], from: &[bf16], sums: &mut [f32], squares: &mut [f32]) {
         for ((row, from), (sum, square)) in row.iter().zip(from).zip(sums.iter_mut().zip(squares)) {
             let difference = row.to_acc() - from.to_acc();
             *sum += difference;
@@ -231,20 +232,20 @@ vectorized! {
 vectorized! {
     /// Replaces the sums by the mean of what they are from, rounded so that differences from it are exact; by zero if
     /// it is below twice the standard deviation.
-    fn common_part<O: Float>(from: &[O], sums: &mut [O::Acc], squares: &[O::Acc], part: O::Acc) {
+    fn common_part(from: &[bf16], sums: &mut [f32], squares: &[f32], part: f32) {
         for ((from, sum), square) in from.iter().zip(sums).zip(squares) {
             let shift = *sum * part;
             let (mean, variance) = (from.to_acc() + shift, *square * part - shift * shift);
             let common = mean * mean > variance + variance + variance + variance;
-            *sum = if common { O::from_acc(mean).to_acc() } else { O::Acc::ZERO };
+            *sum = if common { bf16::from_acc(mean).to_acc() } else { 0.0 };
         }
     }
 }
 
 vectorized! {
-    fn subtract<O: Float>(row: &[O], common: &[O::Acc], to: &mut [O]) {
+    fn subtract(row: &[bf16], common: &[f32], to: &mut [bf16]) {
         for ((row, common), to) in row.iter().zip(common).zip(to) {
-            *to = O::from_acc(row.to_acc() - *common);
+            *to = bf16::from_acc(row.to_acc() - *common);
         }
     }
 }

@@ -3,7 +3,10 @@
 
 use std::ops::Range;
 
-use super::{OP, Problem, Sizes, Window};
+use super::{
+    OP, Problem, Sizes, Window,
+    operand::{Rows, product, transposed},
+};
 use crate::{
     Philox, Result, Tensor,
     device::{
@@ -11,8 +14,8 @@ use crate::{
         scratch::{User, aligned, lend},
         simd::vectorized,
     },
-    dtype::{Element, Float, Real},
-    gemm::{Matrix, Multiply, gemm_block},
+    dtype::{Float, Real},
+    gemm::Multiply,
     ops::reduce::{LANES, join, sum_slice},
 };
 
@@ -20,61 +23,6 @@ use crate::{
 pub(super) const QUERIES: usize = 256;
 /// Number of keys per tile, and the stride of its rows.
 pub(super) const KEYS: usize = 128;
-
-/// One operand `[batch, heads, sequence, features]` with packed rows.
-pub(super) struct Rows<'a, A> {
-    data: &'a [A],
-    batch: usize,
-    head: usize,
-    row: usize,
-}
-
-impl<'a, A: Float> Rows<'a, A> {
-    pub fn new(x: &'a Tensor) -> Result<Self> {
-        let layout = x.layout();
-        let (strides, storage) = (layout.strides(), x.storage::<A>()?);
-        let data = &storage[layout.offset.min(storage.len())..];
-        Ok(Self { data, batch: strides[0], head: strides[1], row: strides[2] })
-    }
-
-    /// Returns the rows from `start` on.
-    pub fn block(&self, batch: usize, head: usize, start: usize) -> Matrix<'a, A> {
-        let offset = batch * self.batch + head * self.head + start * self.row;
-        // Rows without features may start past the end.
-        Matrix { data: &self.data[offset.min(self.data.len())..], row: self.row, col: 1 }
-    }
-
-    pub fn row(&self, batch: usize, head: usize, row: usize, width: usize) -> &'a [A] {
-        &self.block(batch, head, row).data[..width]
-    }
-}
-
-/// Returns a tile as an operand of a product: itself, or rounded to `O` in `memory`.
-pub(super) fn operand<'a, O: Float>(tile: &'a [O::Acc], width: usize, memory: &'a mut [O::Acc]) -> Matrix<'a, O> {
-    let data = if O::DTYPE == O::Acc::DTYPE {
-        bytemuck::cast_slice(tile)
-    } else {
-        let rounded: &mut [O] = bytemuck::cast_slice_mut(memory);
-        round_rows::<O>(tile, width, rounded);
-        rounded
-    };
-    Matrix { data, row: KEYS, col: 1 }
-}
-
-vectorized! {
-    fn round_rows<O: Float>(tile: &[O::Acc], width: usize, to: &mut [O]) {
-        for (tile, to) in tile.chunks_exact(KEYS).zip(to.chunks_exact_mut(KEYS)) {
-            for (tile, to) in tile[..width].iter().zip(to) {
-                *to = O::from_acc(*tile);
-            }
-        }
-    }
-}
-
-/// Returns a transposed view.
-pub(super) fn transposed<A: Copy>(x: Matrix<A>) -> Matrix<A> {
-    Matrix { row: x.col, col: x.row, ..x }
-}
 
 /// Tensor that broadcasts to the scores; its last dimension is packed or repeated.
 struct Broadcast<V> {
@@ -142,15 +90,15 @@ pub(super) enum Empty {
     Overflown,
 }
 
-/// Inputs of all tiles of one call: operands of products in `O`, all else in `O::Acc`.
-pub(super) struct Tiles<'a, O: Multiply> {
+/// Inputs of all tiles of one call: operands of products in their type, all else in `A`.
+pub(super) struct Tiles<'a, A> {
     pub sizes: Sizes,
-    pub q: Rows<'a, O>,
-    pub k: Rows<'a, O>,
-    pub v: Rows<'a, O>,
-    pub scale: O::Acc,
+    pub q: Rows<'a>,
+    pub k: Rows<'a>,
+    pub v: Rows<'a>,
+    pub scale: A,
     /// Largest number of the tensors' type.
-    pub largest: O::Acc,
+    pub largest: A,
     causal: bool,
     mask: Option<Broadcast<&'a [u8]>>,
     query_mask: Option<&'a [u8]>,
@@ -159,11 +107,11 @@ pub(super) struct Tiles<'a, O: Multiply> {
     window: Window,
     bias: Option<Broadcast<Floats<'a>>>,
     /// `[heads, queries + keys − 1]`.
-    curves: Option<Vec<O::Acc>>,
+    curves: Option<Vec<A>>,
     dropout: Option<super::Dropout>,
 }
 
-impl<'a, O: Multiply> Tiles<'a, O> {
+impl<'a, A: Real + Multiply> Tiles<'a, A> {
     /// Creates the tiles of a call; `operands` are queries, keys and values in the type of products.
     pub fn new(problem: &'a Problem, operands: &'a [Tensor; 3]) -> Result<Self> {
         let sizes = problem.sizes;
@@ -182,8 +130,8 @@ impl<'a, O: Multiply> Tiles<'a, O> {
             q: Rows::new(q)?,
             k: Rows::new(k)?,
             v: Rows::new(v)?,
-            scale: <O::Acc as Float>::from_f64(problem.scale),
-            largest: <O::Acc as Float>::from_f64(-problem.q.dtype().lowest()),
+            scale: <A as Float>::from_f64(problem.scale),
+            largest: <A as Float>::from_f64(-problem.q.dtype().lowest()),
             causal: problem.causal,
             mask: problem.mask.as_ref().map(of_mask).transpose()?,
             query_mask: padding(&problem.query_mask)?,
@@ -194,6 +142,11 @@ impl<'a, O: Multiply> Tiles<'a, O> {
             curves: problem.position.as_ref().map(|position| position.curves()).transpose()?,
             dropout: problem.dropout,
         })
+    }
+
+    /// Returns `true` if products take operands that are rounded to bf16.
+    pub fn rounds(&self) -> bool {
+        self.q.rounds()
     }
 
     /// Returns the keys that causality, the window and the query mask leave to a query.
@@ -236,10 +189,10 @@ impl<'a, O: Multiply> Tiles<'a, O> {
     }
 
     /// Computes `scale · q kᵀ` with biases, −∞ where masked; rows of `s` are [`KEYS`] apart.
-    pub fn scores(&self, at: At, s: &mut [O::Acc]) {
+    pub fn scores(&self, at: At, s: &mut [A]) {
         let q = self.q.block(at.batch, at.head, at.query);
         let k = self.k.block(at.batch, at.head / self.sizes.group(), at.key);
-        gemm_block::<O>(at.queries, at.keys, self.sizes.d, q, transposed(k), false, s, KEYS);
+        product([at.queries, at.keys, self.sizes.d], q, transposed(k), false, s, KEYS);
         let s = &mut s[..at.queries * KEYS];
         match &self.curves {
             None => scale_rows(s, at.keys, self.scale),
@@ -262,9 +215,9 @@ impl<'a, O: Multiply> Tiles<'a, O> {
                 apply_mask(&mut s[free..], mask);
             }
             let kept = self.kept(at.batch, query);
-            s[..kept.start.saturating_sub(at.key).min(at.keys)].fill(O::Acc::NEG_INFINITY);
-            s[kept.end.saturating_sub(at.key).min(at.keys)..].fill(O::Acc::NEG_INFINITY);
-            behind.fill(O::Acc::NEG_INFINITY);
+            s[..kept.start.saturating_sub(at.key).min(at.keys)].fill(A::NEG_INFINITY);
+            s[kept.end.saturating_sub(at.key).min(at.keys)..].fill(A::NEG_INFINITY);
+            behind.fill(A::NEG_INFINITY);
         }
     }
 
@@ -282,12 +235,12 @@ impl<'a, O: Multiply> Tiles<'a, O> {
     }
 
     /// Returns the factor of a kept weight.
-    pub fn dropout_factor(&self) -> O::Acc {
-        self.dropout.map_or(O::Acc::ONE, |dropout| <O::Acc as Float>::from_f64(dropout.factor))
+    pub fn dropout_factor(&self) -> A {
+        self.dropout.map_or(A::ONE, |dropout| <A as Float>::from_f64(dropout.factor))
     }
 
     /// Writes the dropout factors of one query's weights, `kept` or 0; leaves them unchanged without dropout.
-    pub fn dropout(&self, at: At, row: usize, kept: O::Acc, factors: &mut [O::Acc]) {
+    pub fn dropout(&self, at: At, row: usize, kept: A, factors: &mut [A]) {
         let Some(dropout) = &self.dropout else { return };
         let Sizes { heads, queries, keys, .. } = self.sizes;
         let first = (((at.batch * heads + at.head) * queries + at.query + row) * keys + at.key) as u64;
@@ -295,7 +248,7 @@ impl<'a, O: Multiply> Tiles<'a, O> {
     }
 
     /// Applies dropout to the weights of a tile, multiplying what is kept.
-    pub fn drop_weights(&self, at: At, kept: O::Acc, p: &mut [O::Acc], factors: &mut [O::Acc]) {
+    pub fn drop_weights(&self, at: At, kept: A, p: &mut [A], factors: &mut [A]) {
         if self.drops() {
             for (row, p) in p.chunks_exact_mut(KEYS).take(at.queries).enumerate() {
                 self.dropout(at, row, kept, factors);
@@ -314,11 +267,11 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         let kept = |key: &usize| (*key < free || padding[*key - free] != 0) && mask[*key % mask.len()] != 0;
         let mut why = Empty::Masked;
         for key in self.kept(at.batch, query).filter(kept) {
-            let mut bias = [O::Acc::ZERO];
+            let mut bias = [A::ZERO];
             if let Some(added) = &self.bias {
                 added.add(&mut bias, [at.batch, at.head, query, key]);
             }
-            if bias != [O::Acc::NEG_INFINITY] {
+            if bias != [A::NEG_INFINITY] {
                 return Empty::Overflown;
             }
             why = Empty::Biased;
@@ -327,15 +280,8 @@ impl<'a, O: Multiply> Tiles<'a, O> {
     }
 
     /// Writes the weights of fully masked queries, `1 / keys` for every key, times `part`, and applies dropout to them.
-    pub fn spread(
-        &self,
-        at: At,
-        masked: impl Fn(usize) -> bool,
-        [part, kept]: [O::Acc; 2],
-        p: &mut [O::Acc],
-        factors: &mut [O::Acc],
-    ) {
-        let weight = part / <O::Acc as Float>::from_f64(self.sizes.keys as f64);
+    pub fn spread(&self, at: At, masked: &dyn Fn(usize) -> bool, [part, kept]: [A; 2], p: &mut [A], factors: &mut [A]) {
+        let weight = part / <A as Float>::from_f64(self.sizes.keys as f64);
         for (row, p) in p.chunks_exact_mut(KEYS).take(at.queries).enumerate().filter(|(row, _)| masked(*row)) {
             p[..at.keys].fill(weight);
             if self.drops() {

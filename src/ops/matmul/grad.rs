@@ -4,6 +4,7 @@ use super::{product, product_sums, strides::split_last_two};
 use crate::{
     Result, Tensor,
     autograd::{Backward, InputGrads},
+    collect::CollectVec,
     shape::Shape,
     tensor::Saved,
 };
@@ -106,7 +107,7 @@ impl Backward for LinearBackward {
         };
         let mut grads = vec![dx, dw];
         if let Some(&need_bias) = need.get(2) {
-            let rows: Vec<isize> = (0..grad.rank() as isize - 1).collect();
+            let rows: Vec<isize> = (0..grad.rank() as isize - 1).collect_vec();
             grads.push(if need_bias { Some(grad.sum(&rows)?) } else { None });
         }
         Ok(InputGrads::whole(grads))

@@ -13,16 +13,23 @@ vectorized! {
     }
 }
 
-struct Map<'a, R, const FUSED: bool> {
-    x: &'a [R],
-    y: &'a mut [R],
+vectorized! {
+    /// Like [`map`], for functions that [`Function::with_light`] takes.
+    pub(super) fn map_light<T: Float>(f: Function, x: &[T], y: &mut [T]) {
+        f.with_light(Map::<T, FUSED> { x, y });
+    }
 }
 
-impl<R: Real, const FUSED: bool> Loops for Map<'_, R, FUSED> {
+struct Map<'a, T, const FUSED: bool> {
+    x: &'a [T],
+    y: &'a mut [T],
+}
+
+impl<T: Float, const FUSED: bool> Loops for Map<'_, T, FUSED> {
     #[inline(always)]
     fn of<F: Unary>(self) {
         for (x, y) in self.x.iter().zip(self.y) {
-            *y = F::value::<R, FUSED>(*x);
+            *y = T::from_acc(F::value::<T::Acc, FUSED>(x.to_acc()));
         }
     }
 }
@@ -34,75 +41,28 @@ vectorized! {
     }
 }
 
-struct MapBackward<'a, R, const FUSED: bool> {
-    kept: &'a [R],
-    g: &'a [R],
-    dx: &'a mut [R],
-}
-
-impl<R: Real, const FUSED: bool> Loops for MapBackward<'_, R, FUSED> {
-    #[inline(always)]
-    fn of<F: Unary>(self) {
-        let pairs = self.dx.iter_mut().zip(self.kept);
-        if self.g.is_empty() {
-            return pairs.for_each(|(dx, kept)| *dx = F::gradient::<R, FUSED>(*dx, *kept));
-        }
-        pairs.zip(self.g).for_each(|((dx, kept), g)| *dx = F::gradient::<R, FUSED>(*g, *kept));
-    }
-}
-
-vectorized! {
-    /// Like [`map`], for functions that [`Function::with_light`] takes.
-    pub(super) fn map_light<T: Float>(f: Function, x: &[T], y: &mut [T]) {
-        f.with_light(MapLight::<T, FUSED> { x, y });
-    }
-}
-
-struct MapLight<'a, T, const FUSED: bool> {
-    x: &'a [T],
-    y: &'a mut [T],
-}
-
-impl<T: Float, const FUSED: bool> Loops for MapLight<'_, T, FUSED> {
-    #[inline(always)]
-    fn of<F: Unary>(self) {
-        for (x, y) in self.x.iter().zip(self.y) {
-            *y = T::from_acc(F::value::<T::Acc, FUSED>(x.to_acc()));
-        }
-    }
-}
-
 vectorized! {
     /// Like [`map_backward`], for functions that [`Function::with_light_gradient`] takes.
     pub(super) fn map_light_backward<T: Float>(f: Function, kept: &[T], g: &[T], dx: &mut [T]) {
-        f.with_light_gradient(MapLightBackward::<T, FUSED> { kept, g, dx });
+        f.with_light_gradient(MapBackward::<T, FUSED> { kept, g, dx });
     }
 }
 
-struct MapLightBackward<'a, T, const FUSED: bool> {
+struct MapBackward<'a, T, const FUSED: bool> {
     kept: &'a [T],
     g: &'a [T],
     dx: &'a mut [T],
 }
 
-impl<T: Float, const FUSED: bool> Loops for MapLightBackward<'_, T, FUSED> {
+impl<T: Float, const FUSED: bool> Loops for MapBackward<'_, T, FUSED> {
     #[inline(always)]
     fn of<F: Unary>(self) {
-        // Read before the first is overwritten: they may be those of `dx`.
-        const PIECE: usize = 64;
         let gradient = |g: T, kept: T| T::from_acc(F::gradient::<T::Acc, FUSED>(g.to_acc(), kept.to_acc()));
-        let (pieces, rest) = self.dx.as_chunks_mut::<PIECE>();
-        let (kept_pieces, kept_rest) = self.kept.as_chunks::<PIECE>();
-        let (g_pieces, g_rest) = self.g.as_chunks::<PIECE>();
-        for (index, (dx, kept)) in pieces.iter_mut().zip(kept_pieces).enumerate() {
-            let g = *g_pieces.get(index).unwrap_or(dx);
-            for (dx, (g, kept)) in dx.iter_mut().zip(g.iter().zip(kept)) {
-                *dx = gradient(*g, *kept);
-            }
+        let pairs = self.dx.iter_mut().zip(self.kept);
+        if self.g.is_empty() {
+            return pairs.for_each(|(dx, kept)| *dx = gradient(*dx, *kept));
         }
-        for (index, (dx, kept)) in rest.iter_mut().zip(kept_rest).enumerate() {
-            *dx = gradient(*g_rest.get(index).unwrap_or(dx), *kept);
-        }
+        pairs.zip(self.g).for_each(|((dx, kept), g)| *dx = gradient(*g, *kept));
     }
 }
 

@@ -231,16 +231,23 @@ impl<'a, K: Key> Row<'a, K> {
         }
         let mut between = Vec::with_capacity((from_low.0 - from_high.0) as usize);
         collect(keys, K::from_i64(low), K::from_i64(high - 1), &mut between);
+        // One sort serves both types of keys.
+        let mut between: Vec<(i64, u32)> = between.into_iter().map(|(key, position)| (key.into(), position)).collect();
         if high.abs_diff(low) > 1 {
-            between.sort_unstable_by_key(|&(key, position)| (std::cmp::Reverse(key), position));
+            sort_descending(&mut between);
         }
         let mut reached = from_high.1;
         let last = between.into_iter().find(|&(_, position)| {
             reached += weights.map_or(1.0, |weights| f64::from(weights[position as usize]));
             reached >= bound
         });
-        last.map(|(key, position)| Cut { key, position })
+        last.map(|(key, position)| Cut { key: K::from_i64(key), position })
     }
+}
+
+/// Sorts keys and their positions, the largest key first and the first of equal ones.
+fn sort_descending(keys: &mut [(i64, u32)]) {
+    keys.sort_unstable_by_key(|&(key, position)| (std::cmp::Reverse(key), position));
 }
 
 vectorized! {

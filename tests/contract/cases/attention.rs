@@ -1,9 +1,12 @@
 use x_transformers::{
-    Result, Tensor,
+    DType, Result, Tape, Tensor,
     ops::{AttentionSpec, PositionBias, Window, attention},
 };
 
-use crate::case::{Array, Case, Input};
+use crate::{
+    case::{Array, Case, Input},
+    common::device,
+};
 
 /// A spec whose tensors are positions among the inputs of the case.
 #[derive(Clone, Default)]
@@ -295,4 +298,26 @@ fn biased(plain: &Setup, causal: &Setup) -> Vec<Case> {
             },
         ),
     ]
+}
+
+/// Values whose sums overflow meet the same dropout mask as small ones.
+#[test]
+fn dropout_of_large_values() {
+    let _alone = crate::alone();
+    for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
+        // A power of two, so that all else is the same: a quarter of the largest number.
+        let size = (-dtype.lowest() / 4.0).log2().floor().exp2();
+        let out = |size: f64| {
+            let tensor = |value: f64| Tensor::full([1, 2, 70, 4], value, dtype, device()).expect("a tensor");
+            let _tape = Tape::train(3);
+            let spec = AttentionSpec { dropout: 0.5, ..AttentionSpec::default() };
+            let out = attention(&tensor(0.5), &tensor(0.5), &tensor(size), &spec).expect("legal arguments");
+            out.to_f64_vec().expect("floats")
+        };
+        let (small, large) = (out(1.0), out(size));
+        assert!(small.iter().any(|x| (x - 1.0).abs() > 0.01), "nothing is dropped");
+        for (small, large) in small.iter().zip(&large) {
+            assert!((small - large / size).abs() <= 0.02, "{dtype}: {large:e} is not {size:e} times {small}");
+        }
+    }
 }

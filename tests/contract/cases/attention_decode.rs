@@ -11,7 +11,8 @@ struct Setup {
     window: Window,
     /// Lengths of the sequences before the call.
     lengths: Vec<f64>,
-    key_mask: bool,
+    /// Probability of a key that is kept.
+    key_mask: Option<f64>,
     query_mask: bool,
     bias_by_distance: Option<usize>,
 }
@@ -30,9 +31,7 @@ fn case(name: &str, heads: [usize; 2], [queries, capacity, d, e]: [usize; 4], se
     ];
     // The lengths on the device do not depend on the layouts under test.
     let lengths = setup.lengths.clone();
-    if setup.key_mask {
-        inputs.push(Input::mask(&[batch, capacity - setup.prefix_len]));
-    }
+    inputs.extend(setup.key_mask.map(|keep| Input::Bool { shape: vec![batch, capacity - setup.prefix_len], keep }));
     if setup.query_mask {
         inputs.push(Input::mask(&[batch, queries]));
     }
@@ -47,7 +46,7 @@ fn case(name: &str, heads: [usize; 2], [queries, capacity, d, e]: [usize; 4], se
             prefix_len: setup.prefix_len,
             mem_keys: setup.mem_keys,
             window: setup.window,
-            key_mask: setup.key_mask.then(|| rest.next()).flatten(),
+            key_mask: setup.key_mask.and_then(|_| rest.next()),
             query_mask: setup.query_mask.then(|| rest.next()).flatten(),
             bias_by_distance: setup.bias_by_distance.and_then(|_| rest.next()),
         };
@@ -63,7 +62,7 @@ impl Setup {
         let [batch, heads, queries, d] = [0, 1, 2, 3].map(|dim| q.shape[dim]);
         let (group, capacity, e) = (heads / k.shape[1].max(1), k.shape[2], v.shape[3]);
         let mut rest = x[3..].iter();
-        let key_mask = self.key_mask.then(|| rest.next().unwrap());
+        let key_mask = self.key_mask.map(|_| rest.next().unwrap());
         let query_mask = self.query_mask.then(|| rest.next().unwrap());
         let bias_by_distance = self.bias_by_distance.map(|_| rest.next().unwrap());
         Array::from_fn(&[batch, heads, queries, e], |at| {
@@ -104,7 +103,7 @@ pub fn cases() -> Vec<Case> {
     let full = |lengths: &[f64]| Setup {
         prefix_len: 3,
         mem_keys: 2,
-        key_mask: true,
+        key_mask: Some(0.7),
         query_mask: true,
         bias_by_distance: Some(6),
         ..at(lengths)
@@ -118,6 +117,7 @@ pub fn cases() -> Vec<Case> {
         case("limited past", [2, 2], [2, 30, 8, 8], Setup { window: Window::past(4), ..at(&[20.0, 1.0]) }),
         case("padding", [2, 2], [3, 14, 8, 8], full(&[8.0, 2.0])),
         case("padding of several parts", [2, 2], [2, 600, 17, 9], full(&[590.0, 300.0, 250.0])),
+        case("all padding", [2, 1], [1, 9, 8, 8], Setup { key_mask: Some(0.0), ..at(&[4.0, 8.0]) }),
         // Sums of 1100 weights, which a GPU adds one by one.
         case("long", [2, 1], [1, 1100, 64, 64], at(&[1099.0, 255.0])).tolerance(2.0),
         case("parts without a key", [1, 1], [1, 800, 8, 8], Setup { window: Window::past(10), ..at(&[700.0]) }),

@@ -15,6 +15,7 @@ mod gru;
 mod linear_cross_entropy;
 mod matmul;
 mod norm;
+mod packed;
 mod pointwise;
 mod position;
 mod reduce;
@@ -40,6 +41,7 @@ pub fn all() -> Vec<Case> {
         linear_cross_entropy::cases(),
         matmul::cases(),
         norm::cases(),
+        packed::cases(),
         pointwise::cases(),
         position::cases(),
         reduce::cases(),

@@ -1,4 +1,7 @@
-use crate::case::{Array, Case, Input};
+use crate::{
+    case::{Array, Case, Input},
+    refused::{argument, dtype, floats, refused, shape, tokens},
+};
 
 /// Element by element from the definition.
 fn reference(x: &[Array], amounts: &[isize]) -> Array {
@@ -37,4 +40,17 @@ pub fn cases() -> Vec<Case> {
         case("empty batch", &[0, 4, 6], &[0, 1], false),
         case("empty sequence", &[2, 0, 6], &[0, 1], false),
     ]
+}
+
+#[test]
+fn errors() {
+    let _alone = crate::alone();
+    let x = floats(&[2, 3, 4]);
+    refused(floats(&[3, 4]).shift_tokens(&[1], None), shape, &["shift_tokens", "[batch, n, dim]", "[3, 4]"]);
+    refused(tokens(&[1]).reshape([1, 1, 1]).expect("one").shift_tokens(&[1], None), dtype, &["shift_tokens", "i64"]);
+    refused(x.shift_tokens(&[], None), argument, &["shift_tokens", "1 to 4 amounts"]);
+    refused(x.shift_tokens(&[1; 5], None), argument, &["shift_tokens", "1 to 4 amounts", "[1, 1, 1, 1, 1]"]);
+    for mask in [floats(&[2, 3]), floats(&[2, 4]).gt(&floats(&[2, 4])).expect("a mask")] {
+        refused(x.shift_tokens(&[1], Some(&mask)), shape, &["shift_tokens", "bool mask [2, 3]"]);
+    }
 }

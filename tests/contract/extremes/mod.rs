@@ -16,6 +16,8 @@ const LEFT_OUT: &[(&str, &str)] = &[
     ("logical_and", "takes no floats"),
     ("logical_or", "takes no floats"),
     ("logical_not", "takes no floats"),
+    ("packed_linear", "rounds its inputs on the CPU, and has NaN for infinities (src/quantised/products.rs)"),
+    ("packed_embedding", "takes no floats"),
     ("sample", "returns an error for NaN and +∞ (tests/sampling.rs)"),
 ];
 
@@ -96,7 +98,7 @@ pub fn sweep() {
     }
     for Deviation { cases, said, file } in DEVIATIONS {
         let deviates = failures.iter().any(|(name, _)| name.starts_with(cases));
-        assert!(deviates, "`{cases}` agrees with PyTorch: it is no deviation any more");
+        assert!(deviates, "`{cases}` agrees with PyTorch and is no longer a deviation");
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
         let source =
             std::fs::read_to_string(path).expect("a source file").replace("\n    /// ", " ").replace("\n/// ", " ");

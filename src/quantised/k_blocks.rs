@@ -35,49 +35,59 @@ pub(super) fn q3_k(block: &[u8; 110], out: &mut [f32; BLOCK]) {
     }
 }
 
+/// The 4-bit integers of part `i` of 32 values: of 64 values, the first 32 in the lower halves of as many bytes.
+#[inline(always)]
+pub(super) fn fours(bytes: &[u8], i: usize) -> [u8; 32] {
+    let bytes = &bytes[32 * (i / 2)..][..32];
+    std::array::from_fn(|l| bytes[l] >> (4 * (i % 2)) & 0xF)
+}
+
+/// The 5-bit integers of part `i`: the fifth bits of all in front, then the others like [`fours`].
+#[inline(always)]
+pub(super) fn fives(bytes: &[u8], i: usize) -> [u8; 32] {
+    let (high, low) = (&bytes[..32], fours(&bytes[32..], i));
+    std::array::from_fn(|l| low[l] | (high[l] >> i & 1) << 4)
+}
+
 /// `scale · scales[i / 32] · q − least · leasts[i / 32]` with 4-bit `q` and 6-bit factors.
 #[inline(always)]
 pub(super) fn q4_k(block: &[u8; 144], out: &mut [f32; BLOCK]) {
-    let (scale, least, parts) = (half(block, 0), half(block, 2), sixes(&block[4..16]));
-    let q = &block[16..];
-    for (i, (out, part)) in out.as_chunks_mut::<32>().0.iter_mut().zip(parts).enumerate() {
-        let (scale, least) = (scale * f32::from(part[0]), least * f32::from(part[1]));
-        let shift = 4 * (i % 2);
-        for (out, q) in out.iter_mut().zip(&q[32 * (i / 2)..]) {
-            *out = scale * f32::from(q >> shift & 0xF) - least;
-        }
-    }
+    with_minima(block, out, fours);
 }
 
-/// Like [`q4_k`], but with 5-bit `q`, whose fifth bits are stored separately.
+/// Like [`q4_k`], but with 5-bit `q`.
 #[inline(always)]
 pub(super) fn q5_k(block: &[u8; 176], out: &mut [f32; BLOCK]) {
+    with_minima(block, out, fives);
+}
+
+#[inline(always)]
+fn with_minima(block: &[u8], out: &mut [f32; BLOCK], integers: impl Fn(&[u8], usize) -> [u8; 32]) {
     let (scale, least, parts) = (half(block, 0), half(block, 2), sixes(&block[4..16]));
-    let (high, q) = (&block[16..48], &block[48..]);
     for (i, (out, part)) in out.as_chunks_mut::<32>().0.iter_mut().zip(parts).enumerate() {
         let (scale, least) = (scale * f32::from(part[0]), least * f32::from(part[1]));
-        let shift = 4 * (i % 2);
-        for ((out, q), high) in out.iter_mut().zip(&q[32 * (i / 2)..]).zip(high) {
-            let q = q >> shift & 0xF | (high >> i & 1) << 4;
+        for (out, q) in out.iter_mut().zip(integers(&block[16..], i)) {
             *out = scale * f32::from(q) - least;
         }
     }
 }
 
-/// `scale · scales[i / 16] · (q − 32)` with 6-bit `q`, whose upper two bits lie apart, and 8-bit scales.
+/// The 6-bit integers of part `i` of 32 values, from −32 on: 64 bytes of low halves and 32 bytes of the upper two bits
+/// hold 128 values.
+#[inline(always)]
+pub(super) fn signed_sixes(block: &[u8; 210], i: usize) -> [i8; 32] {
+    let (half, part) = (i / 4, i % 4);
+    let (low, high) = (&block[64 * half + 32 * (part % 2)..][..32], &block[128 + 32 * half..][..32]);
+    let (low_shift, high_shift) = (4 * (part / 2), 2 * part);
+    std::array::from_fn(|l| (low[l] >> low_shift & 0xF | (high[l] >> high_shift & 3) << 4) as i8 - 32)
+}
+
+/// `scale · scales[i / 16] · (q − 32)` with 6-bit `q` and 8-bit scales.
 #[inline(always)]
 pub(super) fn q6_k(block: &[u8; 210], out: &mut [f32; BLOCK]) {
-    let scales = &block[192..208];
-    let scale = half(block, 208);
+    let (scale, scales) = (half(block, 208), &block[192..208]);
     for (i, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-        // 64 bytes of low halves and 32 bytes of the others hold 128 values.
-        let (half, part) = (i / 4, i % 4);
-        let (low, high) = (&block[64 * half + 32 * (part % 2)..][..32], &block[128 + 32 * half..][..32]);
-        let (low_shift, high_shift) = (4 * (part / 2), 2 * part);
-        let mut q = [0; 32];
-        for ((q, low), high) in q.iter_mut().zip(low).zip(high) {
-            *q = (low >> low_shift & 0xF | (high >> high_shift & 3) << 4) as i8 - 32;
-        }
+        let q = signed_sixes(block, i);
         for ((out, q), &part) in out.as_chunks_mut::<16>().0.iter_mut().zip(q.as_chunks::<16>().0).zip(&scales[2 * i..])
         {
             let scale = scale * f32::from(part as i8);
@@ -114,7 +124,7 @@ fn twos(bytes: &[u8], i: usize) -> impl Iterator<Item = u8> {
 /// Eight pairs of 6-bit integers, a scale and a minimum each: the first four of either in the low bits of a byte, of
 /// the others the upper two bits in the high bits of these.
 #[inline(always)]
-fn sixes(bytes: &[u8]) -> [[u8; 2]; 8] {
+pub(super) fn sixes(bytes: &[u8]) -> [[u8; 2]; 8] {
     std::array::from_fn(|i| {
         if i < 4 {
             [bytes[i] & 0x3F, bytes[4 + i] & 0x3F]
