@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 use x_transformers::{
     DType, Device, Error, ParamStore, QuantType, Tensor,
     config::{AutoregressivePlan, ModelPlan},
@@ -15,6 +15,8 @@ use x_transformers::{
 };
 
 use crate::{
+    allocator,
+    compute::dtypes,
     failure::{Failure, Result},
     files,
     language::Language,
@@ -44,6 +46,45 @@ pub enum Weights {
     Q4K,
 }
 
+/// Types of what a model computes with.
+#[derive(Args, Clone, Copy)]
+pub struct WeightsArgs {
+    /// Data type of the weights in memory
+    #[arg(long, value_enum, default_value_t = Weights::Stored)]
+    weights: Weights,
+
+    /// Data type of activations and the KV cache beside quantized weights [default: f32]
+    #[arg(long, value_name = "DTYPE", value_parser = dtypes([DType::F32, DType::BF16, DType::F16]))]
+    activations: Option<DType>,
+}
+
+impl WeightsArgs {
+    /// Returns `true` if the weights are rounded to f16, which some overflow.
+    pub fn are_f16(self) -> bool {
+        self.dtype() == DType::F16
+    }
+
+    /// The type of activations, and of the weights that are not quantized.
+    fn dtype(self) -> DType {
+        match self.weights {
+            Weights::Bf16 => DType::BF16,
+            Weights::F16 => DType::F16,
+            _ => self.activations.unwrap_or(DType::F32),
+        }
+    }
+
+    /// Errors: another type of activations than that of weights which are not quantized.
+    fn check(self) -> Result<()> {
+        let fixed = matches!(self.weights, Weights::F32 | Weights::Bf16 | Weights::F16);
+        if fixed && self.activations.is_some() {
+            return Err(Failure::new(
+                "`--activations` applies to quantized weights; others have the type of `--weights` throughout",
+            ));
+        }
+        Ok(())
+    }
+}
+
 impl Weights {
     /// The type that weights are rounded to.
     fn quantized(self) -> Option<QuantType> {
@@ -71,10 +112,11 @@ enum Kind {
 impl Source {
     /// Opens a folder of `xt train`, a folder of `transformers`, or a GGUF file; with a tokenizer if it is elsewhere.
     /// Quantised weights stay packed if they are kept as they are stored.
-    pub fn open(path: &Path, tokenizer: Option<&Path>, strict: StrictArgs, weights: Weights) -> Result<Self> {
+    pub fn open(path: &Path, tokenizer: Option<&Path>, strict: StrictArgs, types: WeightsArgs) -> Result<Self> {
+        types.check()?;
         if Pretrained::is_one(path) {
             let mut pretrained = Pretrained::open(path)?;
-            if weights != Weights::Stored {
+            if types.weights != Weights::Stored {
                 pretrained = pretrained.dequantized();
             }
             strict.check(&pretrained, path)?;
@@ -87,6 +129,8 @@ impl Source {
                 return Err(Failure::new(why).within(path));
             }
             let language = Language::Pieces(Box::new(Tokenizer::of(&pretrained, tokenizer)?));
+            drop(pretrained.take_metadata());
+            allocator::trim();
             return Ok(Self { language, kind: Kind::Pretrained(Box::new(pretrained)), path: path.to_path_buf() });
         }
         if tokenizer.is_some() {
@@ -148,12 +192,8 @@ impl Source {
     }
 
     /// The model with its weights.
-    pub fn model(&self, weights: Weights, device: &Device) -> Result<AutoregressiveWrapper> {
-        let dtype = match weights {
-            Weights::Bf16 => DType::BF16,
-            Weights::F16 => DType::F16,
-            _ => DType::F32,
-        };
+    pub fn model(&self, types: WeightsArgs, device: &Device) -> Result<AutoregressiveWrapper> {
+        let dtype = types.dtype();
         let broken = |error: Error| Failure::from(error).within(&self.path);
         let mut model = match &self.kind {
             Kind::Pretrained(pretrained) => pretrained.autoregressive(dtype, device)?,
@@ -164,7 +204,7 @@ impl Source {
                 model
             }
         };
-        if let Some(kind) = weights.quantized() {
+        if let Some(kind) = types.weights.quantized() {
             model.quantize(kind).map_err(broken)?;
         }
         Ok(model)

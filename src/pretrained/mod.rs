@@ -5,6 +5,7 @@ mod ends;
 mod family;
 mod gguf;
 mod llama;
+mod llama_gguf;
 mod names;
 mod options;
 mod quantize;
@@ -13,12 +14,13 @@ mod sentence;
 mod sentence_modules;
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     path::{Path, PathBuf},
 };
 
 pub use self::{
     family::Family,
+    quantize::write_quantized,
     sentence::{SentenceOptions, Similarity},
 };
 
@@ -31,7 +33,7 @@ use crate::{
     collect::CollectVec,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
     error::ensure,
-    io::{Format, Renamed, TensorFile, holds_gguf},
+    io::{Format, Metadata, Renamed, TensorFile, holds_gguf},
     models::{AutoregressiveWrapper, TransformerWrapper},
     sort::sort,
 };
@@ -152,6 +154,12 @@ impl Pretrained {
     /// Returns the file with the weights, by the family's names in `transformers` or in GGUF.
     pub fn file(&self) -> &TensorFile {
         &self.file
+    }
+
+    /// Moves the metadata out of a GGUF file, the vocabulary among them: several megabytes that a model does not need. The
+    /// tokenizer is read before, and [`Pretrained::write_quantized`] needs them.
+    pub fn take_metadata(&mut self) -> BTreeMap<String, Metadata> {
+        self.file.take_metadata()
     }
 
     /// Returns the folder with the model's other files, such as the tokenizer; `None` for a GGUF file, which holds all.

@@ -6,4 +6,5 @@ mod reference;
 mod gguf;
 mod pretrained;
 mod pretrained_names;
+mod quantised_files;
 mod safetensors;
