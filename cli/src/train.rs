@@ -239,7 +239,11 @@ impl TrainArgs {
 
     /// The config with the keywords of the command line.
     fn changed(&self, config: Config) -> Result<Config> {
-        self.keywords.apply(config)
+        let config = self.keywords.apply(config)?;
+        match config.plan()? {
+            ModelPlan::Autoregressive(_) => Ok(config),
+            _ => Err(Failure::new("`--set` cannot change the class of the model")),
+        }
     }
 }
 

@@ -460,6 +460,22 @@ fn required(map: &Map, keys: &[&str]) -> Result<()> {
     }
 }
 
+/// Returns `true` if this is an option of a model or of attention layers, perhaps not the one that it was given to.
+fn is_of_second(key: &str) -> bool {
+    let known = [
+        AttentionLayersConfig::NAMES,
+        TransformerWrapperConfig::NAMES,
+        ContinuousTransformerWrapperConfig::NAMES,
+        ViTransformerWrapperConfig::NAMES,
+        AutoregressiveConfig::NAMES,
+        SamplingConfig::NAMES,
+    ];
+    let of_branch = |prefix: &str, names: &[&str]| key.strip_prefix(prefix).is_some_and(|name| names.contains(&name));
+    known.iter().any(|names| names.contains(&key))
+        || of_branch("attn_", AttentionConfig::NAMES)
+        || of_branch("ff_", FeedForwardConfig::NAMES)
+}
+
 fn unknown(key: &str, nearest: Option<&str>) -> Error {
     let nearest = nearest.map(str::to_string);
     Error::new(ErrorKind::UnknownOption { key: key.to_string(), nearest, later: false })
@@ -485,7 +501,7 @@ fn without_refused(mut map: Map, prefix: &str, refused: &str) -> Result<Map> {
 fn finish(map: Map, prefix: &str, refused: &str, known: &[&[&str]]) -> Result<()> {
     let map = without_refused(map, prefix, refused)?;
     let Some(key) = map.keys().next() else { return Ok(()) };
-    if kwargs::is_of_first(key) {
+    if kwargs::is_of_first(key) && !is_of_second(key) {
         let why = "is an option of x-transformers 0.22, which version 2 lacks: remove \"version\" to follow 0.22";
         return Err(Error::option(key, why));
     }
