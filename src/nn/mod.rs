@@ -11,10 +11,12 @@ mod branch;
 mod cache;
 mod feedforward;
 mod forward_options;
+mod hyper;
 mod layer;
 mod layers;
 mod linear;
 mod norm;
+mod position_bias;
 mod positions;
 mod residual;
 mod step;
@@ -29,5 +31,9 @@ pub use layers::{AttentionLayers, LayersOutput};
 pub(crate) use linear::Packer;
 pub use linear::{Embedding, Linear};
 pub use norm::Norm;
-pub use positions::{AbsolutePositionalEmbedding, RelativePositionBias, rotary_frequencies};
+pub use position_bias::{DynamicPositionBias, RelativePositionBias};
+pub(crate) use positions::unit_length;
+pub use positions::{
+    AbsolutePositionalEmbedding, PolarEmbedding, PolarTurn, Rotation, ScaledSinusoidalEmbedding, Turn,
+};
 pub use residual::Residual;
