@@ -8,7 +8,7 @@ use std::{
 use clap::{Args, ValueEnum};
 use x_transformers::{
     DType, Device, Error, ParamStore, QuantType, Tensor,
-    config::{AutoregressiveConfig, Config},
+    config::{AutoregressivePlan, ModelPlan},
     models::AutoregressiveWrapper,
     pretrained::Pretrained,
     train::Checkpoint,
@@ -105,7 +105,7 @@ pub struct Source {
 }
 
 enum Kind {
-    Trained(Box<AutoregressiveConfig>, BTreeMap<String, Tensor>),
+    Trained(Box<AutoregressivePlan>, BTreeMap<String, Tensor>),
     Pretrained(Box<Pretrained>),
 }
 
@@ -139,11 +139,12 @@ impl Source {
         }
         let path = files::checkpoint(path);
         let (config, values) = Checkpoint::load_averaged(&path)?;
-        let Config::AutoregressiveWrapper(config) = config else {
+        let broken = |error: Error| Failure::from(error).within(&path);
+        let ModelPlan::Autoregressive(plan) = config.plan().map_err(broken)? else {
             let why = "expected an AutoregressiveWrapper; name a folder that `xt train` wrote";
             return Err(Failure::new(why).within(&path));
         };
-        Ok(Self { language: Language::Bytes, kind: Kind::Trained(Box::new(config), values), path })
+        Ok(Self { language: Language::Bytes, kind: Kind::Trained(Box::new(plan), values), path })
     }
 
     /// The tokens that end a text, or a turn of a chat, as the files name them.
@@ -160,8 +161,7 @@ impl Source {
     /// Tokens that the model sees.
     pub fn window(&self) -> usize {
         match &self.kind {
-            Kind::Trained(config, _) if config.net.max_seq_len == 0 => usize::MAX,
-            Kind::Trained(config, _) => config.net.max_seq_len,
+            Kind::Trained(plan, _) => plan.net.window(),
             Kind::Pretrained(pretrained) => pretrained.config().max_seq_len,
         }
     }
@@ -169,7 +169,7 @@ impl Source {
     /// Number of tokens in the vocabulary.
     pub fn vocabulary(&self) -> usize {
         match &self.kind {
-            Kind::Trained(config, _) => config.net.num_tokens,
+            Kind::Trained(plan, _) => plan.net.num_tokens,
             Kind::Pretrained(pretrained) => pretrained.config().num_tokens,
         }
     }
@@ -197,9 +197,9 @@ impl Source {
         let broken = |error: Error| Failure::from(error).within(&self.path);
         let mut model = match &self.kind {
             Kind::Pretrained(pretrained) => pretrained.autoregressive(dtype, device)?,
-            Kind::Trained(config, values) => {
+            Kind::Trained(plan, values) => {
                 let store = ParamStore::zeros(dtype, device);
-                let model = AutoregressiveWrapper::new(config, &store).map_err(broken)?;
+                let model = AutoregressiveWrapper::from_plan((**plan).clone(), &store).map_err(broken)?;
                 store.params().load(values).map_err(broken)?;
                 model
             }

@@ -11,10 +11,12 @@ use clap::{Args, value_parser};
 use indicatif::HumanCount;
 use x_transformers::{
     DType, Device, Error,
-    config::{AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, TransformerWrapperConfig},
+    config::{
+        AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, ModelPlan, TransformerWrapperConfig, v2,
+    },
     io::write_atomically,
-    models::GenerateOptions,
-    train::{ByteText, Checkpoint, TrainOptions, Trainer},
+    models::{AutoregressiveWrapper, GenerateOptions},
+    train::{ByteText, Checkpoint, TrainModel, TrainOptions, Trainer},
 };
 
 use crate::{
@@ -211,31 +213,45 @@ impl TrainArgs {
     }
 
     /// The model to train.
-    fn config(&self) -> Result<AutoregressiveConfig> {
+    fn config(&self) -> Result<Config> {
         let Some(path) = &self.config else {
             let max_seq_len = self.options.seq_len.unwrap_or(TrainOptions::default().seq_len);
             let attn_layers = self.model.layers();
             let net = TransformerWrapperConfig { num_tokens: 256, max_seq_len, attn_layers, ..Default::default() };
-            return self.changed(AutoregressiveConfig { net, ..Default::default() });
+            return self.changed(AutoregressiveConfig { net, ..Default::default() }.into());
         };
         let text = files::config(path)?;
         let broken = |error: Error| Failure::from(error).within(path);
-        let config = Config::from_json(&text).map_err(broken)?;
+        let config = match Config::from_json(&text).map_err(broken)? {
+            Config::TransformerWrapper(net) => AutoregressiveConfig { net, ..Default::default() }.into(),
+            Config::V2(config) => match *config {
+                v2::Config::TransformerWrapper(net) => v2::AutoregressiveConfig { net, ..Default::default() }.into(),
+                config => Config::V2(Box::new(config)),
+            },
+            config => config,
+        };
         // Conflicting options are detected here, where the file is known.
-        config.layers().map_err(broken)?;
-        match config {
-            Config::AutoregressiveWrapper(config) => self.changed(config),
-            Config::TransformerWrapper(net) => self.changed(AutoregressiveConfig { net, ..Default::default() }),
+        match config.plan().map_err(broken)? {
+            ModelPlan::Autoregressive(_) => self.changed(config),
             _ => Err(Failure::new("expected an AutoregressiveWrapper or a TransformerWrapper").within(path)),
         }
     }
 
     /// The config with the keywords of the command line.
-    fn changed(&self, config: AutoregressiveConfig) -> Result<AutoregressiveConfig> {
-        match self.keywords.apply(Config::AutoregressiveWrapper(config))? {
-            Config::AutoregressiveWrapper(config) => Ok(config),
+    fn changed(&self, config: Config) -> Result<Config> {
+        let config = self.keywords.apply(config)?;
+        match config.plan()? {
+            ModelPlan::Autoregressive(_) => Ok(config),
             _ => Err(Failure::new("`--set` cannot change the class of the model")),
         }
+    }
+}
+
+/// The longest window that a model of this config predicts; 0: no limit.
+fn longest(config: &Config) -> usize {
+    match AutoregressiveWrapper::max_seq_len(config) {
+        usize::MAX => 0,
+        longest => longest,
     }
 }
 
@@ -270,7 +286,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
         }
         None => {
             let config = args.config()?;
-            let trainer = Trainer::new(config.clone(), args.train_options(config.net.max_seq_len), text, &device)?;
+            let trainer = Trainer::new(config.clone(), args.train_options(longest(&config)), text, &device)?;
             let run = Run::create(&args.out, args.overwrite)?;
             let table = run.metrics();
             let metrics = if run.is_begun() { Metrics::hold(&table) } else { Metrics::create(&table)? };
@@ -492,7 +508,7 @@ mod tests {
     /// The model and the options of a new run.
     fn run_of(args: &TrainArgs) -> serde_json::Value {
         let config = args.config().expect("a config");
-        json!([args.train_options(config.net.max_seq_len), Config::AutoregressiveWrapper(config).to_value()])
+        json!([args.train_options(longest(&config)), config.to_value()])
     }
 
     /// Every option of the command is in this table, so that none is forgotten by `--resume`.

@@ -181,6 +181,11 @@ impl Linear {
         Ok(())
     }
 
+    /// Returns the weight, `[out, in]`; a packed one is dequantised.
+    pub(super) fn weight(&self) -> Result<Tensor> {
+        self.weight.floats()
+    }
+
     /// Replaces the weight by a packed one, which has no gradient and is in no map of parameters; the bias stays.
     pub(crate) fn pack(&mut self, packer: Packer) -> Result<()> {
         self.weight.pack(packer)

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::{
     Error, ParamStore, Result, Tensor,
-    config::{AutoregressiveConfig, Config},
+    config::{AutoregressivePlan, Config, ModelPlan},
     models::{AutoregressiveWrapper, ForwardOptions},
 };
 
@@ -45,32 +45,43 @@ pub trait TrainModel: Sized {
 }
 
 impl TrainModel for AutoregressiveWrapper {
-    type Config = AutoregressiveConfig;
+    /// Options of an `AutoregressiveWrapper` of either version.
+    type Config = Config;
 
-    fn build(config: &AutoregressiveConfig, store: &ParamStore) -> Result<Self> {
-        Self::new(config, store)
+    fn build(config: &Config, store: &ParamStore) -> Result<Self> {
+        Self::from_plan(plan(config)?, store)
     }
 
     fn loss(&self, tokens: &Tensor) -> Result<Tensor> {
         self.loss(tokens, &ForwardOptions::default())
     }
 
-    fn config_to_json(config: &AutoregressiveConfig) -> Value {
-        Config::AutoregressiveWrapper(config.clone()).to_value()
+    fn config_to_json(config: &Config) -> Value {
+        config.to_value()
     }
 
-    fn config_from_json(json: Value) -> Result<AutoregressiveConfig> {
-        match Config::from_value(json)? {
-            Config::AutoregressiveWrapper(config) => Ok(config),
-            _ => Err(Error::argument("config", "expected an AutoregressiveWrapper, got another model")),
+    fn config_from_json(json: Value) -> Result<Config> {
+        let config = Config::from_value(json)?;
+        plan(&config)?;
+        Ok(config)
+    }
+
+    fn num_tokens(config: &Config) -> usize {
+        plan(config).map_or(0, |plan| plan.net.num_tokens)
+    }
+
+    fn max_seq_len(config: &Config) -> usize {
+        match plan(config) {
+            // A model that reads the last token too has one less to predict.
+            Ok(plan) if plan.net.max_seq_len > 0 => plan.net.max_seq_len - usize::from(plan.loss.reads_all),
+            _ => usize::MAX,
         }
     }
+}
 
-    fn num_tokens(config: &AutoregressiveConfig) -> usize {
-        config.net.num_tokens
-    }
-
-    fn max_seq_len(config: &AutoregressiveConfig) -> usize {
-        if config.net.max_seq_len == 0 { usize::MAX } else { config.net.max_seq_len }
+fn plan(config: &Config) -> Result<AutoregressivePlan> {
+    match config.plan()? {
+        ModelPlan::Autoregressive(plan) => Ok(plan),
+        _ => Err(Error::argument("config", "expected an AutoregressiveWrapper, got another model")),
     }
 }

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     DType, Device, Error, ErrorKind, Gradients, Param, ParamMap, ParamStore, Result, Tape, Tensor,
     collect::CollectVec,
-    config::AutoregressiveConfig,
+    config::Config,
     error::{ErrorContext, ensure},
     models::AutoregressiveWrapper,
     ops::adamw::square_norms,
@@ -104,8 +104,8 @@ impl Trainer {
     ///
     /// Errors: [`ErrorKind::Option`] for an illegal config or illegal options, a text too short for `seq_len`, or bytes
     /// in it that the model has no tokens for.
-    pub fn new(config: AutoregressiveConfig, options: TrainOptions, text: ByteText, device: &Device) -> Result<Self> {
-        Self::start(config, options, text, device)
+    pub fn new(config: impl Into<Config>, options: TrainOptions, text: ByteText, device: &Device) -> Result<Self> {
+        Self::start(config.into(), options, text, device)
     }
 
     /// Resumes a run from a checkpoint of [`Trainer::save`]. An interrupted save is completed first
@@ -472,7 +472,7 @@ fn lower(best: Option<f64>, loss: f64) -> Option<f64> {
 mod tests {
     use super::*;
     use crate::{
-        config::{AttentionLayersConfig, TransformerWrapperConfig},
+        config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
         models::ForwardOptions,
     };
 
