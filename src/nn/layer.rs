@@ -29,7 +29,7 @@ pub(super) struct Layer {
 #[derive(Clone, Debug)]
 enum Function {
     Attention(Box<Attention>),
-    FeedForward(FeedForward),
+    FeedForward(Box<FeedForward>),
     Custom(Arc<dyn Branch>),
 }
 
@@ -66,7 +66,7 @@ impl Layer {
                 let rotary = rotary.filter(|_| plan.rotary.is_some());
                 Function::Attention(Box::new(Attention::new(plan, rotary, &place)?))
             }
-            (None, BranchPlan::FeedForward(plan)) => Function::FeedForward(FeedForward::new(plan, &place)?),
+            (None, BranchPlan::FeedForward(plan)) => Function::FeedForward(Box::new(FeedForward::new(plan, &place)?)),
             (None, BranchPlan::Custom) => {
                 return Err(Error::argument("layers", "a custom branch requires `AttentionLayers::with_branches`"));
             }

@@ -81,7 +81,7 @@ impl Weight {
 pub struct Linear {
     weight: Weight,
     bias: Option<Param>,
-    lora: Option<Lora>,
+    lora: Option<Box<Lora>>,
 }
 
 impl Linear {
@@ -165,7 +165,7 @@ impl Linear {
 
     /// Sets the low-rank update.
     pub(crate) fn set_lora(&mut self, lora: Option<Lora>) {
-        self.lora = lora;
+        self.lora = lora.map(Box::new);
     }
 
     /// Adds the low-rank update to the weight and removes it; a packed weight is replaced by what it is dequantised to.

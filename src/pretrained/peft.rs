@@ -59,7 +59,7 @@ impl Pretrained {
     /// # }
     /// ```
     ///
-    /// Errors: those of [`Pretrained::autoregressive`] and [`TransformerWrapper::add_lora`].
+    /// Errors: those of [`Pretrained::autoregressive`] and [`TransformerWrapper::add_lora`](crate::models::TransformerWrapper::add_lora).
     #[doc(alias = "get_peft_model")]
     pub fn with_lora(
         &self,
@@ -202,7 +202,8 @@ fn supported(path: &Path, config: &Map<String, Value>) -> Result<()> {
             _ => false,
         };
         let known = READ.contains(&key.as_str()) || DESCRIPTIVE.contains(&key.as_str());
-        let neutral = NEUTRAL.iter().any(|(name, neutral)| name == key && *neutral == value.to_string());
+        let text = value.to_string();
+        let neutral = NEUTRAL.iter().any(|(name, neutral)| name == key && *neutral == text);
         ensure!(
             empty || known || neutral,
             Error::file(
