@@ -220,9 +220,17 @@ fn convert<A: Float, B: Float>(from: &[A], to: &mut [B]) {
     if same::<A, B>() {
         to.copy_from_slice(bytemuck::cast_slice(from));
     } else if same::<A, f32>() {
-        narrow::<B>(bytemuck::cast_slice(from), to);
+        if same::<B, f16>() {
+            super::f16_rows::narrow(bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to));
+        } else {
+            narrow::<B>(bytemuck::cast_slice(from), to);
+        }
     } else if same::<B, f32>() {
-        widen::<A>(from, bytemuck::cast_slice_mut(to));
+        if same::<A, f16>() {
+            super::f16_rows::widen(bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to));
+        } else {
+            widen::<A>(from, bytemuck::cast_slice_mut(to));
+        }
     } else {
         to.iter_mut().zip(from).for_each(|(to, from)| *to = B::from_f64(from.to_acc().to_f64()));
     }
