@@ -200,7 +200,7 @@ impl ParamMap {
     /// Returns the place of each parameter once, under the first of its names, in the order of [`Param::leaf`].
     fn by_leaf(&self) -> Vec<usize> {
         let leaf = |at: usize| self.params.values()[at].leaf();
-        let mut places = order(self.params.len(), &|a, b| leaf(a).cmp(&leaf(b)));
+        let mut places = order(self.params.len(), |a, b| leaf(a).cmp(&leaf(b)));
         places.dedup_by_key(|at| leaf(*at));
         places
     }

@@ -216,7 +216,7 @@ impl AdamW {
             return Err(Error::argument("adamw", format_args!("`{name}` {why}")));
         }
         self.prepare(named)?;
-        let order = order(named.len(), &|a, b| named[a].1.leaf().cmp(&named[b].1.leaf()));
+        let order = order(named.len(), |a, b| named[a].1.leaf().cmp(&named[b].1.leaf()));
         let mut locked: Vec<_> = order.into_iter().map(|index| (index, named[index].1.lock())).collect_vec();
         sort_by(&mut locked, |a, b| a.0.cmp(&b.0));
         let mut states = self.state.iter_mut();
