@@ -17,7 +17,7 @@ use x_transformers::{
     device::{Precision, set_float32_matmul_precision},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions, RecordedDecode, sample_tokens},
     ops::{AttentionSpec, DecodeSpec, attention, attention_decode},
-    train::{AdamW, AdamWOptions, RecordedInfo, RecordedStep},
+    train::{AdamW, AdamWOptions, Optimizer, RecordedInfo, RecordedStep},
 };
 
 /// A decoder whose parts have constants of their own: rotary positions, a T5 bias, mem-kv, GLU.

@@ -1,4 +1,4 @@
-//! Training: text, optimizer, learning-rate schedule, moving averages, checkpoints, and the loop over all of them.
+//! Training: text, optimizers, learning-rate schedule, moving averages, checkpoints, and the loop over all of them.
 
 mod checkpoint;
 mod data;
@@ -21,7 +21,10 @@ pub use self::{
     ema::{Ema, Swapped},
     grad_scaler::GradScaler,
     model::TrainModel,
-    optimizer::{AdamW, AdamWOptions, StepInfo},
+    optimizer::{
+        Adafactor, AdafactorOptions, AdamW, AdamWOptions, AdjustLr, Lion, LionOptions, Muon, MuonOptions, Optimizer,
+        OptimizerKind, OptimizerOptions, ParamGroup, Sgd, SgdOptions, StepInfo,
+    },
     options::TrainOptions,
     schedule::Schedule,
     trainer::{StepReport, Trainer},

@@ -3,11 +3,14 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    optimizer::{AdamW, AdamWOptions},
+    optimizer::{
+        AdafactorOptions, AdamWOptions, AdjustLr, LionOptions, MuonOptions, Optimizer, OptimizerKind, OptimizerOptions,
+        ParamGroup, SgdOptions, usual_groups,
+    },
     random::{MAX_MICRO, MAX_STEPS},
     schedule::Schedule,
 };
-use crate::{DType, Error, Result, error::ensure};
+use crate::{DType, Error, ParamMap, Result, error::ensure};
 
 /// Options of a training run; saved with every checkpoint.
 ///
@@ -36,14 +39,24 @@ pub struct TrainOptions {
     pub final_lr_ratio: f64,
     /// Maximum global norm of the gradients; larger ones are scaled down. Default 1.
     pub clip: f64,
-    /// AdamW's weight decay. Default 0.01.
+    /// Optimizer. Default AdamW.
+    pub optimizer: OptimizerKind,
+    /// Weight decay. Default 0.01.
     pub weight_decay: f64,
-    /// AdamW's first β. Default 0.9.
+    /// If `true`, all parameters decay, as in PyTorch; else only those of at least two dimensions, as in nanoGPT. Default
+    /// `false`, but `true` for checkpoints written before this option.
+    #[serde(default = "before_decay_all")]
+    pub decay_all: bool,
+    /// First β of AdamW and Lion. Default 0.9.
     pub beta1: f64,
-    /// AdamW's second β. Default 0.99.
+    /// Second β of AdamW and Lion. Default 0.99.
     pub beta2: f64,
-    /// AdamW's ε. Default 1e-8.
+    /// ε of AdamW. Default 1e-8.
     pub eps: f64,
+    /// Momentum of SGD (default 0.9) and Muon (default 0.95).
+    pub momentum: Option<f64>,
+    /// Parameters with a rate, a decay or betas of their own. Default none.
+    pub groups: Vec<ParamGroup>,
     /// Decay of the moving average of the weights, which validation then uses. Default none.
     pub ema_decay: Option<f64>,
     /// Number of steps between validations and checkpoints in the loop around the [`Trainer`](super::Trainer), which
@@ -67,10 +80,14 @@ impl Default for TrainOptions {
             warmup: 30,
             final_lr_ratio: 0.1,
             clip: 1.0,
+            optimizer: OptimizerKind::AdamW,
             weight_decay: 0.01,
+            decay_all: false,
             beta1: 0.9,
             beta2: 0.99,
             eps: 1e-8,
+            momentum: None,
+            groups: Vec::new(),
             ema_decay: None,
             every: 100,
             seed: 0,
@@ -122,7 +139,7 @@ impl TrainOptions {
             self.dtype.is_float(),
             Error::option("dtype", format_args!("expected f32, bf16, f16 or f64, got {}", self.dtype))
         );
-        AdamW::new(self.adamw()).map(drop)
+        self.optimizer_options().check()
     }
 
     /// Returns the learning-rate schedule.
@@ -130,8 +147,47 @@ impl TrainOptions {
         Schedule { lr: self.lr, warmup: self.warmup, steps: self.steps, final_ratio: self.final_lr_ratio }
     }
 
-    /// Returns the hyperparameters of the optimizer.
+    /// Returns the hyperparameters of AdamW.
     pub fn adamw(&self) -> AdamWOptions {
         AdamWOptions { beta1: self.beta1, beta2: self.beta2, eps: self.eps, weight_decay: self.weight_decay }
     }
+
+    /// Returns the hyperparameters of the optimizer. Muon takes steps as large as AdamW's ([`AdjustLr::MatchRmsAdamw`]),
+    /// so that one rate fits both.
+    pub fn optimizer_options(&self) -> OptimizerOptions {
+        let &Self { beta1, beta2, weight_decay, momentum, .. } = self;
+        match self.optimizer {
+            OptimizerKind::AdamW => OptimizerOptions::AdamW(self.adamw()),
+            OptimizerKind::Sgd => {
+                let momentum = momentum.unwrap_or(0.9);
+                OptimizerOptions::Sgd(SgdOptions { momentum, weight_decay, ..Default::default() })
+            }
+            OptimizerKind::Lion => OptimizerOptions::Lion(LionOptions { beta1, beta2, weight_decay }),
+            OptimizerKind::Adafactor => {
+                OptimizerOptions::Adafactor(AdafactorOptions { weight_decay, ..Default::default() })
+            }
+            OptimizerKind::Muon => {
+                let defaults = MuonOptions::default();
+                let momentum = momentum.unwrap_or(defaults.momentum);
+                let (adjust_lr, adamw) = (AdjustLr::MatchRmsAdamw, self.adamw());
+                OptimizerOptions::Muon(MuonOptions { momentum, weight_decay, adjust_lr, adamw, ..defaults })
+            }
+        }
+    }
+
+    /// Creates the optimizer of a run: with [`TrainOptions::groups`], then without decay of vectors unless
+    /// [`TrainOptions::decay_all`], and with embeddings and logits left to AdamW by Muon.
+    ///
+    /// Errors: those of [`OptimizerOptions::build`].
+    pub fn build_optimizer(&self, params: &ParamMap) -> Result<Box<dyn Optimizer>> {
+        let options = self.optimizer_options();
+        // First the user's, which are checked: those that follow need not match anything.
+        let groups = [self.groups.clone(), usual_groups(self.optimizer, self.decay_all, params)].concat();
+        options.build(&groups, params)
+    }
+}
+
+/// [`TrainOptions::decay_all`] of a checkpoint that does not say.
+fn before_decay_all() -> bool {
+    true
 }

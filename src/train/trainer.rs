@@ -5,7 +5,8 @@ use std::{cell::Cell, collections::BTreeMap, fmt, io, path::Path};
 use serde_json::Value;
 
 use super::{
-    AdamW, ByteText, Checkpoint, Ema, GradScaler, Losses, StepInfo, TextPrint, TrainModel, TrainOptions, TrainingState,
+    ByteText, Checkpoint, Ema, GradScaler, Losses, Optimizer, StepInfo, TextPrint, TrainModel, TrainOptions,
+    TrainingState,
     checkpoint::{CONFIG, EMA},
     random::{MAX_STEPS, tape_seed},
 };
@@ -61,7 +62,7 @@ pub struct Trainer<M: TrainModel = AutoregressiveWrapper> {
     device: Device,
     model: M,
     params: ParamMap,
-    optimizer: AdamW,
+    optimizer: Box<dyn Optimizer>,
     ema: Option<Ema>,
     scaler: Option<GradScaler>,
     step: u64,
@@ -140,7 +141,7 @@ impl<M: TrainModel> Trainer<M> {
         );
         let model = M::build(&config, &store)?;
         let params = store.params();
-        let optimizer = AdamW::new(options.adamw())?;
+        let optimizer = options.build_optimizer(&params)?;
         let ema = options.ema_decay.map(|decay| Ema::new(&params, decay)).transpose()?;
         let print = TextPrint { bytes: text.bytes().len() as u64, fingerprint: format!("{:016x}", text.fingerprint()) };
         let scaler = (options.dtype == DType::F16).then(GradScaler::default);

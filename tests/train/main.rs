@@ -4,4 +4,5 @@
 mod common;
 
 mod checkpoint;
+mod optimizers;
 mod training;

@@ -16,7 +16,7 @@ use x_transformers::{
     },
     io::{read_safetensors, write_safetensors},
     models::{AutoregressiveWrapper, ForwardOptions},
-    train::{AdamW, ByteText, Checkpoint, Ema, Schedule, TrainOptions, Trainer},
+    train::{ByteText, Checkpoint, Ema, Schedule, TrainOptions, Trainer},
 };
 
 use crate::common::{device, name_of};
@@ -354,7 +354,7 @@ fn trainer_learns() -> Result<()> {
     Ok(())
 }
 
-/// A step is the mean gradient over the micro-batches, clipped, then AdamW.
+/// A step is the mean gradient over the micro-batches, clipped, then the optimizer.
 #[test]
 fn trainer_step_is_its_definition() -> Result<()> {
     for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-4)] {
@@ -362,7 +362,7 @@ fn trainer_step_is_its_definition() -> Result<()> {
         let mut trainer = trainer(0.0, options.clone())?;
         let store = ParamStore::new(11, dtype, device());
         let model = AutoregressiveWrapper::new(&config(0.0), &store)?;
-        let mut optimizer = AdamW::new(options.adamw())?;
+        let mut optimizer = options.build_optimizer(&store.params())?;
         for step in 0..3 {
             let report = trainer.step()?;
             let mut tape = Tape::grad();
