@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{GradScaler, TrainOptions};
+use super::{DataPrint, GradScaler, TrainOptions};
 use crate::{
     Error, ErrorKind, Result, Tensor,
     config::Config,
@@ -104,8 +104,9 @@ pub struct TrainingState {
     pub step: u64,
     /// Options of the run, including its random seed.
     pub options: TrainOptions,
-    /// Fingerprint of the training text.
-    pub text: TextPrint,
+    /// Fingerprint of the data.
+    #[serde(alias = "text")]
+    pub data: DataPrint,
     /// Losses up to this step.
     pub losses: Losses,
     /// Loss scaling of a run in f16.
@@ -113,17 +114,7 @@ pub struct TrainingState {
     pub grad_scaler: Option<GradScaler>,
 }
 
-/// Length and hash that identify a text.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TextPrint {
-    /// Length in bytes.
-    pub bytes: u64,
-    /// Hash in hexadecimal digits.
-    pub fingerprint: String,
-}
-
-/// Losses in nats per byte; `None` before the first one.
+/// Losses in nats per token; `None` before the first one.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Losses {

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
+    BatchRequest,
     optimizer::{AdamW, AdamWOptions},
     random::{MAX_MICRO, MAX_STEPS},
     schedule::Schedule,
@@ -22,12 +23,16 @@ use crate::{DType, Error, Result, error::ensure};
 pub struct TrainOptions {
     /// Number of steps, each one update of the weights. Default 300.
     pub steps: u64,
-    /// Number of text windows in a micro-batch. Default 8.
+    /// Number of rows in a micro-batch. Default 8.
     pub batch_size: usize,
-    /// Number of bytes that a window predicts. Default 256.
+    /// Number of tokens that a row predicts. Default 256.
     pub seq_len: usize,
     /// Number of micro-batches per step, whose gradients are averaged. Default 1.
     pub accumulate: usize,
+    /// If `true`, rows are taken in a random order, each once an epoch, instead of at random offsets. Default `false`.
+    pub shuffle: bool,
+    /// If `true`, attention stays within documents, which rows pack. Default `false`.
+    pub document_mask: bool,
     /// Peak learning rate. Default 1e-3.
     pub lr: f64,
     /// Number of warmup steps until the peak. Default 30.
@@ -63,6 +68,8 @@ impl Default for TrainOptions {
             batch_size: 8,
             seq_len: 256,
             accumulate: 1,
+            shuffle: false,
+            document_mask: false,
             lr: 1e-3,
             warmup: 30,
             final_lr_ratio: 0.1,
@@ -123,6 +130,22 @@ impl TrainOptions {
             Error::option("dtype", format_args!("expected f32, bf16, f16 or f64, got {}", self.dtype))
         );
         AdamW::new(self.adamw()).map(drop)
+    }
+
+    /// Returns the request for the batch of a micro-batch of a step, for a model with a vocabulary of `num_tokens`.
+    pub fn request(&self, step: u64, micro: u64, num_tokens: usize) -> BatchRequest {
+        let first = step.wrapping_mul(self.accumulate as u64).wrapping_add(micro).wrapping_mul(self.batch_size as u64);
+        BatchRequest {
+            seed: self.seed,
+            step,
+            micro,
+            first,
+            rows: self.batch_size,
+            seq_len: self.seq_len,
+            num_tokens,
+            shuffle: self.shuffle,
+            documents: self.document_mask,
+        }
     }
 
     /// Returns the learning-rate schedule.

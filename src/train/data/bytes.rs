@@ -7,14 +7,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::random::{Purpose, stream};
-use crate::{
-    DType, Device, Error, ErrorKind, Philox, Result, Shape, Tensor, collect::CollectVec, error::ensure, hash::fnv1a,
-    sort::sort,
+use super::{
+    BatchRequest, BatchSource, DataPrint, TokenBatch,
+    windows::{self, Tokens},
 };
-
-/// Number of windows in [`ByteText::validation_windows`].
-const VALIDATION_WINDOWS: usize = 64;
+use crate::{Error, ErrorKind, Result, collect::CollectVec, error::ensure, hash::fnv1a, sort::sort};
 
 /// Number of bytes read at a time: a large binary file is recognised before all of it is read.
 const BLOCK: usize = 64 * 1024;
@@ -22,18 +19,17 @@ const BLOCK: usize = 64 * 1024;
 /// Text for a byte-level model: the first 9/10 of its bytes are for training, the rest for validation.
 ///
 /// ```
-/// use x_transformers::{Device, train::ByteText};
+/// use x_transformers::train::ByteText;
 /// # fn main() -> x_transformers::Result<()> {
 /// let text = ByteText::from_bytes("to be or not to be, ".repeat(20))?;
 /// assert_eq!((text.train().len(), text.validation().len()), (360, 40));
-/// let batch = text.batch(0, 0, 0, 4, 16, &Device::Cpu)?;
-/// assert_eq!(batch.shape(), [4, 17]);
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Clone)]
 pub struct ByteText {
     bytes: Vec<u8>,
+    largest: u8,
     skipped: Vec<(PathBuf, String)>,
 }
 
@@ -71,7 +67,7 @@ impl ByteText {
                 return Err(Error::file(path, "is neither a file nor a folder"));
             }
         }
-        Ok(Self { bytes, skipped })
+        Ok(Self { largest: largest(&bytes), bytes, skipped })
     }
 
     /// Creates a text from bytes in memory.
@@ -80,7 +76,7 @@ impl ByteText {
     pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Result<Self> {
         let bytes = bytes.into();
         ensure!(!bytes.is_empty(), Error::option("text", "is empty"));
-        Ok(Self { bytes, skipped: Vec::new() })
+        Ok(Self { largest: largest(&bytes), bytes, skipped: Vec::new() })
     }
 
     /// Returns files and folders below a folder that could not be read and are not part of the text, with the reasons.
@@ -112,75 +108,70 @@ impl ByteText {
     pub fn fingerprint(&self) -> u64 {
         fnv1a(&self.bytes)
     }
+}
 
-    /// Checks that windows of `seq_len + 1` bytes fit into both parts.
-    ///
-    /// Errors: [`ErrorKind::Option`] with the sizes.
-    pub fn check(&self, seq_len: usize) -> Result<()> {
-        // The validation part is the smaller one except for the shortest texts.
-        let shortest = self.validation().len().min(self.train().len());
+impl Tokens for &[u8] {
+    fn len(&self) -> u64 {
+        <[u8]>::len(self) as u64
+    }
+
+    fn read(&self, start: u64, row: &mut [i64], _: usize) -> Result<()> {
+        for (token, &byte) in row.iter_mut().zip(&self[start as usize..]) {
+            *token = byte as i64;
+        }
+        Ok(())
+    }
+
+    fn end_of_text(&self) -> Option<i64> {
+        None
+    }
+}
+
+/// Windows of the training part at random offsets; the validation has 64 windows evenly spaced over the validation part,
+/// the first at its start and the last at its end.
+impl BatchSource for ByteText {
+    type Batch = TokenBatch;
+
+    fn batch(&self, request: &BatchRequest) -> Result<TokenBatch> {
+        self.check(request)?;
+        windows::batch(&self.train(), request)
+    }
+
+    fn validation_batches(&self, request: &BatchRequest) -> Result<Vec<TokenBatch>> {
+        self.check(request)?;
+        windows::validation(&self.validation(), request)
+    }
+
+    fn check(&self, request: &BatchRequest) -> Result<()> {
+        windows::check([&self.train(), &self.validation()], request, "text", "bytes")?;
         ensure!(
-            seq_len < shortest,
+            usize::from(self.largest) < request.num_tokens,
             Error::option(
-                "text",
+                "num_tokens",
                 format_args!(
-                    "{} bytes are too few for windows of {} bytes: {} are for training and {} for validation; use a \
-                     longer text or a smaller `seq_len`",
-                    self.bytes.len(),
-                    seq_len.saturating_add(1),
-                    self.train().len(),
-                    self.validation().len()
+                    "expected more than {} (the largest byte of the text), got {}",
+                    self.largest, request.num_tokens
                 )
             )
+        );
+        ensure!(
+            !request.documents,
+            Error::option("document_mask", "requires data with document borders, which a text of bytes does not have")
         );
         Ok(())
     }
 
-    /// Returns `batch_size` windows of the training part at random offsets, as tokens `[batch_size, seq_len + 1]`.
-    ///
-    /// The offsets depend only on `seed`, `step` and `micro`, the index of the micro-batch in the step.
-    ///
-    /// Errors: a text too short for the windows; a shape too large.
-    pub fn batch(
-        &self,
-        seed: u64,
-        step: u64,
-        micro: u64,
-        batch_size: usize,
-        seq_len: usize,
-        device: &Device,
-    ) -> Result<Tensor> {
-        self.check(seq_len)?;
-        let starts = (self.train().len() - seq_len) as u64;
-        let random = Philox::new(seed, stream(Purpose::Batch, step, micro));
-        windows(self.train(), (0..batch_size).map(|row| random.below(row as u64, starts) as usize), seq_len, device)
+    fn print(&self) -> Result<DataPrint> {
+        Ok(DataPrint::new("text", self.bytes.len() as u64, self.fingerprint()))
     }
 
-    /// Returns 64 windows evenly spaced over the validation part, the first at its start and the last at its end, as
-    /// tokens `[64, seq_len + 1]`.
-    ///
-    /// Errors: a text too short for the windows; a shape too large.
-    pub fn validation_windows(&self, seq_len: usize, device: &Device) -> Result<Tensor> {
-        self.check(seq_len)?;
-        let room = (self.validation().len() - seq_len - 1) as u128;
-        let start = |window| (window as u128 * room / (VALIDATION_WINDOWS as u128 - 1)) as usize;
-        windows(self.validation(), (0..VALIDATION_WINDOWS).map(start), seq_len, device)
+    fn bytes_per_token(&self) -> Option<f64> {
+        Some(1.0)
     }
 }
 
-fn windows(
-    bytes: &[u8],
-    starts: impl ExactSizeIterator<Item = usize>,
-    seq_len: usize,
-    device: &Device,
-) -> Result<Tensor> {
-    let mut tokens = Tensor::uninit(Shape::new(&[starts.len(), seq_len + 1])?, DType::I64, &Device::Cpu)?;
-    for (row, start) in tokens.values_mut::<i64>()?.chunks_exact_mut(seq_len + 1).zip(starts) {
-        for (token, &byte) in row.iter_mut().zip(&bytes[start..]) {
-            *token = byte as i64;
-        }
-    }
-    tokens.to_device(device)
+fn largest(bytes: &[u8]) -> u8 {
+    bytes.iter().copied().max().unwrap_or(0)
 }
 
 /// Returns the error of a folder without text, with the first file in it that could not be read.
