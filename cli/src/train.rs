@@ -1,4 +1,4 @@
-//! `xt train`: a byte-level language model from text, with checkpoints, curves and samples.
+//! `xt train`: a language model from text or tokens, with checkpoints, curves and samples.
 
 use std::{
     fmt,
@@ -17,18 +17,23 @@ use x_transformers::{
     train::{ByteText, Checkpoint, TrainOptions, Trainer},
 };
 
+mod data;
+
+use data::{Data, DataArgs};
+
 use crate::{
     compute::{dtypes, fraction},
-    corpus,
     failure::{Failure, Result},
     files::{self, Run, quoted},
     keywords::KeywordArgs,
-    markov::Markov,
-    metrics::{Metrics, bits},
+    language::Language,
+    metrics::{Metrics, Unit},
     plot::Chart,
     profiler::{ProfileArgs, Profiler},
-    progress::{Progress, bytes, duration},
-    replacement, sample, typed,
+    progress::{Progress, duration},
+    replacement, sample,
+    stored::remove_others,
+    typed,
 };
 
 /// Defaults of a run without arguments; all other options have the library's defaults.
@@ -51,10 +56,8 @@ const ORDER_2: &str = "order-2 model";
 
 #[derive(Args)]
 pub struct TrainArgs {
-    /// Paths of text files or folders; the first 90% of the bytes are for training, the rest for validation [default:
-    /// eight plays of Shakespeare, built into this program]
-    #[arg(long, value_name = "FILE|DIR", num_args = 1..)]
-    text: Vec<PathBuf>,
+    #[command(flatten)]
+    data: DataArgs,
 
     /// Path of the JSON config of the model to train, an AutoregressiveWrapper or a TransformerWrapper [default: a
     /// plain decoder]
@@ -82,8 +85,9 @@ pub struct TrainArgs {
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
 
-    /// Folder of a run to resume, with its model and all its options; requires the same --text. --steps and --every
-    /// override those of the run; --device, --profile and --trace are not saved with it
+    /// Folder of a run to resume, with its model, its tokenizer and all its options; requires the same data: --text,
+    /// --tokens with --validation, or --jsonl, with the same --field and --separator. --steps and --every override those of
+    /// the run; --device, --profile and --trace are not saved with it
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
 
@@ -114,7 +118,7 @@ struct ModelArgs {
 }
 
 impl ModelArgs {
-    fn layers(&self) -> AttentionLayersConfig {
+    fn layers(&self, document_mask: bool) -> AttentionLayersConfig {
         let Self { dim, depth, heads } = *self;
         let plain = AttentionLayersConfig {
             heads: heads.unwrap_or(defaults::HEADS),
@@ -124,13 +128,14 @@ impl ModelArgs {
             return plain;
         }
         let attn = AttentionConfig { dim_head: defaults::DIM_HEAD, ..plain.attn };
-        AttentionLayersConfig { rotary_pos_emb: true, attn, ..plain }
+        // Rotated values know where a row begins, which documents in it must not.
+        AttentionLayersConfig { rotary_pos_emb: true, rotary_qk_only: document_mask, attn, ..plain }
     }
 }
 
 #[derive(Args)]
 struct OptionArgs {
-    /// Context length, in bytes [default: 256, or the config's max_seq_len if that is smaller]
+    /// Context length, in tokens [default: 256, or the config's max_seq_len if that is smaller]
     #[arg(long, value_name = "N", conflicts_with = "resume")]
     seq_len: Option<usize>,
 
@@ -141,6 +146,14 @@ struct OptionArgs {
     /// Number of micro-batches per step, whose gradients are averaged (gradient accumulation)
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().accumulate, conflicts_with = "resume")]
     accumulate: usize,
+
+    /// Take the windows of the data in a random order, each once an epoch, instead of at random offsets
+    #[arg(long, conflicts_with = "resume")]
+    shuffle: bool,
+
+    /// Keep attention within documents; requires tokens, and a model with rotary or relative positions
+    #[arg(long, conflicts_with = "resume")]
+    document_mask: bool,
 
     /// Number of training steps; with --resume, the new total, to which the learning rate schedule adapts [default:
     /// 600, with --resume that of the run]
@@ -191,6 +204,8 @@ impl OptionArgs {
                 defaults.seq_len.min(max_seq_len)
             }),
             accumulate: self.accumulate,
+            shuffle: self.shuffle,
+            document_mask: self.document_mask,
             lr: self.lr,
             warmup: self.warmup,
             clip: self.clip,
@@ -210,12 +225,18 @@ impl TrainArgs {
         TrainOptions { every: self.every.unwrap_or(options.every), ..options }
     }
 
-    /// The model to train.
-    fn config(&self) -> Result<AutoregressiveConfig> {
+    /// The model to train, by default with a vocabulary of this size.
+    fn config(&self, num_tokens: Option<usize>) -> Result<AutoregressiveConfig> {
         let Some(path) = &self.config else {
+            let Some(num_tokens) = num_tokens.or(self.keywords.sets("num_tokens").then_some(1)) else {
+                return Err(Failure::new(
+                    "the token files do not say the size of their vocabulary; give `--tokenizer`, or the size with `--set \
+                     num_tokens=N` (50304 for GPT-2's tokens)",
+                ));
+            };
             let max_seq_len = self.options.seq_len.unwrap_or(TrainOptions::default().seq_len);
-            let attn_layers = self.model.layers();
-            let net = TransformerWrapperConfig { num_tokens: 256, max_seq_len, attn_layers, ..Default::default() };
+            let attn_layers = self.model.layers(self.options.document_mask);
+            let net = TransformerWrapperConfig { num_tokens, max_seq_len, attn_layers, ..Default::default() };
             return self.changed(AutoregressiveConfig { net, ..Default::default() });
         };
         let text = files::config(path)?;
@@ -241,58 +262,60 @@ impl TrainArgs {
 
 pub fn run(args: TrainArgs) -> Result<()> {
     let device = Device::parse(&args.device)?;
-    let text = match &args.text[..] {
-        [] => ByteText::from_bytes(corpus::PLAYS)?,
-        paths => ByteText::from_paths(paths)?,
-    };
-    warn_of_skipped(&text);
-    // Counted before the text is the trainer's; takes a moment even for large texts.
-    let baseline = Markov::new(text.train()).bits_per_byte(text.validation());
-    let size = |bytes_: &[u8]| bytes(bytes_.len() as u64);
-    let source = if args.text.is_empty() { "eight plays of Shakespeare".into() } else { size(text.bytes()) };
-    let sizes = format!("{source}: {} to train on, {} to validate", size(text.train()), size(text.validation()));
-
-    let (run, trainer, metrics) = match &args.resume {
-        Some(_) if !args.keywords.is_empty() => {
-            return Err(Failure::new("`--set` cannot change the model of a resumed run; start a new run"));
+    if args.resume.is_some() && !args.keywords.is_empty() {
+        return Err(Failure::new("`--set` cannot change the model of a resumed run; start a new run"));
+    }
+    let resumed = args.resume.as_deref().map(Run::find).transpose()?;
+    let own = match &resumed {
+        Some(run) if !run.is_begun() && run.metrics().is_file() => {
+            let why = "the run was interrupted before its first checkpoint; start it again without `--resume`";
+            return Err(Failure::new(why).within(&run.dir));
         }
-        Some(dir) => {
-            let run = Run::find(dir)?;
-            if !run.is_begun() && run.metrics().is_file() {
-                let why = "the run was interrupted before its first checkpoint; start it again without `--resume`";
-                return Err(Failure::new(why).within(&run.dir));
-            }
-            let mut trainer = Trainer::resume(run.checkpoint(), text, &device)?;
+        Some(run) => Checkpoint::load_training(run.checkpoint())?.tokenizer.map(|name| run.checkpoint().join(name)),
+        None => None,
+    };
+    let Data { source, language, num_tokens, tokenizer, baseline, bytes_per_token, about } =
+        args.data.open(own.as_deref())?;
+    let unit = Unit { bytes_per_token };
+    let (run, trainer, metrics) = match resumed {
+        Some(run) => {
+            let mut trainer = Trainer::resume(run.checkpoint(), source, &device)?;
             args.options.steps.map_or(Ok(()), |steps| trainer.set_steps(steps))?;
             args.every.map_or(Ok(()), |every| trainer.set_every(every))?;
-            let metrics = Metrics::resume(&run.metrics(), trainer.steps_done())?;
+            let metrics = Metrics::resume(&run.metrics(), unit, trainer.steps_done())?;
             (run, trainer, metrics)
         }
         None => {
-            let config = args.config()?;
-            let trainer = Trainer::new(config.clone(), args.train_options(config.net.max_seq_len), text, &device)?;
+            let config = args.config(num_tokens)?;
+            let options = args.train_options(config.net.max_seq_len);
+            let mut trainer = Trainer::new(config, options, source, &device)?;
             let run = Run::create(&args.out, args.overwrite)?;
+            if let Some(tokenizer) = &tokenizer {
+                // Its name is that of its content: a run that is replaced keeps its own until the first save.
+                tokenizer.write(&run.checkpoint().join(tokenizer.name()))?;
+                trainer.set_tokenizer(Some(tokenizer.name()));
+            }
             let table = run.metrics();
-            let metrics = if run.is_begun() { Metrics::hold(&table) } else { Metrics::create(&table)? };
+            let metrics = if run.is_begun() { Metrics::hold(&table, unit) } else { Metrics::create(&table, unit)? };
             (run, trainer, metrics)
         }
     };
     let TrainOptions { steps, every, .. } = *trainer.options();
-    let progress = Progress::start(trainer.steps_done(), steps, every, &device);
+    let progress = Progress::start(trainer.steps_done(), steps, every, &device, unit);
     let profiler = Profiler::new(&args.profile);
-    let mut training = Training { run, trainer, metrics, progress, device, baseline, profiler };
+    let mut training = Training { run, trainer, metrics, progress, device, language, unit, baseline, profiler };
     if training.metrics.held().is_none() {
         // A run that is resumed may have been killed after the checkpoint and before the picture. The one of a new run
         // is empty, and not that of an earlier one.
         training.draw().map_err(|failure| training.unsaved(failure))?;
     }
-    training.introduce(&sizes);
+    training.introduce(&about);
     training.all_steps()?;
     training.conclude()
 }
 
 /// Names the files below the folders of `--text` that could not be read.
-fn warn_of_skipped(text: &ByteText) {
+pub fn warn_of_skipped(text: &ByteText) {
     /// Files that are named; the rest is counted.
     const NAMED: usize = 10;
     let skipped = text.skipped();
@@ -313,8 +336,11 @@ struct Training<'a> {
     metrics: Metrics,
     progress: Progress,
     device: Device,
-    /// Bits per byte of the order-2 model.
-    baseline: f64,
+    /// Meaning of the tokens, if it is known: without it there are no samples.
+    language: Option<Language>,
+    unit: Unit,
+    /// Bits per byte of the order-2 model, for bytes.
+    baseline: Option<f64>,
     /// Watches the steps; what is between them is validation and samples.
     profiler: Profiler<'a>,
 }
@@ -334,11 +360,14 @@ impl Training<'_> {
             done => format!(", {done} already done"),
         };
         self.progress.say(format_args!("model       {model}"));
-        self.progress.say(format_args!("text        {text}"));
-        self.progress.say(format_args!("baseline    {:.3} bits/byte, {ORDER_2}", self.baseline));
+        let (name, tokens) = if self.baseline.is_some() { ("text", "bytes") } else { ("data", "tokens") };
+        self.progress.say(format_args!("{name:<11} {text}"));
+        if let Some(baseline) = self.baseline {
+            self.progress.say(format_args!("baseline    {baseline:.3} bits/byte, {ORDER_2}"));
+        }
         self.progress.say(format_args!("device      {}, {}", self.device, options.dtype));
         self.progress
-            .say(format_args!("steps       {}{done}, each {batch} x {} bytes", options.steps, options.seq_len));
+            .say(format_args!("steps       {}{done}, each {batch} x {} {tokens}", options.steps, options.seq_len));
         self.progress.say(format_args!("folder      {}\n", self.run.dir.display()));
     }
 
@@ -374,13 +403,14 @@ impl Training<'_> {
         let written = self.metrics.validation(done, loss);
         written.map_err(|failure| self.unsaved(failure))?;
         let steps = self.trainer.options().steps;
-        let line = format!("step {done}/{steps}  validation loss {loss:.4}  {:.3} bits/byte", bits(loss));
+        let line = format!("step {done}/{steps}  validation loss {}", self.unit.show(loss));
         if !save {
             self.progress.say(line);
             return Ok(());
         }
         self.save().map_err(|failure| self.unsaved(failure))?;
-        let sample = if done < steps { format!("\n{}", self.sample(SAMPLE)?) } else { String::new() };
+        let sample = if done < steps { self.sample(SAMPLE)? } else { None };
+        let sample = sample.map_or(String::new(), |sample| format!("\n{sample}"));
         self.progress.say(format_args!("{line}  saved{sample}"));
         Ok(())
     }
@@ -405,6 +435,7 @@ impl Training<'_> {
                 replacement::remove(&self.run)?;
             }
         }
+        remove_others(&self.run.checkpoint(), self.trainer.state().tokenizer.as_deref());
         self.draw()
     }
 
@@ -421,29 +452,41 @@ impl Training<'_> {
     }
 
     fn draw(&self) -> Result<()> {
-        let reference = Some((ORDER_2, self.baseline));
-        let chart = Chart { train: &self.metrics.train, validation: &self.metrics.validation, reference };
+        let reference = self.baseline.map(|baseline| (ORDER_2, baseline));
+        let Metrics { train, validation, .. } = &self.metrics;
+        let chart = Chart { unit: self.unit.name(), train, validation, reference };
         let svg = chart.svg();
         Ok(write_atomically(self.run.plot(), |file| file.write_all(svg.as_bytes()))?)
     }
 
-    fn sample(&self, length: usize) -> Result<String> {
-        let options = GenerateOptions { seed: self.trainer.options().seed, ..Default::default() };
-        self.trainer.evaluate(|model| Ok(sample::block(model, length, &options, &self.device)))?
+    /// Text of the model, if the meaning of its tokens is known.
+    fn sample(&self, length: usize) -> Result<Option<String>> {
+        let Some(language) = &self.language else { return Ok(None) };
+        let seed = self.trainer.options().seed;
+        let options =
+            GenerateOptions { seed, eos_tokens: language.begin().into_iter().collect(), ..Default::default() };
+        // Tokens are longer than bytes.
+        let length = if language.begin().is_some() { length / 2 } else { length };
+        let block = |model: &_| Ok(sample::block(model, language, length, &options, &self.device));
+        self.trainer.evaluate(block)?.map(Some)
     }
 
     fn conclude(mut self) -> Result<()> {
         self.progress.finish();
         let took = duration(self.progress.elapsed());
-        let bits = self.metrics.validation.last().map_or(f64::NAN, |&(_, bits)| bits);
+        let loss = self.metrics.validation.last().map_or(f64::NAN, |&(_, loss)| loss);
         let sample = self.sample(LAST_SAMPLE)?;
-        self.progress.say(format_args!("\nvalidation  {bits:.3} bits/byte after {took}"));
-        self.progress.say(format_args!("baseline    {:.3} bits/byte, {ORDER_2} on the same text", self.baseline));
+        self.progress.say(format_args!("\nvalidation  {} after {took}", self.unit.short(loss)));
+        if let Some(baseline) = self.baseline {
+            self.progress.say(format_args!("baseline    {baseline:.3} bits/byte, {ORDER_2} on the same text"));
+        }
         if let Some(scaler) = self.trainer.grad_scaler() {
             let (scale, skipped) = (scaler.scale(), scaler.skipped());
             self.progress.say(format_args!("loss scale  {scale} at the end, {skipped} steps skipped for overflow"));
         }
-        self.progress.say(format_args!("sample\n{sample}"));
+        if let Some(sample) = &sample {
+            self.progress.say(format_args!("sample\n{sample}"));
+        }
         let (checkpoint, metrics, plot) = (self.run.checkpoint(), self.run.metrics(), self.run.plot());
         let files = [&checkpoint, &metrics, &plot].map(|path: &PathBuf| path.display().to_string()).join("  ");
         self.progress.say(format_args!("wrote       {files}"));
@@ -451,7 +494,10 @@ impl Training<'_> {
             self.progress.say(format_args!("profile of the steps\n{report}"));
         }
         let (xt, dir) = (typed::program(), quoted(&self.run.dir));
-        self.progress.say(format_args!("try         {xt} generate --checkpoint {dir} --prompt \"The \" --length 400"));
+        if sample.is_some() {
+            let hint = format!("{xt} generate --checkpoint {dir} --prompt \"The \" --length 400");
+            self.progress.say(format_args!("try         {hint}"));
+        }
         Ok(())
     }
 }
@@ -479,7 +525,7 @@ mod tests {
         Changeable(&'static str),
         /// It is not part of the run; the help of `--resume` says so.
         NotSaved(&'static str),
-        /// It says where the run is, as `--resume` does.
+        /// It says where the run is, as `--resume` does, or where its tokenizer comes from, which the checkpoint keeps.
         Folder(&'static str),
     }
     use Kept::{Changeable, Folder, NotSaved, Saved};
@@ -491,7 +537,7 @@ mod tests {
 
     /// The model and the options of a new run.
     fn run_of(args: &TrainArgs) -> serde_json::Value {
-        let config = args.config().expect("a config");
+        let config = args.config(Some(256)).expect("a config");
         json!([args.train_options(config.net.max_seq_len), Config::AutoregressiveWrapper(config).to_value()])
     }
 
@@ -505,6 +551,14 @@ mod tests {
         fs::write(&config, json).expect("write");
         let table = BTreeMap::from([
             ("text", NotSaved("file")),
+            ("tokens", NotSaved("file")),
+            ("validation", NotSaved("file")),
+            ("jsonl", NotSaved("file")),
+            ("field", NotSaved("name")),
+            ("separator", NotSaved("|")),
+            ("tokenizer", Folder("file")),
+            ("shuffle", Saved("")),
+            ("document_mask", Saved("")),
             ("config", Saved("config.json")),
             ("dim", Saved("24")),
             ("depth", Saved("3")),
@@ -542,12 +596,18 @@ mod tests {
                 Saved("config.json") => config.to_str().expect("UTF-8"),
                 Saved(value) | Changeable(value) | NotSaved(value) | Folder(value) => value,
             };
-            let given: Vec<&str> = [name.as_str(), value].into_iter().filter(|part| !part.is_empty()).collect();
+            let needs: &[&str] = match id {
+                "validation" => &["--tokens", "file"],
+                "field" => &["--jsonl", "file"],
+                _ => &[],
+            };
+            let own = [name.as_str(), value].into_iter().filter(|part| !part.is_empty());
+            let given: Vec<&str> = needs.iter().copied().chain(own).collect();
             let resumed = parse(&[&["--resume", "folder"], &given[..]].concat());
             let begun = parse(&given).map(|args| run_of(&args));
             match kept {
                 Saved(_) if id == "set" => {
-                    let message = run(TrainArgs { text: vec![config.clone()], ..resumed.expect("parsed") });
+                    let message = run(resumed.expect("parsed"));
                     assert!(message.is_err_and(|failure| failure.to_string().contains("--set")));
                     assert_ne!(begun, Ok(default.clone()));
                 }

@@ -109,6 +109,10 @@ pub struct TrainingState {
     pub data: DataPrint,
     /// Losses up to this step.
     pub losses: Losses,
+    /// Name of the folder beside the files of the checkpoint that has the tokenizer ([`Trainer::set_tokenizer`](
+    /// super::Trainer::set_tokenizer)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<String>,
     /// Loss scaling of a run in f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grad_scaler: Option<GradScaler>,

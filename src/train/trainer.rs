@@ -69,6 +69,7 @@ pub struct Trainer<M: TrainModel = AutoregressiveWrapper> {
     scaler: Option<GradScaler>,
     step: u64,
     losses: Cell<Losses>,
+    tokenizer: Option<String>,
 }
 
 impl<M: TrainModel> fmt::Debug for Trainer<M> {
@@ -160,7 +161,22 @@ impl<M: TrainModel> Trainer<M> {
         let print = data.print()?;
         let scaler = (options.dtype == DType::F16).then(GradScaler::default);
         let (device, losses, data) = (store.device().clone(), Cell::default(), Ahead::new(data));
-        Ok(Self { config, options, data, print, device, model, params, optimizer, ema, scaler, step: 0, losses })
+        let (step, tokenizer) = (0, None);
+        Ok(Self {
+            config,
+            options,
+            data,
+            print,
+            device,
+            model,
+            params,
+            optimizer,
+            ema,
+            scaler,
+            step,
+            losses,
+            tokenizer,
+        })
     }
 
     /// Resumes a run of any model, like [`Trainer::resume`].
@@ -183,7 +199,7 @@ impl<M: TrainModel> Trainer<M> {
         let Checkpoint { config, model, optimizer, training } = Checkpoint::<Value>::load_as(folder)?;
         let broken = |error| Error::file(folder.join(CONFIG), format_args!("does not match the checkpoint: {error}"));
         let config = M::config_from_json(config).map_err(broken)?;
-        let TrainingState { step, options, data: print, losses, grad_scaler, .. } = training;
+        let TrainingState { step, options, data: print, losses, grad_scaler, tokenizer, .. } = training;
         ensure!(
             step <= MAX_STEPS,
             Error::file(folder, format_args!("is from step {step}, expected at most {MAX_STEPS}"))
@@ -208,6 +224,7 @@ impl<M: TrainModel> Trainer<M> {
         trainer.load(model, optimizer, step).context(folder.display())?;
         trainer.step = step;
         trainer.losses = Cell::new(losses);
+        trainer.tokenizer = tokenizer;
         Ok(trainer)
     }
 
@@ -421,6 +438,7 @@ impl<M: TrainModel> Trainer<M> {
             options: self.options.clone(),
             data: self.print.clone(),
             losses: self.losses.get(),
+            tokenizer: self.tokenizer.clone(),
             grad_scaler: self.scaler,
         }
     }
@@ -483,6 +501,11 @@ impl<M: TrainModel> Trainer<M> {
     /// Returns the source of the batches.
     pub fn data(&self) -> &dyn BatchSource<Batch = M::Batch> {
         self.data.source()
+    }
+
+    /// Names the folder beside the files of a checkpoint that has the tokenizer; the caller writes it there.
+    pub fn set_tokenizer(&mut self, name: Option<String>) {
+        self.tokenizer = name;
     }
 
     /// Changes the number of threads that prepare batches ahead of the step, 1 at the start; with 0 each step prepares its

@@ -65,6 +65,7 @@ fn checkpoint(step: u64, elements: usize) -> Checkpoint {
             options: TrainOptions { lr: 0.1 + 0.2, seed: u64::MAX, ..Default::default() },
             data: DataPrint::new("text", 17, 255),
             losses: Losses { last: Some(1.0 / 3.0), best: Some(f64::MIN_POSITIVE), ..Default::default() },
+            tokenizer: None,
             grad_scaler: None,
         },
     }

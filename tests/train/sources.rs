@@ -489,7 +489,12 @@ fn models_that_cannot_mask_documents_say_so() {
         check(&config).expect_err("a refusal")
     };
     for (part, message) in [
-        ("absolute positions", with(&|config| config.net.attn_layers.rotary_pos_emb = false)),
+        (
+            "absolute positions",
+            with(&|config| {
+                config.net.attn_layers = AttentionLayersConfig::decoder(32, 1);
+            }),
+        ),
         ("rotary_qk_only", with(&|config| config.net.attn_layers.rotary_qk_only = false)),
         ("memory tokens", with(&|config| config.net.num_memory_tokens = 2)),
         ("memory keys", with(&|config| config.net.attn_layers.attn.num_mem_kv = 2)),

@@ -71,17 +71,15 @@ impl<B: Batch> Ahead<B> {
         // Those that were sent before are the first of these.
         let wanted = std::iter::once(request).chain(next).take(1 + most);
         for request in wanted.skip(self.sent.len()) {
-            self.send(request)?;
+            let worker = &self.workers[self.turns[0] % self.workers.len()];
+            if worker.requests.send(request).is_err() {
+                // It has ended; what it prepared before can still be received.
+                break;
+            }
+            self.turns[0] += 1;
+            self.sent.push_back(request);
         }
-        self.receive()
-    }
-
-    fn send(&mut self, request: BatchRequest) -> Result<()> {
-        let worker = &self.workers[self.turns[0] % self.workers.len()];
-        worker.requests.send(request).map_err(|_| ended())?;
-        self.turns[0] += 1;
-        self.sent.push_back(request);
-        Ok(())
+        if self.sent.front() == Some(&request) { self.receive() } else { Err(ended()) }
     }
 
     fn receive(&mut self) -> Result<B> {

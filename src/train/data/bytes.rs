@@ -30,6 +30,8 @@ const BLOCK: usize = 64 * 1024;
 pub struct ByteText {
     bytes: Vec<u8>,
     largest: u8,
+    /// Files, and where they end.
+    ends: Vec<(PathBuf, usize)>,
     skipped: Vec<(PathBuf, String)>,
 }
 
@@ -50,12 +52,12 @@ impl ByteText {
     /// that is a binary or empty file or neither file nor folder, and for a folder without text; an empty list.
     pub fn from_paths<P: AsRef<Path>>(paths: &[P]) -> Result<Self> {
         ensure!(!paths.is_empty(), Error::option("text", "expected at least one file or folder"));
-        let (mut bytes, mut skipped) = (Vec::new(), Vec::new());
+        let (mut bytes, mut ends, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
         for path in paths.iter().map(AsRef::as_ref) {
             let before = bytes.len();
             let found = fs::metadata(path).map_err(|source| Error::io(path, source))?;
             if found.is_dir() {
-                read_folder(path, &mut bytes, &mut skipped)?;
+                read_folder(path, &mut bytes, &mut ends, &mut skipped)?;
                 ensure!(bytes.len() > before, no_text(path, &skipped));
             } else if found.is_file() {
                 ensure!(
@@ -63,11 +65,12 @@ impl ByteText {
                     Error::file(path, "is binary (it has a zero byte), expected text")
                 );
                 ensure!(bytes.len() > before, Error::file(path, "is empty, expected text"));
+                ends.push((path.to_path_buf(), bytes.len()));
             } else {
                 return Err(Error::file(path, "is neither a file nor a folder"));
             }
         }
-        Ok(Self { largest: largest(&bytes), bytes, skipped })
+        Ok(Self { largest: largest(&bytes), ends, bytes, skipped })
     }
 
     /// Creates a text from bytes in memory.
@@ -76,7 +79,12 @@ impl ByteText {
     pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Result<Self> {
         let bytes = bytes.into();
         ensure!(!bytes.is_empty(), Error::option("text", "is empty"));
-        Ok(Self { largest: largest(&bytes), bytes, skipped: Vec::new() })
+        Ok(Self {
+            largest: largest(&bytes),
+            ends: vec![(PathBuf::from("memory"), bytes.len())],
+            bytes,
+            skipped: Vec::new(),
+        })
     }
 
     /// Returns files and folders below a folder that could not be read and are not part of the text, with the reasons.
@@ -87,6 +95,12 @@ impl ByteText {
     /// Returns all bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
+    }
+
+    /// Returns the files and their bytes; bytes in memory are a file called `memory`.
+    pub fn files(&self) -> impl Iterator<Item = (&Path, &[u8])> {
+        let starts = std::iter::once(0).chain(self.ends.iter().map(|(_, end)| *end));
+        starts.zip(&self.ends).map(|(start, (path, end))| (&**path, &self.bytes[start..*end]))
     }
 
     /// Returns the bytes to train on: the first 9/10, rounded down.
@@ -184,7 +198,12 @@ fn no_text(folder: &Path, skipped: &[(PathBuf, String)]) -> Error {
 /// Appends the text below a folder.
 ///
 /// Errors: the folder itself cannot be listed.
-fn read_folder(folder: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, String)>) -> Result<()> {
+fn read_folder(
+    folder: &Path,
+    bytes: &mut Vec<u8>,
+    ends: &mut Vec<(PathBuf, usize)>,
+    skipped: &mut Vec<(PathBuf, String)>,
+) -> Result<()> {
     let broken = |source| Error::io(folder, source);
     let entries = fs::read_dir(folder).map_err(broken)?.collect::<std::io::Result<Vec<_>>>().map_err(broken)?;
     let mut names: Vec<_> = entries.into_iter().map(|entry| entry.file_name()).collect_vec();
@@ -194,7 +213,7 @@ fn read_folder(folder: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, S
             continue;
         }
         let path = folder.join(name);
-        if let Err(error) = read_entry(&path, bytes, skipped) {
+        if let Err(error) = read_entry(&path, bytes, ends, skipped) {
             skipped.push(match error.into_kind() {
                 ErrorKind::Io { path, source } => (path, source.to_string()),
                 other => (path, other.to_string()),
@@ -205,14 +224,23 @@ fn read_folder(folder: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, S
 }
 
 /// Appends a file, or the text below a folder, found in a folder.
-fn read_entry(path: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, String)>) -> Result<()> {
+fn read_entry(
+    path: &Path,
+    bytes: &mut Vec<u8>,
+    ends: &mut Vec<(PathBuf, usize)>,
+    skipped: &mut Vec<(PathBuf, String)>,
+) -> Result<()> {
     let broken = |source| Error::io(path, source);
     let is_link = fs::symlink_metadata(path).map_err(broken)?.is_symlink();
     let found = fs::metadata(path).map_err(broken)?;
     if found.is_dir() && !is_link {
-        read_folder(path, bytes, skipped)
+        read_folder(path, bytes, ends, skipped)
     } else if found.is_file() {
-        read_file(path, bytes).map(|_| ())
+        let before = bytes.len();
+        read_file(path, bytes)?;
+        // Empty and binary files are not part of the text.
+        ends.extend((bytes.len() > before).then(|| (path.to_path_buf(), bytes.len())));
+        Ok(())
     } else {
         Ok(())
     }

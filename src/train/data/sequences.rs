@@ -169,7 +169,7 @@ fn rows(tokens: &mut dyn FnMut(usize) -> Token, count: usize, request: &BatchReq
     let tensor = |values: Vec<i64>| Tensor::from_vec(values, shape, &Device::Cpu);
     let mut batch = TokenBatch::new(tensor(all.iter().map(|token| token.id).collect_vec())?)?;
     // With borders, the first token of a document follows nothing.
-    let first = |at: usize| request.documents && at % width > 0 && all[at].document != all[at - 1].document;
+    let first = |at: usize| request.documents && !at.is_multiple_of(width) && all[at].document != all[at - 1].document;
     if all.iter().any(|token| !token.counts) || (0..all.len()).any(first) {
         let mask = (0..all.len()).map(|at| all[at].counts && !first(at)).collect_vec();
         batch = batch.with_loss_mask(Tensor::from_vec(mask, shape, &Device::Cpu)?)?;

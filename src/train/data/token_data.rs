@@ -104,6 +104,24 @@ impl TokenData {
         Ok(Self { train: Part::whole(&train), validation: Part::whole(&validation) })
     }
 
+    /// Creates a source from tokens in memory: those to train on, and those to validate on. `text_bytes` is the number of
+    /// bytes of text that the latter stand for, if known.
+    ///
+    /// Errors: a token that is not below `num_tokens`.
+    pub fn from_tokens(
+        train: &[u32],
+        validation: &[u32],
+        num_tokens: usize,
+        end_of_text: Option<i64>,
+        text_bytes: Option<u64>,
+    ) -> Result<Self> {
+        let part = |tokens, bytes| {
+            let file = TokenFile::memory(tokens, num_tokens, end_of_text, bytes)?;
+            Ok(Part::whole(&[Arc::new(file)]))
+        };
+        Ok(Self { train: part(train, None)?, validation: part(validation, text_bytes)? })
+    }
+
     /// Sets the token that begins each document, for files that do not say it: 50256 in files of nanoGPT and llm.c with
     /// GPT-2's vocabulary.
     pub fn with_end_of_text(mut self, token: i64) -> Self {

@@ -4,6 +4,7 @@ use std::{fmt, path::Path};
 
 use crate::{
     Error, Result,
+    collect::CollectVec,
     error::ensure,
     hash::{fnv1a, fnv1a_from},
     io::Source,
@@ -23,6 +24,8 @@ const LLMC: [(i32, i32, usize); 2] = [(20240520, 1, 2), (20240801, 7, 4)];
 /// Blocks of a file that its fingerprint sees.
 const SAMPLES: u64 = 64;
 const SAMPLE: u64 = 4096;
+/// Files up to this size are hashed as a whole.
+const SMALL: u64 = 4 << 20;
 
 /// Format of a [`TokenFile`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -172,6 +175,29 @@ impl TokenFile {
         Ok(file)
     }
 
+    /// Creates a file from tokens in memory.
+    pub(super) fn memory(
+        tokens: &[u32],
+        num_tokens: usize,
+        end_of_text: Option<i64>,
+        text_bytes: Option<u64>,
+    ) -> Result<Self> {
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= num_tokens) {
+            return Err(Error::option("tokens", format_args!("expected tokens below {num_tokens}, got {token}")));
+        }
+        let bytes = tokens.iter().flat_map(|token| token.to_le_bytes()).collect_vec();
+        Ok(Self {
+            source: Source::memory(bytes),
+            format: TokenFormat::Tokens,
+            width: 4,
+            start: 0,
+            count: tokens.len() as u64,
+            vocabulary: Some(num_tokens as u64),
+            end_of_text,
+            text_bytes,
+        })
+    }
+
     /// Returns the path.
     pub fn path(&self) -> &Path {
         self.source.path()
@@ -254,17 +280,24 @@ impl TokenFile {
         self.source.check_unchanged()
     }
 
-    /// Returns the hash of the header, the length and 64 blocks evenly spaced over the file: a file of 20 GB is known in a
-    /// moment. The header of a `.tokens` file has the hash of all tokens.
+    /// Returns the hash of the length and of 64 blocks evenly spaced over the file, the header among them: a file of 20 GB is
+    /// known in a moment. The header of a `.tokens` file has the hash of all tokens. Small files, and tokens in memory, are
+    /// hashed as a whole.
     pub(super) fn fingerprint(&self) -> Result<u64> {
         let len = self.source.len() as u64;
         let mut hash = fnv1a(&len.to_le_bytes());
-        let block = SAMPLE.min(len);
-        let mut bytes = vec![0; block as usize];
-        for sample in 0..SAMPLES {
-            let at = (len - block) as u128 * sample as u128 / (SAMPLES as u128 - 1);
-            self.source.read_at(at as usize, &mut bytes)?;
-            hash = fnv1a_from(hash, &bytes);
+        let whole = len <= SMALL || self.start == 0 && self.format == TokenFormat::Tokens;
+        let (block, count) = if whole { (SMALL, len.div_ceil(SMALL)) } else { (SAMPLE, SAMPLES) };
+        let mut bytes = vec![0; block.min(len) as usize];
+        for index in 0..count {
+            let at = if whole {
+                index * block
+            } else {
+                ((len - block) as u128 * index as u128 / (SAMPLES as u128 - 1)) as u64
+            };
+            let bytes = &mut bytes[..block.min(len - at) as usize];
+            self.source.read_at(at as usize, bytes)?;
+            hash = fnv1a_from(hash, bytes);
         }
         Ok(hash)
     }
