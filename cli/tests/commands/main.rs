@@ -11,6 +11,7 @@ mod pretrained;
 mod refusals;
 mod run;
 mod texts;
+mod tokens;
 mod train;
 mod usage;
 mod verify;

@@ -7,5 +7,6 @@ mod agreement;
 mod chat;
 mod folders;
 mod hostile;
+mod learned;
 mod sentence;
 mod stream;
