@@ -131,7 +131,7 @@ impl Drop for Progress {
 }
 
 /// The most memory that this process has held on the CPU, or tensors on another device.
-fn peak_memory(device: &Device) -> u64 {
+pub fn peak_memory(device: &Device) -> u64 {
     let tensors = device.memory().peak as u64;
     match device {
         Device::Cpu => resident_peak().unwrap_or(tensors),

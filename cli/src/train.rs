@@ -1,39 +1,37 @@
 //! `xt train`: a language model from text or tokens, with checkpoints, curves and samples.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     io::{Write, stderr},
-    path::PathBuf,
-    time::{Duration, Instant},
+    path::{Path, PathBuf},
 };
 
 use clap::{Args, value_parser};
-use indicatif::HumanCount;
 use x_transformers::{
-    DType, Device, Error,
+    DType, Device, Error, Tensor,
     config::{AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, TransformerWrapperConfig},
-    io::write_atomically,
-    models::GenerateOptions,
+    pretrained::Pretrained,
     train::{ByteText, Checkpoint, TrainOptions, Trainer},
 };
 
 mod data;
+mod interrupt;
+mod rehearsal;
+mod training;
 
-use data::{Data, DataArgs};
-
+use self::{
+    data::{Data, DataArgs},
+    training::Training,
+};
 use crate::{
     compute::{dtypes, fraction},
     failure::{Failure, Result},
-    files::{self, Run, quoted},
+    files::{self, Run},
     keywords::KeywordArgs,
-    language::Language,
     metrics::{Metrics, Unit},
-    plot::Chart,
     profiler::{ProfileArgs, Profiler},
-    progress::{Progress, duration},
-    replacement, sample,
-    stored::remove_others,
-    typed,
+    progress::Progress,
 };
 
 /// Defaults of a run without arguments; all other options have the library's defaults.
@@ -47,13 +45,6 @@ mod defaults {
     pub const DIM_HEAD: usize = 32;
 }
 
-/// Bytes of the samples along the way, and of the last one.
-const SAMPLE: usize = 96;
-const LAST_SAMPLE: usize = 384;
-
-/// The name of the baseline.
-const ORDER_2: &str = "order-2 model";
-
 #[derive(Args)]
 pub struct TrainArgs {
     #[command(flatten)]
@@ -63,6 +54,10 @@ pub struct TrainArgs {
     /// plain decoder]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["dim", "depth", "heads", "resume"])]
     config: Option<PathBuf>,
+
+    /// Path of a checkpoint of `xt train` to continue from: its weights, model and tokenizer, with new data and options
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "dim", "depth", "heads", "set", "resume"])]
+    from: Option<PathBuf>,
 
     #[command(flatten)]
     model: ModelArgs,
@@ -91,10 +86,14 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
 
-    /// Number of steps between checkpoints, each with a validation and a sample [default: 100, with --resume that of
-    /// the run]
+    /// Number of steps between checkpoints, each with a validation and a sample; the first validations come after 1, 2, 5,
+    /// 10, 20 and 50 steps too [default: 100, with --resume that of the run]
     #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
     every: Option<u64>,
+
+    /// Run a few steps, print parameters, memory and time of the whole run, and write nothing
+    #[arg(long, conflicts_with = "resume")]
+    dry_run: bool,
 
     #[command(flatten)]
     profile: ProfileArgs,
@@ -181,6 +180,14 @@ struct OptionArgs {
     #[arg(long, value_name = "DECAY", value_parser = fraction, conflicts_with = "resume")]
     ema: Option<f64>,
 
+    /// Stop after N validations in a row without a lower loss, at the next checkpoint; implies --keep-best
+    #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..), conflicts_with = "resume")]
+    patience: Option<u64>,
+
+    /// Keep the checkpoint with the lowest validation loss in the folder `best`
+    #[arg(long, conflicts_with = "resume")]
+    keep_best: bool,
+
     /// Seed of the initial weights, the batches and dropout
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().seed, conflicts_with = "resume")]
     seed: u64,
@@ -211,6 +218,8 @@ impl OptionArgs {
             clip: self.clip,
             weight_decay: self.weight_decay,
             ema_decay: self.ema,
+            patience: self.patience,
+            keep_best: self.keep_best || self.patience.is_some(),
             seed: self.seed,
             dtype: self.dtype,
             ..defaults
@@ -274,6 +283,8 @@ pub fn run(args: TrainArgs) -> Result<()> {
         Some(run) => Checkpoint::load_training(run.checkpoint())?.tokenizer.map(|name| run.checkpoint().join(name)),
         None => None,
     };
+    let start = args.from.as_deref().map(Start::open).transpose()?;
+    let own = own.or_else(|| start.as_ref().and_then(|start| start.tokenizer.clone()));
     let Data { source, language, num_tokens, tokenizer, baseline, bytes_per_token, about } =
         args.data.open(own.as_deref())?;
     let unit = Unit { bytes_per_token };
@@ -286,9 +297,20 @@ pub fn run(args: TrainArgs) -> Result<()> {
             (run, trainer, metrics)
         }
         None => {
-            let config = args.config(num_tokens)?;
-            let options = args.train_options(config.net.max_seq_len);
-            let mut trainer = Trainer::new(config, options, source, &device)?;
+            let mut trainer = match start {
+                Some(Start { config, weights, .. }) => {
+                    let options = args.train_options(config.net.max_seq_len);
+                    Trainer::start_from(config, &weights, options, source, &device)?
+                }
+                None => {
+                    let config = args.config(num_tokens)?;
+                    let options = args.train_options(config.net.max_seq_len);
+                    Trainer::new(config, options, source, &device)?
+                }
+            };
+            if args.dry_run {
+                return rehearsal::run(trainer, &device, &about);
+            }
             let run = Run::create(&args.out, args.overwrite)?;
             if let Some(tokenizer) = &tokenizer {
                 // Its name is that of its content: a run that is replaced keeps its own until the first save.
@@ -300,6 +322,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
             (run, trainer, metrics)
         }
     };
+    interrupt::listen();
     let TrainOptions { steps, every, .. } = *trainer.options();
     let progress = Progress::start(trainer.steps_done(), steps, every, &device, unit);
     let profiler = Profiler::new(&args.profile);
@@ -314,6 +337,31 @@ pub fn run(args: TrainArgs) -> Result<()> {
     training.conclude()
 }
 
+/// A model of `xt train` whose weights a new run starts with.
+struct Start {
+    config: AutoregressiveConfig,
+    weights: BTreeMap<String, Tensor>,
+    /// Folder of its tokenizer.
+    tokenizer: Option<PathBuf>,
+}
+
+impl Start {
+    fn open(path: &Path) -> Result<Self> {
+        if Pretrained::is_one(path) {
+            let why = "is a pretrained model; `--from` continues models of `xt train`";
+            return Err(Failure::new(why).within(path));
+        }
+        let folder = files::checkpoint(path);
+        let (config, weights) = Checkpoint::load_averaged(&folder)?;
+        let Config::AutoregressiveWrapper(config) = config else {
+            let why = "expected an AutoregressiveWrapper; name a folder that `xt train` wrote";
+            return Err(Failure::new(why).within(path));
+        };
+        let tokenizer = Checkpoint::load_training(&folder).ok().and_then(|training| training.tokenizer);
+        Ok(Self { config, weights, tokenizer: tokenizer.map(|name| folder.join(name)) })
+    }
+}
+
 /// Names the files below the folders of `--text` that could not be read.
 pub fn warn_of_skipped(text: &ByteText) {
     /// Files that are named; the rest is counted.
@@ -326,179 +374,6 @@ pub fn warn_of_skipped(text: &ByteText) {
     }
     if skipped.len() > NAMED {
         warn(format_args!("skipped {} more unreadable files", skipped.len() - NAMED));
-    }
-}
-
-/// A run and everything that is written about it.
-struct Training<'a> {
-    run: Run,
-    trainer: Trainer,
-    metrics: Metrics,
-    progress: Progress,
-    device: Device,
-    /// Meaning of the tokens, if it is known: without it there are no samples.
-    language: Option<Language>,
-    unit: Unit,
-    /// Bits per byte of the order-2 model, for bytes.
-    baseline: Option<f64>,
-    /// Watches the steps; what is between them is validation and samples.
-    profiler: Profiler<'a>,
-}
-
-impl Training<'_> {
-    fn introduce(&mut self, text: &str) {
-        let options = self.trainer.options().clone();
-        let layers = &self.trainer.model().net.plan().layers;
-        let attention = layers.layers.iter().find_map(|layer| layer.branch.attention());
-        let attention = attention.map_or(String::new(), |plan| format!(", {plan}"));
-        let parameters = HumanCount(self.trainer.params().numel() as u64);
-        let model =
-            format!("{parameters} parameters, {} sublayers of width {}{attention}", layers.layers.len(), layers.dim);
-        let batch = options.batch_size * options.accumulate;
-        let done = match self.trainer.steps_done() {
-            0 => String::new(),
-            done => format!(", {done} already done"),
-        };
-        self.progress.say(format_args!("model       {model}"));
-        let (name, tokens) = if self.baseline.is_some() { ("text", "bytes") } else { ("data", "tokens") };
-        self.progress.say(format_args!("{name:<11} {text}"));
-        if let Some(baseline) = self.baseline {
-            self.progress.say(format_args!("baseline    {baseline:.3} bits/byte, {ORDER_2}"));
-        }
-        self.progress.say(format_args!("device      {}, {}", self.device, options.dtype));
-        self.progress
-            .say(format_args!("steps       {}{done}, each {batch} x {} {tokens}", options.steps, options.seq_len));
-        self.progress.say(format_args!("folder      {}\n", self.run.dir.display()));
-    }
-
-    fn all_steps(&mut self) -> Result<()> {
-        let TrainOptions { steps, every, .. } = *self.trainer.options();
-        if self.trainer.steps_done() == 0 {
-            self.milestone(steps == 0)?;
-        }
-        while self.trainer.steps_done() < steps {
-            let clock = Instant::now();
-            let report = self.profiler.watch(|| self.trainer.step())??;
-            let speed = report.tokens as f64 / clock.elapsed().max(Duration::from_nanos(1)).as_secs_f64();
-            let written = self.metrics.train(report.step, report.loss, report.lr, speed);
-            written.map_err(|failure| self.unsaved(failure))?;
-            let done = self.trainer.steps_done();
-            self.progress.step(done, report.loss, speed);
-            if let (true, Some(scaler)) = (report.skipped, self.trainer.grad_scaler()) {
-                let scale = scaler.scale();
-                self.progress
-                    .say(format_args!("step {done}/{steps}  skipped: gradients overflow; loss scale now {scale}"));
-            }
-            if done.is_multiple_of(every) || done == steps {
-                self.milestone(true)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Validates and, if there is something new, samples and saves.
-    fn milestone(&mut self, save: bool) -> Result<()> {
-        let done = self.trainer.steps_done();
-        let loss = self.trainer.validate()?;
-        let written = self.metrics.validation(done, loss);
-        written.map_err(|failure| self.unsaved(failure))?;
-        let steps = self.trainer.options().steps;
-        let line = format!("step {done}/{steps}  validation loss {}", self.unit.show(loss));
-        if !save {
-            self.progress.say(line);
-            return Ok(());
-        }
-        self.save().map_err(|failure| self.unsaved(failure))?;
-        let sample = if done < steps { self.sample(SAMPLE)? } else { None };
-        let sample = sample.map_or(String::new(), |sample| format!("\n{sample}"));
-        self.progress.say(format_args!("{line}  saved{sample}"));
-        Ok(())
-    }
-
-    /// Saves the checkpoint, with the rows up to it on the disk, and draws the picture.
-    fn save(&mut self) -> Result<()> {
-        let checkpoint = self.run.checkpoint();
-        match self.metrics.held() {
-            None => {
-                self.metrics.sync()?;
-                self.trainer.save(checkpoint)?;
-            }
-            Some(rows) => {
-                let saved = replacement::announce(&self.run, &self.trainer.state(), rows)
-                    .and_then(|()| Ok(self.trainer.save(checkpoint)?));
-                if let Err(failure) = saved {
-                    // The first error counts; who opens the folder next settles it too.
-                    let _ = replacement::settle(&self.run);
-                    return Err(failure);
-                }
-                self.metrics.place()?;
-                replacement::remove(&self.run)?;
-            }
-        }
-        remove_others(&self.run.checkpoint(), self.trainer.state().tokenizer.as_deref());
-        self.draw()
-    }
-
-    /// Adds the remedy to the failure of a save.
-    fn unsaved(&self, failure: Failure) -> Failure {
-        if Checkpoint::load_training(self.run.checkpoint()).is_err() {
-            return failure;
-        }
-        let dir = quoted(&self.run.dir);
-        failure.advising(format_args!(
-            "the last checkpoint is intact; `{} train --resume {dir}` continues from it",
-            typed::program()
-        ))
-    }
-
-    fn draw(&self) -> Result<()> {
-        let reference = self.baseline.map(|baseline| (ORDER_2, baseline));
-        let Metrics { train, validation, .. } = &self.metrics;
-        let chart = Chart { unit: self.unit.name(), train, validation, reference };
-        let svg = chart.svg();
-        Ok(write_atomically(self.run.plot(), |file| file.write_all(svg.as_bytes()))?)
-    }
-
-    /// Text of the model, if the meaning of its tokens is known.
-    fn sample(&self, length: usize) -> Result<Option<String>> {
-        let Some(language) = &self.language else { return Ok(None) };
-        let seed = self.trainer.options().seed;
-        let options =
-            GenerateOptions { seed, eos_tokens: language.begin().into_iter().collect(), ..Default::default() };
-        // Tokens are longer than bytes.
-        let length = if language.begin().is_some() { length / 2 } else { length };
-        let block = |model: &_| Ok(sample::block(model, language, length, &options, &self.device));
-        self.trainer.evaluate(block)?.map(Some)
-    }
-
-    fn conclude(mut self) -> Result<()> {
-        self.progress.finish();
-        let took = duration(self.progress.elapsed());
-        let loss = self.metrics.validation.last().map_or(f64::NAN, |&(_, loss)| loss);
-        let sample = self.sample(LAST_SAMPLE)?;
-        self.progress.say(format_args!("\nvalidation  {} after {took}", self.unit.short(loss)));
-        if let Some(baseline) = self.baseline {
-            self.progress.say(format_args!("baseline    {baseline:.3} bits/byte, {ORDER_2} on the same text"));
-        }
-        if let Some(scaler) = self.trainer.grad_scaler() {
-            let (scale, skipped) = (scaler.scale(), scaler.skipped());
-            self.progress.say(format_args!("loss scale  {scale} at the end, {skipped} steps skipped for overflow"));
-        }
-        if let Some(sample) = &sample {
-            self.progress.say(format_args!("sample\n{sample}"));
-        }
-        let (checkpoint, metrics, plot) = (self.run.checkpoint(), self.run.metrics(), self.run.plot());
-        let files = [&checkpoint, &metrics, &plot].map(|path: &PathBuf| path.display().to_string()).join("  ");
-        self.progress.say(format_args!("wrote       {files}"));
-        if let Some(report) = self.profiler.finish()? {
-            self.progress.say(format_args!("profile of the steps\n{report}"));
-        }
-        let (xt, dir) = (typed::program(), quoted(&self.run.dir));
-        if sample.is_some() {
-            let hint = format!("{xt} generate --checkpoint {dir} --prompt \"The \" --length 400");
-            self.progress.say(format_args!("try         {hint}"));
-        }
-        Ok(())
     }
 }
 
@@ -573,6 +448,10 @@ mod tests {
             ("clip", Saved("0.5")),
             ("weight_decay", Saved("0.5")),
             ("ema", Saved("0.5")),
+            ("patience", Saved("3")),
+            ("keep_best", Saved("")),
+            ("from", Folder("file")),
+            ("dry_run", Folder("")),
             ("seed", Saved("7")),
             ("dtype", Saved("bf16")),
             ("device", NotSaved("cpu")),

@@ -76,6 +76,9 @@ const RETRIES: usize = 100;
 /// a kill at any moment all files end as those of an uninterrupted run (but for the speed in `metrics.csv`, which is
 /// measured). A run that was killed before its first save left no checkpoint and is begun again.
 ///
+/// With `--keep-best` or `--patience`, `DIR/best` is a second checkpoint: that of the step with the lowest validation loss.
+/// It is saved after `DIR/checkpoint`; a run that was killed in between saves it when it is resumed.
+///
 /// `--overwrite` replaces checkpoint, metrics and picture at its first save; before, the old run is whole. It keeps
 /// its rows in memory until then. For the save it writes a file in `DIR/.replacement` that holds its [`TrainingState`]
 /// and the rows, then saves the checkpoint, then replaces `metrics.csv` by the rows, removes `.replacement` and draws
@@ -130,6 +133,9 @@ pub struct Losses {
     pub last_validation: Option<f64>,
     /// Lowest loss of any validation.
     pub best_validation: Option<f64>,
+    /// Number of validations since the one with the lowest loss.
+    #[serde(default)]
+    pub since_best: u64,
 }
 
 impl<C: Serialize> Checkpoint<C> {

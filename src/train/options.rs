@@ -54,6 +54,12 @@ pub struct TrainOptions {
     /// Number of steps between validations and checkpoints in the loop around the [`Trainer`](super::Trainer), which
     /// does neither by itself; `xt train --every`. Stored here for resumed runs. Default 100.
     pub every: u64,
+    /// Number of validations without a lower loss after which the loop around the trainer stops (early stopping). Default
+    /// none.
+    pub patience: Option<u64>,
+    /// If `true`, the loop around the trainer keeps a checkpoint of the step with the lowest validation loss. Default
+    /// `false`.
+    pub keep_best: bool,
     /// Seed of the initial weights, the batches and the dropout masks. Default 0.
     pub seed: u64,
     /// Type of the weights and activations. Default f32. With f16 the loss is scaled; see
@@ -80,6 +86,8 @@ impl Default for TrainOptions {
             eps: 1e-8,
             ema_decay: None,
             every: 100,
+            patience: None,
+            keep_best: false,
             seed: 0,
             dtype: DType::F32,
         }
@@ -100,6 +108,7 @@ impl TrainOptions {
         };
         whole("steps", self.steps, 0, MAX_STEPS)?;
         whole("every", self.every, 1, u64::MAX)?;
+        self.patience.map_or(Ok(()), |patience| whole("patience", patience, 1, u64::MAX))?;
         whole("batch_size", self.batch_size as u64, 1, u32::MAX as u64)?;
         whole("accumulate", self.accumulate as u64, 1, MAX_MICRO)?;
         whole("seq_len", self.seq_len as u64, 1, u32::MAX as u64)?;

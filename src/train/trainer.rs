@@ -142,7 +142,22 @@ impl<M: TrainModel> Trainer<M> {
         device: &Device,
     ) -> Result<Self> {
         let store = ParamStore::new(options.seed, options.dtype, device);
-        Self::build(config, options, Arc::new(data), store)
+        Self::build(config, options, Arc::new(data), store, None)
+    }
+
+    /// Starts a run with given weights, a state dict, which are converted to the dtype of the options: a model that was
+    /// trained before goes on with other data and options, and a new optimizer.
+    ///
+    /// Errors: those of [`Trainer::start`] and [`ParamMap::load`].
+    pub fn start_from(
+        config: M::Config,
+        weights: &BTreeMap<String, Tensor>,
+        options: TrainOptions,
+        data: impl BatchSource<Batch = M::Batch> + 'static,
+        device: &Device,
+    ) -> Result<Self> {
+        let store = ParamStore::zeros(options.dtype, device);
+        Self::build(config, options, Arc::new(data), store, Some(weights))
     }
 
     fn build(
@@ -150,12 +165,14 @@ impl<M: TrainModel> Trainer<M> {
         options: TrainOptions,
         data: Arc<dyn BatchSource<Batch = M::Batch>>,
         store: ParamStore,
+        weights: Option<&BTreeMap<String, Tensor>>,
     ) -> Result<Self> {
         options.check(M::max_seq_len(&config))?;
         M::check(&config, &options)?;
         data.check(&options.request(0, 0, M::num_tokens(&config)))?;
         let model = M::build(&config, &store)?;
         let params = store.params();
+        weights.map_or(Ok(()), |weights| params.load(weights))?;
         let optimizer = AdamW::new(options.adamw())?;
         let ema = options.ema_decay.map(|decay| Ema::new(&params, decay)).transpose()?;
         let print = data.print()?;
@@ -205,7 +222,7 @@ impl<M: TrainModel> Trainer<M> {
             Error::file(folder, format_args!("is from step {step}, expected at most {MAX_STEPS}"))
         );
         let store = ParamStore::zeros(options.dtype, device);
-        let mut trainer = Self::build(config, options, Arc::new(data), store).context(folder.display())?;
+        let mut trainer = Self::build(config, options, Arc::new(data), store, None).context(folder.display())?;
         ensure!(
             trainer.print == print,
             Error::option(
@@ -396,8 +413,13 @@ impl<M: TrainModel> Trainer<M> {
             Error::new(ErrorKind::NonFinite { step: self.step, what: "validation loss".to_string() })
         );
         let losses = self.losses.get();
-        let best = lower(losses.best_validation, loss);
-        self.losses.set(Losses { last_validation: Some(loss), best_validation: best, ..losses });
+        let improved = losses.best_validation.is_none_or(|best| loss < best);
+        self.losses.set(Losses {
+            last_validation: Some(loss),
+            best_validation: lower(losses.best_validation, loss),
+            since_best: if improved { 0 } else { losses.since_best + 1 },
+            ..losses
+        });
         Ok(loss)
     }
 
