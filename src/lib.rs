@@ -173,6 +173,7 @@ mod book {
         quantised: "../docs/src/quantised.md",
         pytorch: "../docs/src/pytorch.md",
         training: "../docs/src/training.md",
+        tokens: "../docs/src/tokens.md",
         generation: "../docs/src/generation.md",
         gpu: "../docs/src/gpu.md",
         embedding: "../docs/src/embedding.md",

@@ -9,6 +9,7 @@ mod corpus;
 mod cost;
 mod describe;
 mod devices;
+mod documents;
 mod embed;
 mod failure;
 mod files;
@@ -28,7 +29,9 @@ mod replacement;
 mod run;
 mod sample;
 mod source;
+mod stored;
 mod text;
+mod tokenize;
 mod tokenizer;
 mod train;
 mod typed;
@@ -60,8 +63,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Train a byte-level language model on text
+    /// Train a language model on text, as bytes or tokens
     Train(train::TrainArgs),
+    /// Learn a vocabulary, and turn texts into token files
+    Tokenize(tokenize::TokenizeArgs),
     /// Generate text with a trained or pretrained model
     Generate(generate::GenerateArgs),
     /// Quantize the weights of a GGUF file
@@ -95,6 +100,7 @@ impl Command {
         }
         match self {
             Self::Train(args) => train::run(args),
+            Self::Tokenize(args) => tokenize::run(args),
             Self::Generate(args) => generate::run(args),
             Self::Quantize(args) => quantize::run(args),
             Self::Embed(args) => embed::run(args),

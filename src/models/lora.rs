@@ -109,7 +109,7 @@ pub(crate) struct LoraTarget {
 /// values.
 ///
 /// ```
-/// use x_transformers::{models::LoraOptions, prelude::*, train::{AdamW, AdamWOptions}};
+/// use x_transformers::{models::LoraOptions, prelude::*, train::{AdamW, AdamWOptions, Optimizer}};
 /// # fn main() -> x_transformers::Result<()> {
 /// let layers = AttentionLayersConfig::decoder(32, 1);
 /// let store = ParamStore::new(0, DType::F32, &Device::Cpu);

@@ -36,12 +36,12 @@ pub use continuous_autoregressive::ContinuousAutoregressiveWrapper;
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
 pub use ends::{RowEnd, StopMatcher};
 pub use generate::{GenerateOptions, TokenStream};
+pub(crate) use lora::LoraTarget;
 pub use lora::{LoraAdapter, LoraOptions};
 pub use model::{Model, RunOptions};
 pub use pool::AttentionPool;
 #[cfg(feature = "cuda")]
 pub use recorded::RecordedDecode;
-pub(crate) use lora::LoraTarget;
 pub use sampling::{filter_probabilities, sample, sample_tokens};
 pub use sentence::{DenseActivation, DenseLayer, DenseResidual, Features, Pooling, SentenceEncoder, SentenceModule};
 pub use speculative::SpeculativeStats;

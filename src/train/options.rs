@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
+    BatchRequest,
     optimizer::{
         AdafactorOptions, AdamWOptions, AdjustLr, LionOptions, MuonOptions, Optimizer, OptimizerKind, OptimizerOptions,
         ParamGroup, SgdOptions, usual_groups,
@@ -25,12 +26,16 @@ use crate::{DType, Error, ParamMap, Result, error::ensure};
 pub struct TrainOptions {
     /// Number of steps, each one update of the weights. Default 300.
     pub steps: u64,
-    /// Number of text windows in a micro-batch. Default 8.
+    /// Number of rows in a micro-batch. Default 8.
     pub batch_size: usize,
-    /// Number of bytes that a window predicts. Default 256.
+    /// Number of tokens that a row predicts. Default 256.
     pub seq_len: usize,
     /// Number of micro-batches per step, whose gradients are averaged. Default 1.
     pub accumulate: usize,
+    /// If `true`, rows are taken in a random order, each once an epoch, instead of at random offsets. Default `false`.
+    pub shuffle: bool,
+    /// If `true`, attention stays within documents, which rows pack. Default `false`.
+    pub document_mask: bool,
     /// Peak learning rate. Default 1e-3.
     pub lr: f64,
     /// Number of warmup steps until the peak. Default 30.
@@ -62,6 +67,12 @@ pub struct TrainOptions {
     /// Number of steps between validations and checkpoints in the loop around the [`Trainer`](super::Trainer), which
     /// does neither by itself; `xt train --every`. Stored here for resumed runs. Default 100.
     pub every: u64,
+    /// Number of validations without a lower loss after which the loop around the trainer stops (early stopping). Default
+    /// none.
+    pub patience: Option<u64>,
+    /// If `true`, the loop around the trainer keeps a checkpoint of the step with the lowest validation loss. Default
+    /// `false`.
+    pub keep_best: bool,
     /// Seed of the initial weights, the batches and the dropout masks. Default 0.
     pub seed: u64,
     /// Type of the weights and activations. Default f32. With f16 the loss is scaled; see
@@ -76,6 +87,8 @@ impl Default for TrainOptions {
             batch_size: 8,
             seq_len: 256,
             accumulate: 1,
+            shuffle: false,
+            document_mask: false,
             lr: 1e-3,
             warmup: 30,
             final_lr_ratio: 0.1,
@@ -90,6 +103,8 @@ impl Default for TrainOptions {
             groups: Vec::new(),
             ema_decay: None,
             every: 100,
+            patience: None,
+            keep_best: false,
             seed: 0,
             dtype: DType::F32,
         }
@@ -110,6 +125,7 @@ impl TrainOptions {
         };
         whole("steps", self.steps, 0, MAX_STEPS)?;
         whole("every", self.every, 1, u64::MAX)?;
+        self.patience.map_or(Ok(()), |patience| whole("patience", patience, 1, u64::MAX))?;
         whole("batch_size", self.batch_size as u64, 1, u32::MAX as u64)?;
         whole("accumulate", self.accumulate as u64, 1, MAX_MICRO)?;
         whole("seq_len", self.seq_len as u64, 1, u32::MAX as u64)?;
@@ -140,6 +156,22 @@ impl TrainOptions {
             Error::option("dtype", format_args!("expected f32, bf16, f16 or f64, got {}", self.dtype))
         );
         self.optimizer_options().check()
+    }
+
+    /// Returns the request for the batch of a micro-batch of a step, for a model with a vocabulary of `num_tokens`.
+    pub fn request(&self, step: u64, micro: u64, num_tokens: usize) -> BatchRequest {
+        let first = step.wrapping_mul(self.accumulate as u64).wrapping_add(micro).wrapping_mul(self.batch_size as u64);
+        BatchRequest {
+            seed: self.seed,
+            step,
+            micro,
+            first,
+            rows: self.batch_size,
+            seq_len: self.seq_len,
+            num_tokens,
+            shuffle: self.shuffle,
+            documents: self.document_mask,
+        }
     }
 
     /// Returns the learning-rate schedule.

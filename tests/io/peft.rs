@@ -8,7 +8,7 @@ use x_transformers::{
     io::{TensorFile, read_safetensors},
     models::{AutoregressiveWrapper, ForwardOptions, LoraAdapter, LoraOptions},
     pretrained::Pretrained,
-    train::{AdamW, AdamWOptions},
+    train::{AdamW, AdamWOptions, Optimizer},
 };
 
 const ADAPTERS: [&str; 4] = ["plain", "all", "half", "dora"];

@@ -12,6 +12,7 @@ mod quantize;
 mod refusals;
 mod run;
 mod texts;
+mod tokens;
 mod train;
 mod usage;
 mod verify;
