@@ -14,11 +14,11 @@ use x_transformers::{
     config::{AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, TransformerWrapperConfig},
     io::write_atomically,
     models::GenerateOptions,
-    train::{ByteText, Checkpoint, TrainOptions, Trainer},
+    train::{ByteText, Checkpoint, OptimizerKind, TrainOptions, Trainer},
 };
 
 use crate::{
-    compute::{dtypes, fraction},
+    compute::{dtypes, fraction, optimizers},
     corpus,
     failure::{Failure, Result},
     files::{self, Run, quoted},
@@ -159,9 +159,21 @@ struct OptionArgs {
     #[arg(long, value_name = "X", default_value_t = TrainOptions::default().clip, conflicts_with = "resume")]
     clip: f64,
 
-    /// Weight decay of AdamW
+    /// Optimizer; Muon trains the matrices of the layers, and AdamW embeddings, logits and vectors
+    #[arg(long, default_value = "adamw", value_parser = optimizers(), conflicts_with = "resume")]
+    optimizer: OptimizerKind,
+
+    /// Momentum of SGD and Muon [default: 0.9 for SGD, 0.95 for Muon]
+    #[arg(long, value_name = "X", conflicts_with = "resume")]
+    momentum: Option<f64>,
+
+    /// Weight decay; parameters of fewer than two dimensions, such as biases, do not decay
     #[arg(long, value_name = "X", default_value_t = TrainOptions::default().weight_decay, conflicts_with = "resume")]
     weight_decay: f64,
+
+    /// Apply weight decay to parameters of fewer than two dimensions too, as PyTorch does by default
+    #[arg(long, conflicts_with = "resume")]
+    decay_all: bool,
 
     /// Decay of an exponential moving average of the weights, from 0 to 1, for validation and samples [default: no
     /// average]
@@ -194,7 +206,10 @@ impl OptionArgs {
             lr: self.lr,
             warmup: self.warmup,
             clip: self.clip,
+            optimizer: self.optimizer,
+            momentum: self.momentum,
             weight_decay: self.weight_decay,
+            decay_all: self.decay_all,
             ema_decay: self.ema,
             seed: self.seed,
             dtype: self.dtype,
@@ -517,7 +532,10 @@ mod tests {
             ("lr", Saved("0.5")),
             ("warmup", Saved("3")),
             ("clip", Saved("0.5")),
+            ("optimizer", Saved("lion")),
+            ("momentum", Saved("0.5")),
             ("weight_decay", Saved("0.5")),
+            ("decay_all", Saved("")),
             ("ema", Saved("0.5")),
             ("seed", Saved("7")),
             ("dtype", Saved("bf16")),
