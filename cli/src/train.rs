@@ -15,7 +15,7 @@ use x_transformers::{
     },
     models::AutoregressiveWrapper,
     pretrained::Pretrained,
-    train::{ByteText, Checkpoint, TrainModel, TrainOptions, Trainer},
+    train::{ByteText, Checkpoint, OptimizerKind, TrainModel, TrainOptions, Trainer},
 };
 
 mod data;
@@ -28,7 +28,7 @@ use self::{
     training::Training,
 };
 use crate::{
-    compute::{dtypes, fraction},
+    compute::{dtypes, fraction, optimizers},
     failure::{Failure, Result},
     files::{self, Run},
     keywords::KeywordArgs,
@@ -174,9 +174,21 @@ struct OptionArgs {
     #[arg(long, value_name = "X", default_value_t = TrainOptions::default().clip, conflicts_with = "resume")]
     clip: f64,
 
-    /// Weight decay of AdamW
+    /// Optimizer; Muon trains the matrices of the layers, and AdamW embeddings, logits and vectors
+    #[arg(long, default_value = "adamw", value_parser = optimizers(), conflicts_with = "resume")]
+    optimizer: OptimizerKind,
+
+    /// Momentum of SGD and Muon [default: 0.9 for SGD, 0.95 for Muon]
+    #[arg(long, value_name = "X", conflicts_with = "resume")]
+    momentum: Option<f64>,
+
+    /// Weight decay; parameters of fewer than two dimensions, such as biases, do not decay
     #[arg(long, value_name = "X", default_value_t = TrainOptions::default().weight_decay, conflicts_with = "resume")]
     weight_decay: f64,
+
+    /// Apply weight decay to parameters of fewer than two dimensions too, as PyTorch does by default
+    #[arg(long, conflicts_with = "resume")]
+    decay_all: bool,
 
     /// Decay of an exponential moving average of the weights, from 0 to 1, for validation and samples [default: no
     /// average]
@@ -219,7 +231,10 @@ impl OptionArgs {
             lr: self.lr,
             warmup: self.warmup,
             clip: self.clip,
+            optimizer: self.optimizer,
+            momentum: self.momentum,
             weight_decay: self.weight_decay,
+            decay_all: self.decay_all,
             ema_decay: self.ema,
             patience: self.patience,
             keep_best: self.keep_best || self.patience.is_some(),
@@ -463,7 +478,10 @@ mod tests {
             ("lr", Saved("0.5")),
             ("warmup", Saved("3")),
             ("clip", Saved("0.5")),
+            ("optimizer", Saved("lion")),
+            ("momentum", Saved("0.5")),
             ("weight_decay", Saved("0.5")),
+            ("decay_all", Saved("")),
             ("ema", Saved("0.5")),
             ("patience", Saved("3")),
             ("keep_best", Saved("")),

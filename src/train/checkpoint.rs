@@ -35,7 +35,7 @@ const RETRIES: usize = 100;
 /// |---|---|
 /// | `config.json` | the options of the model |
 /// | `model.safetensors` | its weights, by PyTorch's names |
-/// | `optimizer.safetensors` | the state of [`AdamW`](super::AdamW), and averaged weights as `ema.NAME` |
+/// | `optimizer.safetensors` | the state of the [`Optimizer`](super::Optimizer), and averaged weights as `ema.NAME` |
 /// | `training.json` | [`TrainingState`] |
 ///
 /// The four belong together and are replaced together. [`Checkpoint::save`]

@@ -155,6 +155,11 @@ impl TrainOptions {
             self.dtype.is_float(),
             Error::option("dtype", format_args!("expected f32, bf16, f16 or f64, got {}", self.dtype))
         );
+        let has_momentum = matches!(self.optimizer, OptimizerKind::Sgd | OptimizerKind::Muon);
+        ensure!(
+            self.momentum.is_none() || has_momentum,
+            Error::option("momentum", format_args!("{} does not have it; expected sgd or muon", self.optimizer))
+        );
         self.optimizer_options().check()
     }
 

@@ -16,7 +16,7 @@ use x_transformers::{
     },
     io::{read_safetensors, write_safetensors},
     models::{AutoregressiveWrapper, ForwardOptions},
-    train::{Batch, BatchSource, ByteText, Checkpoint, Ema, Schedule, TrainOptions, Trainer},
+    train::{Batch, BatchSource, ByteText, Checkpoint, Ema, OptimizerKind, Schedule, TrainOptions, Trainer},
 };
 
 use super::Folder;
@@ -261,6 +261,9 @@ fn options_are_checked() {
         ("beta1", TrainOptions { beta1: 1.0, ..fine.clone() }),
         ("beta2", TrainOptions { beta2: f64::NAN, ..fine.clone() }),
         ("eps", TrainOptions { eps: -1.0, ..fine.clone() }),
+        ("momentum", TrainOptions { momentum: Some(0.9), ..fine.clone() }),
+        ("momentum", TrainOptions { optimizer: OptimizerKind::Muon, momentum: Some(1.0), ..fine.clone() }),
+        ("beta1", TrainOptions { optimizer: OptimizerKind::Lion, beta1: 1.0, ..fine.clone() }),
         ("dtype", TrainOptions { dtype: DType::I64, ..fine.clone() }),
     ];
     for (name, options) in cases {
@@ -402,12 +405,14 @@ fn trainer_same_bits_for_any_number_of_threads() {
 }
 
 /// A run that is saved, dropped and resumed every few steps has the same bits as an uninterrupted one, with dropout,
-/// averaged weights, several micro-batches and every type.
+/// averaged weights, several micro-batches, every type and every optimizer.
 #[test]
 fn trainer_resume_is_exact() -> Result<()> {
     let folder = Folder::new("resume");
-    for dtype in FLOATS {
-        let options = TrainOptions { dtype, accumulate: 2, ema_decay: Some(0.9), lr: 1.0 / 300.0, ..options(9) };
+    let optimizers = OptimizerKind::ALL.map(|optimizer| (DType::F32, optimizer));
+    for (dtype, optimizer) in FLOATS.map(|dtype| (dtype, OptimizerKind::AdamW)).into_iter().chain(optimizers) {
+        let own = TrainOptions { dtype, optimizer, ..options(9) };
+        let options = TrainOptions { accumulate: 2, ema_decay: Some(0.9), lr: 1.0 / 300.0, ..own };
         let mut whole = trainer(0.1, options.clone())?;
         let mut parts = trainer(0.1, options)?;
         let run = folder.0.join(dtype.name());
@@ -439,6 +444,34 @@ fn trainer_resume_is_exact() -> Result<()> {
         })?;
         assert!(bits(&whole, &folder.0.join("whole")) == bits(&parts, &folder.0.join("parts")), "{dtype}");
     }
+    Ok(())
+}
+
+/// A run that began before there were optimizers to choose goes on as it was: AdamW that decays everything.
+#[test]
+fn trainer_resumes_runs_from_before_groups() -> Result<()> {
+    let folder = Folder::new("before-groups");
+    let run = folder.0.join("run");
+    let decays = |decay_all| TrainOptions { weight_decay: 1.0, decay_all, ..options(4) };
+    let (mut whole, mut new) = (trainer(0.0, decays(true))?, trainer(0.0, decays(false))?);
+    for step in 0..4 {
+        whole.step()?;
+        new.step()?;
+        if step == 1 {
+            whole.save(&run)?;
+        }
+    }
+    let path = run.join("training.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    for key in ["optimizer", "decay_all", "momentum", "groups"] {
+        assert!(json["options"].as_object_mut().unwrap().remove(key).is_some(), "{key}");
+    }
+    fs::write(&path, json.to_string()).unwrap();
+    let mut resumed = Trainer::resume(&run, text(), device())?;
+    (0..2).try_for_each(|_| resumed.step().map(drop))?;
+    let state = bits(&whole, &folder.0.join("whole"));
+    assert!(bits(&resumed, &folder.0.join("resumed")) == state);
+    assert!(bits(&new, &folder.0.join("new")) != state, "the default decays vectors too");
     Ok(())
 }
 
