@@ -64,7 +64,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Train a language model on text, as bytes or tokens
-    Train(train::TrainArgs),
+    Train(Box<train::TrainArgs>),
     /// Learn a vocabulary, and turn texts into token files
     Tokenize(tokenize::TokenizeArgs),
     /// Generate text with a trained or pretrained model
@@ -99,7 +99,7 @@ impl Command {
             _ => compute::start_threads(None)?,
         }
         match self {
-            Self::Train(args) => train::run(args),
+            Self::Train(args) => train::run(*args),
             Self::Tokenize(args) => tokenize::run(args),
             Self::Generate(args) => generate::run(args),
             Self::Quantize(args) => quantize::run(args),

@@ -152,7 +152,7 @@ impl DataArgs {
                 match validation {
                     [] if beside.is_file() => TokenData::with_validation(&[train], &[beside])?,
                     [] => TokenData::open(&[train])?,
-                    given => TokenData::with_validation(&[train], &given.iter().cloned().collect::<Vec<_>>()[..])?,
+                    given => TokenData::with_validation(&[train], given)?,
                 }
             }
             (false, []) => TokenData::open(&self.tokens)?,
@@ -174,10 +174,10 @@ impl DataArgs {
                 );
                 return Err(Failure::new(why).within(path));
             }
-            if source.end_of_text().is_none() {
-                if let Ok(begin) = tokenize::begin(tokenizer) {
-                    source = source.with_end_of_text(begin);
-                }
+            if source.end_of_text().is_none()
+                && let Ok(begin) = tokenize::begin(tokenizer)
+            {
+                source = source.with_end_of_text(begin);
             }
         }
         Ok(Data {

@@ -374,7 +374,7 @@ fn early_stopping_keeps_the_best() {
     assert!(last < 400 && saved.len() > 5, "{validations:?}");
     let state = fs::read_to_string(folder.path().join("out/best/training.json")).expect("the best");
     let best: u64 = validations.iter().find(|(_, loss)| *loss == lowest).expect("the lowest").0;
-    if best % 5 == 0 {
+    if best.is_multiple_of(5) {
         assert!(state.contains(&format!("\"step\": {best},")), "{best}: {state}");
     }
     succeeds(&["generate", "--checkpoint", &path(folder.path(), "out/best"), "--length", "5"]);
