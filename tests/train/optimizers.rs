@@ -31,8 +31,11 @@ fn adamw(weight_decay: f64) -> AdamWOptions {
     AdamWOptions { weight_decay, ..Default::default() }
 }
 
-/// Cases of `make.py`: name, rate of the first step, clip, optimizer, groups.
-fn cases() -> Vec<(&'static str, f64, Option<f64>, OptimizerOptions, Vec<ParamGroup>)> {
+/// Name, rate of the first step, clip, optimizer, groups.
+type Case = (&'static str, f64, Option<f64>, OptimizerOptions, Vec<ParamGroup>);
+
+/// Cases of `make.py`.
+fn cases() -> Vec<Case> {
     use OptimizerOptions::{Adafactor, AdamW, Lion, Muon, Sgd};
     let plain = SgdOptions::default();
     let momentum = Sgd(SgdOptions { momentum: 0.9, dampening: 0.25, weight_decay: 0.1, ..plain });
