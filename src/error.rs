@@ -84,7 +84,7 @@ pub enum ErrorKind {
         key: String,
         /// The closest existing key, if one is similar.
         nearest: Option<String>,
-        /// If `true`, x-transformers added the option after 0.22.0, the version that this crate follows.
+        /// If `true`, it is an option of x-transformers 2, and the config follows 0.22.
         later: bool,
     },
     /// `backward` was called a second time: the saved activations are gone.
@@ -289,9 +289,11 @@ impl fmt::Display for ErrorKind {
             Self::UnknownOption { key, nearest: Some(nearest), .. } => {
                 write!(f, "unknown option `{key}`, did you mean `{nearest}`?")
             }
-            Self::UnknownOption { key, nearest: None, later: true } => {
-                write!(f, "option `{key}` was added in a later version of x-transformers; this crate follows 0.22.0")
-            }
+            Self::UnknownOption { key, nearest: None, later: true } => write!(
+                f,
+                "option `{key}` is of x-transformers 2, this config follows 0.22, which lacks it: \
+                 put \"version\": \"2\" at the top"
+            ),
             Self::UnknownOption { key, nearest: None, later: false } => write!(f, "unknown option `{key}`"),
             Self::BackwardTwice => write!(
                 f,
@@ -345,7 +347,13 @@ impl fmt::Display for ErrorKind {
                 for (name, model, file) in mismatched {
                     write!(f, "\n  shape mismatch  {name}: {model:?} in the model, {file:?} in the file")?;
                 }
-                Ok(())
+                match other_version(missing, unused) {
+                    Some((name, version, change)) => write!(
+                        f,
+                        "\n`{name}` is a name of x-transformers {version}: {change} the config, if these are its weights"
+                    ),
+                    None => Ok(()),
+                }
             }
             Self::NonFinite { step, what } => write!(
                 f,
@@ -353,6 +361,23 @@ impl fmt::Display for ErrorKind {
             ),
         }
     }
+}
+
+/// Finds the first unused name that the other version of x-transformers gives, where the model lacks names of its own;
+/// returns it, that version, and what to change.
+fn other_version<'n>(missing: &[String], unused: &'n [String]) -> Option<(&'n str, &'static str, &'static str)> {
+    /// Whole parts of names, between dots, that only one of the versions has.
+    const SECOND: [&str; 4] = ["token_emb.emb.weight", "ff.0", "gamma", "final_norm"];
+    const FIRST: [&str; 5] = ["token_emb.weight", "net.0", "net.3", "norm.weight", "norm.bias"];
+    let has = |name: &str, parts: &[&str]| parts.iter().any(|part| format!(".{name}.").contains(&format!(".{part}.")));
+    let find = |parts: &[&str], others: &[&str]| {
+        let lacks = missing.iter().any(|name| has(name, others));
+        unused.iter().find(|name| lacks && has(name, parts)).map(String::as_str)
+    };
+    if let Some(name) = find(&SECOND, &FIRST) {
+        return Some((name, "2", "put \"version\": \"2\" at the top of"));
+    }
+    find(&FIRST, &SECOND).map(|name| (name, "0.22", "remove \"version\" from"))
 }
 
 impl std::error::Error for Error {

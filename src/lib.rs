@@ -168,6 +168,7 @@ mod book {
         positions: "../docs/src/options/positions.md",
         memory: "../docs/src/options/memory.md",
         embeddings: "../docs/src/options/embeddings.md",
+        two: "../docs/src/options/two.md",
         pretrained: "../docs/src/pretrained.md",
         quantised: "../docs/src/quantised.md",
         pytorch: "../docs/src/pytorch.md",

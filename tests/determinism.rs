@@ -1,8 +1,8 @@
 //! The same bits for any number of threads, in every run, with and without recomputation.
 
 use x_transformers::{
-    DType, Device, Philox, Result, Tape, Tensor, checkpoint,
-    ops::{Activation, AttentionSpec, attention},
+    DType, Device, Philox, QuantType, Result, Tape, Tensor, checkpoint,
+    ops::{Activation, AttentionSpec, PackedMatrix, attention},
 };
 
 const CPU: Device = Device::Cpu;
@@ -70,8 +70,31 @@ fn ops_give_the_same_bits_for_any_number_of_threads() -> Result<()> {
         for (name, op, shapes) in ops {
             let inputs: Vec<Tensor> = (0..).zip(shapes).map(|(i, shape)| random(shape, dtype, i)).collect();
             let one = on(1, || run(op, &inputs))?;
-            for threads in [1, 2, 3, 7] {
+            for threads in 2..=16 {
                 assert!(on(threads, || run(op, &inputs))? == one, "{name} {dtype}: other bits with {threads} threads");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Products with packed weights of every type, of one row, few and many, and their gradients.
+#[test]
+fn packed_weights_give_the_same_bits_for_any_number_of_threads() -> Result<()> {
+    for kind in QuantType::ALL.into_iter().filter(|kind| kind.is_packed()) {
+        let weight = PackedMatrix::quantize(&random(&[517, 512], DType::F32, 1), kind)?;
+        for rows in [1, 3, 40] {
+            let x = random(&[rows, 512], DType::F32, 2);
+            let run = || -> Result<Vec<Vec<f64>>> {
+                let leaf = x.requires_grad()?;
+                let mut tape = Tape::train(4);
+                let y = weight.linear(&leaf, None)?;
+                let grads = tape.backward_with(&y, &random(y.shape(), y.dtype(), 9))?;
+                Ok(vec![y.to_f64_vec()?, grads.get(&leaf).expect("a gradient").to_f64_vec()?])
+            };
+            let one = on(1, run)?;
+            for threads in 2..=16 {
+                assert!(on(threads, run)? == one, "{kind}, {rows} rows: other bits with {threads} threads");
             }
         }
     }
@@ -124,7 +147,7 @@ fn step(seed: u64, recompute: bool) -> Result<Vec<Vec<f64>>> {
 #[test]
 fn a_training_step_gives_the_same_bits_for_any_number_of_threads() -> Result<()> {
     let one = on(1, || step(5, false))?;
-    for threads in [1, 2, 3] {
+    for threads in 2..=16 {
         assert!(on(threads, || step(5, false))? == one, "{threads} threads");
     }
     Ok(())

@@ -30,6 +30,19 @@ impl OrExit {
     }
 }
 
+/// Returns to the system what was freed, where its allocator keeps such memory: a vocabulary is read through several times
+/// its size, and a process is as large as it was at its largest.
+pub fn trim() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        unsafe extern "C" {
+            fn malloc_trim(padding: usize) -> std::ffi::c_int;
+        }
+        // SAFETY: the function of glibc takes any number, and touches no memory that is in use.
+        unsafe { malloc_trim(0) };
+    }
+}
+
 // SAFETY: every call goes to the system's allocator with the caller's own arguments, and its answer is passed on; the
 // caller's promises are the ones that it asks for.
 unsafe impl GlobalAlloc for OrExit {

@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum, value_parser};
 use serde_json::{Value, json};
 use x_transformers::{
     Device, Error,
-    config::Config,
+    config::{Config, ModelPlan},
     device::{Precision, describe, set_float32_matmul_precision},
     profile,
 };
@@ -123,7 +123,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
         seq_len: args.seq_len.map(|length| length as usize),
         new_tokens: args.new_tokens as usize,
     };
-    if let (Config::ViTransformerWrapper(_), Some(_)) = (&config, extent.seq_len) {
+    if let (ModelPlan::Vision(_), Some(_)) = (config.plan().map_err(broken)?, extent.seq_len) {
         let why = "the length of an image follows from its patches; omit --seq-len";
         return Err(Failure::new(why).within(&args.config));
     }

@@ -6,7 +6,8 @@
 use x_transformers::{
     DType, Device, Error, ErrorKind, Result,
     config::{
-        AttentionPath, AttentionPlan, BranchPlan, Config, FeedForwardPlan, LayerPlan, LayersPlan, TransformerPlan,
+        AttentionPath, AttentionPlan, BranchPlan, Config, FeedForwardPlan, LayerPlan, LayersPlan, ModelPlan,
+        TalkingHeads, TransformerPlan, ValueGate, VisionHead,
     },
     ops::rows_of_logits,
 };
@@ -48,6 +49,13 @@ impl Cost {
     ///
     /// Errors: the config is illegal.
     pub fn of_model(config: &Config, sizes: Sizes) -> Result<Option<(Batch, Self)>> {
+        Self::of_plan(config.plan()?, sizes)
+    }
+
+    /// The same from a plan.
+    ///
+    /// Errors: a length that the model does not take.
+    pub fn of_plan(plan: ModelPlan, sizes: Sizes) -> Result<Option<(Batch, Self)>> {
         let batch = |longest: usize| {
             /// Tokens of a model that has no longest sequence.
             const MANY: usize = 1024;
@@ -58,26 +66,23 @@ impl Cost {
             }
             Ok(Batch { rows: sizes.rows, tokens, context: tokens })
         };
-        Ok(match config {
-            Config::TransformerWrapper(config) => {
-                let plan = config.plan()?;
+        Ok(match plan {
+            ModelPlan::Transformer(plan) => {
                 let batch = batch(plan.max_seq_len)?;
                 Some((batch, transformer(&plan, batch)))
             }
-            Config::AutoregressiveWrapper(config) => {
-                let plan = config.net.plan()?;
+            ModelPlan::Autoregressive(plan) => {
+                let plan = plan.net;
                 let batch = batch(plan.max_seq_len)?;
                 Some((batch, language_model(&plan, batch)))
             }
-            Config::XTransformer(config) => {
-                let plan = config.plan()?;
+            ModelPlan::EncoderDecoder(plan) => {
                 let batch = batch(plan.dec.max_seq_len)?;
                 let mut cost = transformer(&headless(plan.enc), batch);
                 cost.add(language_model(&plan.dec, batch));
                 Some((batch, cost))
             }
-            Config::ContinuousTransformerWrapper(config) => {
-                let plan = config.plan()?;
+            ModelPlan::Continuous(plan) => {
                 let (batch, dim) = (batch(plan.max_seq_len)?, plan.layers.dim);
                 let rows = batch.rows * batch.tokens;
                 let mut cost = layers(&plan.layers, batch);
@@ -86,22 +91,25 @@ impl Cost {
                 cost.saved += (rows * 2 * dim) as f64;
                 Some((batch, cost))
             }
-            Config::ViTransformerWrapper(config) => {
-                let plan = config.plan()?;
-                // The class token goes in front of the patches.
-                let batch = Batch { rows: sizes.rows, tokens: plan.patches + 1, context: 0 };
+            ModelPlan::Vision(plan) => {
+                // The class token goes in front of the patches, registers after them.
+                let tokens = plan.patches + usize::from(plan.class_token) + plan.registers;
+                let batch = Batch { rows: sizes.rows, tokens, context: 0 };
                 let (rows, dim) = (batch.rows * batch.tokens, plan.layers.dim);
-                let mut cost = linear(batch.rows * plan.patches, 3 * plan.patch_size * plan.patch_size, dim);
+                let features = plan.channels * plan.patch_size * plan.patch_size;
+                let mut cost = linear(batch.rows * plan.patches, features, dim);
                 cost.add(layers(&plan.layers, batch));
                 cost.saved += (rows * 2 * dim) as f64;
-                if let Some(head) = &plan.head {
-                    cost.add(feedforward(head, batch.rows));
+                match &plan.head {
+                    VisionHead::FeedForward(head) => cost.add(feedforward(head, batch.rows)),
+                    VisionHead::Mean(Some(classes)) => cost.add(linear(batch.rows, dim, *classes)),
+                    _ => {}
                 }
                 Some((batch, cost))
             }
-            Config::AttentionLayers(config) => {
+            ModelPlan::Layers(plan) => {
                 let batch = batch(sizes.tokens.unwrap_or(1024))?;
-                Some((batch, layers(&LayersPlan::new(config)?, batch)))
+                Some((batch, layers(&plan, batch)))
             }
             _ => None,
         })
@@ -111,13 +119,10 @@ impl Cost {
     /// a step does twice does not count. `None` for what does not generate, or beyond the longest sequence.
     ///
     /// Errors: the config is illegal.
-    pub fn of_generation(config: &Config, rows: usize, prompt: usize, new: usize) -> Result<Option<f64>> {
-        let (encoder, decoder, start) = match config {
-            Config::AutoregressiveWrapper(config) => (None, config.net.plan()?, prompt),
-            Config::XTransformer(config) => {
-                let plan = config.plan()?;
-                (Some(plan.enc), plan.dec, 1)
-            }
+    pub fn of_generation(plan: ModelPlan, rows: usize, prompt: usize, new: usize) -> Result<Option<f64>> {
+        let (encoder, decoder, start) = match plan {
+            ModelPlan::Autoregressive(plan) => (None, plan.net, prompt),
+            ModelPlan::EncoderDecoder(plan) => (Some(plan.enc), plan.dec, 1),
             _ => return Ok(None),
         };
         // The last token is given, but not read.
@@ -232,14 +237,16 @@ fn sublayer(layer: &LayerPlan, dim: usize, batch: Batch) -> Cost {
 
 fn attention(plan: &AttentionPlan, batch: Batch, keys: usize) -> Cost {
     let (queries, rows) = (batch.rows * batch.tokens, batch.rows * keys);
-    let inner = plan.heads * plan.dim_head;
-    let shared = plan.shared.unwrap_or(inner);
-    let values = plan.kv_heads * plan.dim_head;
-    let keys_width = plan.shared.unwrap_or(values);
+    let inner = plan.heads * plan.dim_value;
+    let shared = plan.shared.unwrap_or(plan.heads * plan.dim_head);
+    let values = plan.kv_heads * plan.dim_value;
+    let keys_width = plan.shared.unwrap_or(plan.kv_heads * plan.dim_head);
     let mut cost = linear(queries, plan.dim, shared);
-    cost.add(linear(rows, plan.dim, keys_width + values));
-    cost.add(linear(queries, inner, if plan.on_attn { 2 * plan.dim } else { plan.dim }));
-    if plan.gate_values {
+    cost.add(linear(rows, plan.dim_context, keys_width + values));
+    if plan.project_out {
+        cost.add(linear(queries, inner, if plan.on_attn { 2 * plan.dim } else { plan.dim }));
+    }
+    if plan.gate_values != ValueGate::None {
         cost.add(linear(queries, plan.dim, inner));
     }
 
@@ -248,7 +255,7 @@ fn attention(plan: &AttentionPlan, batch: Batch, keys: usize) -> Cost {
     // Blocks beyond the diagonal are skipped by the fused path alone.
     let half = if fused && plan.causal { (keys as f64 + 1.0) / (2.0 * keys.max(1) as f64) } else { 1.0 };
     let pairs = (plan.heads * queries) as f64 * (keys as f64 * half + plan.num_mem_kv as f64);
-    let (scores, sums) = (2.0 * pairs * plan.dim_qk() as f64, 2.0 * pairs * plan.dim_head as f64);
+    let (scores, sums) = (2.0 * pairs * plan.dim_qk() as f64, 2.0 * pairs * plan.dim_value as f64);
     cost.forward += scores + sums;
     // The fused path computes its scores again.
     cost.backward += 2.0 * (scores + sums) + if fused { scores } else { 0.0 };
@@ -262,13 +269,13 @@ fn attention(plan: &AttentionPlan, batch: Batch, keys: usize) -> Cost {
     } else {
         cost.saved += matrix;
     }
-    if plan.talking_heads {
+    if plan.talking_heads != TalkingHeads::None {
         let mix = 2.0 * plan.heads as f64 * matrix;
         cost.forward += 2.0 * mix;
         cost.backward += 4.0 * mix;
         cost.saved += 2.0 * matrix;
     }
-    if plan.gate_values {
+    if plan.gate_values != ValueGate::None {
         cost.saved += (2 * queries * inner) as f64;
     }
     cost
@@ -279,7 +286,7 @@ fn feedforward(plan: &FeedForwardPlan, rows: usize) -> Cost {
     let mut cost = linear(rows, plan.dim, hidden);
     cost.add(linear(rows, plan.inner, plan.dim_out));
     // The input of the activation, and of the norm after it; their outputs are recomputed.
-    let normed = if plan.post_act_ln { plan.inner } else { 0 };
+    let normed = if plan.norm.is_some() { plan.inner } else { 0 };
     cost.saved = (rows * (hidden + normed)) as f64;
     cost
 }

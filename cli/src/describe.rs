@@ -62,6 +62,7 @@ pub fn pretrained(pretrained: &Pretrained) -> Lines {
 /// Describes a checkpoint that `xt train` wrote.
 pub fn own(config: &Config, file: &TensorFile) -> Lines {
     let mut lines = Lines::new("trained by `xt train`", file);
+    lines.add("options of", format!("x-transformers {}", config.version()));
     if let Config::AutoregressiveWrapper(config) = config {
         architecture(&mut lines, &config.net);
     }

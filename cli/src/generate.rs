@@ -19,7 +19,7 @@ use crate::{
     failure::{Failure, Result, print},
     language::Language,
     sample,
-    source::{Source, Weights},
+    source::{Source, WeightsArgs},
     text::decode,
     unused::StrictArgs,
 };
@@ -112,9 +112,8 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = value_parser!(u32).range(1..=64), requires = "draft")]
     ahead: u32,
 
-    /// Data type of the weights in memory
-    #[arg(long, value_enum, default_value_t = Weights::Stored)]
-    weights: Weights,
+    #[command(flatten)]
+    types: WeightsArgs,
 
     /// Number of prompt tokens to process at a time
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = value_parser!(u32).range(1..))]
@@ -156,9 +155,9 @@ struct Prompt {
 pub fn run(args: GenerateArgs) -> Result<()> {
     let device = Device::parse(&args.device)?;
     let tokenizer = args.tokenizer.as_deref();
-    let source = Source::open(&args.checkpoint, tokenizer, args.strict, args.weights)?;
+    let source = Source::open(&args.checkpoint, tokenizer, args.strict, args.types)?;
     if let Some(path) = &args.score {
-        return score(&source, args.weights, path, &device);
+        return score(&source, args.types, path, &device);
     }
     let (prompts, length) = args.prompts(&source)?;
     if args.chat && source.language.assumes_chat_form() {
@@ -168,7 +167,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     let draft = args
         .draft
         .as_ref()
-        .map(|path| Source::open(path, tokenizer, args.strict, args.weights).map(|draft| (draft, path)))
+        .map(|path| Source::open(path, tokenizer, args.strict, args.types).map(|draft| (draft, path)))
         .transpose()?;
     if let Some((draft, path)) = &draft {
         let same = |(own, other): (&Prompt, &Prompt)| own.tokens == other.tokens;
@@ -182,7 +181,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         let why = format!("`--eos`: expected a token id in 0..{vocabulary} (the vocabulary), got {eos}");
         return Err(Failure::new(why).within(&args.checkpoint));
     }
-    let model = source.model(args.weights, &device)?;
+    let model = source.model(args.types, &device)?;
     let options = GenerateOptions {
         sampling: args.sampling(),
         eos_tokens: args.ends(&source)?,
@@ -205,7 +204,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
             tokens += show(language, prompt, &best, &options.eos_tokens, stops)?;
         }
     } else if let Some((draft, _)) = &draft {
-        let draft = draft.model(args.weights, &device)?;
+        let draft = draft.model(args.types, &device)?;
         let (mut proposed, mut accepted) = (0, 0);
         for prompt in &prompts {
             print(&prompt.shown)?;
@@ -360,7 +359,7 @@ fn show(language: &Language, prompt: &Prompt, tokens: &[i64], ends: &[i64], stop
 }
 
 /// Bits per byte of a text, in windows that follow each other: what each token is predicted from begins anew with each.
-fn score(source: &Source, weights: Weights, path: &Path, device: &Device) -> Result<()> {
+fn score(source: &Source, types: WeightsArgs, path: &Path, device: &Device) -> Result<()> {
     /// Tokens at a time, which bounds the memory of their logits.
     const TOKENS: usize = 1024;
     let text = read_limited(path, u64::MAX)?;
@@ -373,7 +372,7 @@ fn score(source: &Source, weights: Weights, path: &Path, device: &Device) -> Res
         let why = format!("has {} tokens, expected at least 2 to score", tokens.len());
         return Err(Failure::new(why).within(path));
     }
-    let model = source.model(weights, device)?;
+    let model = source.model(types, device)?;
     let (width, predicted) = (source.window().min(TOKENS), tokens.len() - 1);
     let whole = predicted / width;
     // A window ends with the token that the next one begins with.
@@ -394,7 +393,7 @@ fn score(source: &Source, weights: Weights, path: &Path, device: &Device) -> Res
     let bytes = text.len() - source.language.length(tokens[0])?.min(text.len() - 1);
     let bits = nats / bytes as f64 / std::f64::consts::LN_2;
     if !bits.is_finite() {
-        let overflow = if weights == Weights::F16 { " or overflow f16; try `--weights bf16`" } else { "" };
+        let overflow = if types.are_f16() { " or overflow f16; try `--weights bf16`" } else { "" };
         return Err(Failure::new(format_args!("the loss is not finite: the weights are broken{overflow}")));
     }
     print(format_args!("{bits:.4} bits per byte of {bytes} bytes\n"))

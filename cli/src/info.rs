@@ -58,6 +58,7 @@ pub fn run(args: InfoArgs) -> Result<()> {
     let store = ParamStore::shapes(DType::F32, &Device::Cpu);
     let params = Model::new(&config, &store).map_err(broken)?.params().clone();
     print(modules(&params, &layers))?;
+    print(format_args!("\noptions of x-transformers {}\n", config.version()))?;
     for (name, plan) in &layers {
         let order: Vec<String> =
             plan.layers.iter().filter_map(|layer| Some(layer.branch.layer_type()?.letter().to_string())).collect();

@@ -3,16 +3,25 @@
 use std::{fs, path::PathBuf};
 
 use clap::{Args, ValueEnum};
-use x_transformers::{QuantType, io::TensorFile, pretrained::Pretrained};
+use x_transformers::{
+    Error, ErrorKind, QuantType, Tensor,
+    config::Config,
+    io::TensorFile,
+    pretrained::{Pretrained, write_quantized},
+    train::Checkpoint,
+};
 
 use crate::{
     describe,
     failure::{Failure, Result, print},
+    files,
+    tokenizer::Tokenizer,
 };
 
 #[derive(Args)]
 pub struct QuantizeArgs {
-    /// GGUF file of a model that generates text, with weights of any type that is read
+    /// Model that generates text: a GGUF file with weights of any type that is read, a folder of transformers, or a
+    /// folder of `xt train` with Llama's options
     #[arg(value_name = "PATH")]
     model: PathBuf,
 
@@ -62,14 +71,32 @@ impl Kind {
 }
 
 pub fn run(args: QuantizeArgs) -> Result<()> {
-    let pretrained = Pretrained::open(&args.model)?;
-    if !pretrained.family().is_causal() {
-        let why = format!("belongs to the {} family, which does not generate text", pretrained.family());
-        return Err(Failure::new(why).within(&args.model));
+    let (out, kind) = (&args.out, args.kind.quantized());
+    if fs::symlink_metadata(out).is_ok() && !args.overwrite {
+        return Err(Failure::new("already exists; replace it with `--overwrite`").within(out));
     }
-    if fs::symlink_metadata(&args.out).is_ok() && !args.overwrite {
-        return Err(Failure::new("already exists; replace it with `--overwrite`").within(&args.out));
+    if Pretrained::is_one(&args.model) {
+        let pretrained = Pretrained::open(&args.model)?;
+        if !pretrained.family().is_causal() {
+            let why = format!("belongs to the {} family, which does not generate text", pretrained.family());
+            return Err(Failure::new(why).within(&args.model));
+        }
+        let metadata = Tokenizer::gguf_metadata(&pretrained, None)?;
+        pretrained.write_quantized(out, kind, &metadata)?;
+    } else {
+        let folder = files::checkpoint(&args.model);
+        let (config, values) = Checkpoint::load_averaged(&folder)?;
+        let Config::AutoregressiveWrapper(config) = config else {
+            return Err(Failure::new("expected an AutoregressiveWrapper, as `xt train` writes it").within(&folder));
+        };
+        let parameter = |name: &str| -> x_transformers::Result<Tensor> {
+            let value = values.get(&format!("net.{name}")).cloned();
+            value.ok_or_else(|| {
+                Error::new(ErrorKind::File { path: folder.clone(), why: format!("has no `net.{name}`") })
+            })
+        };
+        let metadata = Tokenizer::gguf_metadata_of_bytes(config.net.num_tokens);
+        write_quantized(out, &config.net, kind, &metadata, parameter)?;
     }
-    pretrained.write_quantized(&args.out, args.kind.quantized())?;
-    print(format_args!("{}\n", describe::types(&TensorFile::open(&args.out)?)))
+    print(format_args!("{}\n", describe::types(&TensorFile::open(out)?)))
 }

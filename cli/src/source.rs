@@ -5,16 +5,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 use x_transformers::{
     DType, Device, Error, ParamStore, QuantType, Tensor,
-    config::{AutoregressiveConfig, Config},
+    config::{AutoregressivePlan, ModelPlan},
     models::AutoregressiveWrapper,
     pretrained::Pretrained,
     train::Checkpoint,
 };
 
 use crate::{
+    allocator,
+    compute::dtypes,
     failure::{Failure, Result},
     files,
     language::Language,
@@ -44,6 +46,45 @@ pub enum Weights {
     Q4K,
 }
 
+/// Types of what a model computes with.
+#[derive(Args, Clone, Copy)]
+pub struct WeightsArgs {
+    /// Data type of the weights in memory
+    #[arg(long, value_enum, default_value_t = Weights::Stored)]
+    weights: Weights,
+
+    /// Data type of activations and the KV cache beside quantized weights [default: f32]
+    #[arg(long, value_name = "DTYPE", value_parser = dtypes([DType::F32, DType::BF16, DType::F16]))]
+    activations: Option<DType>,
+}
+
+impl WeightsArgs {
+    /// Returns `true` if the weights are rounded to f16, which some overflow.
+    pub fn are_f16(self) -> bool {
+        self.dtype() == DType::F16
+    }
+
+    /// The type of activations, and of the weights that are not quantized.
+    fn dtype(self) -> DType {
+        match self.weights {
+            Weights::Bf16 => DType::BF16,
+            Weights::F16 => DType::F16,
+            _ => self.activations.unwrap_or(DType::F32),
+        }
+    }
+
+    /// Errors: another type of activations than that of weights which are not quantized.
+    fn check(self) -> Result<()> {
+        let fixed = matches!(self.weights, Weights::F32 | Weights::Bf16 | Weights::F16);
+        if fixed && self.activations.is_some() {
+            return Err(Failure::new(
+                "`--activations` applies to quantized weights; others have the type of `--weights` throughout",
+            ));
+        }
+        Ok(())
+    }
+}
+
 impl Weights {
     /// The type that weights are rounded to.
     fn quantized(self) -> Option<QuantType> {
@@ -64,17 +105,18 @@ pub struct Source {
 }
 
 enum Kind {
-    Trained(Box<AutoregressiveConfig>, BTreeMap<String, Tensor>),
+    Trained(Box<AutoregressivePlan>, BTreeMap<String, Tensor>),
     Pretrained(Box<Pretrained>),
 }
 
 impl Source {
     /// Opens a folder of `xt train`, a folder of `transformers`, or a GGUF file; with a tokenizer if it is elsewhere.
     /// Quantised weights stay packed if they are kept as they are stored.
-    pub fn open(path: &Path, tokenizer: Option<&Path>, strict: StrictArgs, weights: Weights) -> Result<Self> {
+    pub fn open(path: &Path, tokenizer: Option<&Path>, strict: StrictArgs, types: WeightsArgs) -> Result<Self> {
+        types.check()?;
         if Pretrained::is_one(path) {
             let mut pretrained = Pretrained::open(path)?;
-            if weights != Weights::Stored {
+            if types.weights != Weights::Stored {
                 pretrained = pretrained.dequantized();
             }
             strict.check(&pretrained, path)?;
@@ -87,16 +129,19 @@ impl Source {
                 return Err(Failure::new(why).within(path));
             }
             let language = Language::pretrained(Tokenizer::of(&pretrained, tokenizer)?);
+            drop(pretrained.take_metadata());
+            allocator::trim();
             return Ok(Self { language, kind: Kind::Pretrained(Box::new(pretrained)), path: path.to_path_buf() });
         }
         let path = files::checkpoint(path);
         let (config, values) = Checkpoint::load_averaged(&path)?;
-        let Config::AutoregressiveWrapper(config) = config else {
+        let broken = |error: Error| Failure::from(error).within(&path);
+        let ModelPlan::Autoregressive(plan) = config.plan().map_err(broken)? else {
             let why = "expected an AutoregressiveWrapper; name a folder that `xt train` wrote";
             return Err(Failure::new(why).within(&path));
         };
-        let language = language(&path, tokenizer, config.net.num_tokens)?;
-        Ok(Self { language, kind: Kind::Trained(Box::new(config), values), path })
+        let language = language(&path, tokenizer, plan.net.num_tokens)?;
+        Ok(Self { language, kind: Kind::Trained(Box::new(plan), values), path })
     }
 
     /// The tokens that end a text, or a turn of a chat, as the files name them.
@@ -113,8 +158,7 @@ impl Source {
     /// Tokens that the model sees.
     pub fn window(&self) -> usize {
         match &self.kind {
-            Kind::Trained(config, _) if config.net.max_seq_len == 0 => usize::MAX,
-            Kind::Trained(config, _) => config.net.max_seq_len,
+            Kind::Trained(plan, _) => plan.net.window(),
             Kind::Pretrained(pretrained) => pretrained.config().max_seq_len,
         }
     }
@@ -122,7 +166,7 @@ impl Source {
     /// Number of tokens in the vocabulary.
     pub fn vocabulary(&self) -> usize {
         match &self.kind {
-            Kind::Trained(config, _) => config.net.num_tokens,
+            Kind::Trained(plan, _) => plan.net.num_tokens,
             Kind::Pretrained(pretrained) => pretrained.config().num_tokens,
         }
     }
@@ -145,23 +189,19 @@ impl Source {
     }
 
     /// The model with its weights.
-    pub fn model(&self, weights: Weights, device: &Device) -> Result<AutoregressiveWrapper> {
-        let dtype = match weights {
-            Weights::Bf16 => DType::BF16,
-            Weights::F16 => DType::F16,
-            _ => DType::F32,
-        };
+    pub fn model(&self, types: WeightsArgs, device: &Device) -> Result<AutoregressiveWrapper> {
+        let dtype = types.dtype();
         let broken = |error: Error| Failure::from(error).within(&self.path);
         let mut model = match &self.kind {
             Kind::Pretrained(pretrained) => pretrained.autoregressive(dtype, device)?,
-            Kind::Trained(config, values) => {
+            Kind::Trained(plan, values) => {
                 let store = ParamStore::zeros(dtype, device);
-                let model = AutoregressiveWrapper::new(config, &store).map_err(broken)?;
+                let model = AutoregressiveWrapper::from_plan((**plan).clone(), &store).map_err(broken)?;
                 store.params().load(values).map_err(broken)?;
                 model
             }
         };
-        if let Some(kind) = weights.quantized() {
+        if let Some(kind) = types.weights.quantized() {
             model.quantize(kind).map_err(broken)?;
         }
         Ok(model)

@@ -43,10 +43,11 @@ pub use with::{chat, learn, open, stop_end};
 
 #[cfg(not(feature = "tokenizers"))]
 mod without {
-    use std::{convert::Infallible, path::Path};
+    use std::{collections::BTreeMap, convert::Infallible, path::Path};
 
     use x_transformers::{
         DType, Device, Tensor,
+        io::{Format, Metadata},
         models::RowEnd,
         pretrained::{Pretrained, Similarity},
     };
@@ -113,6 +114,15 @@ mod without {
     impl Tokenizer {
         pub fn of(_: &Pretrained, _: Option<&Path>) -> Result<Self> {
             Err(missing())
+        }
+
+        /// A GGUF file needs no description of its tokenizer: it has one.
+        pub fn gguf_metadata(pretrained: &Pretrained, _: Option<&Path>) -> Result<BTreeMap<String, Metadata>> {
+            if pretrained.file().format() == Format::Gguf { Ok(BTreeMap::new()) } else { Err(missing()) }
+        }
+
+        pub fn gguf_metadata_of_bytes(_: usize) -> BTreeMap<String, Metadata> {
+            BTreeMap::new()
         }
 
         pub fn encode(&self, _: &str) -> Result<Vec<i64>> {

@@ -10,9 +10,12 @@ use std::{
 use clap::{Args, value_parser};
 use x_transformers::{
     DType, Device, Error, Tensor,
-    config::{AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, TransformerWrapperConfig},
+    config::{
+        AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, ModelPlan, TransformerWrapperConfig, v2,
+    },
+    models::AutoregressiveWrapper,
     pretrained::Pretrained,
-    train::{ByteText, Checkpoint, TrainOptions, Trainer},
+    train::{ByteText, Checkpoint, TrainModel, TrainOptions, Trainer},
 };
 
 mod data;
@@ -235,7 +238,7 @@ impl TrainArgs {
     }
 
     /// The model to train, by default with a vocabulary of this size.
-    fn config(&self, num_tokens: Option<usize>) -> Result<AutoregressiveConfig> {
+    fn config(&self, num_tokens: Option<usize>) -> Result<Config> {
         let Some(path) = &self.config else {
             let Some(num_tokens) = num_tokens.or(self.keywords.sets("num_tokens").then_some(1)) else {
                 return Err(Failure::new(
@@ -246,26 +249,40 @@ impl TrainArgs {
             let max_seq_len = self.options.seq_len.unwrap_or(TrainOptions::default().seq_len);
             let attn_layers = self.model.layers(self.options.document_mask);
             let net = TransformerWrapperConfig { num_tokens, max_seq_len, attn_layers, ..Default::default() };
-            return self.changed(AutoregressiveConfig { net, ..Default::default() });
+            return self.changed(AutoregressiveConfig { net, ..Default::default() }.into());
         };
         let text = files::config(path)?;
         let broken = |error: Error| Failure::from(error).within(path);
-        let config = Config::from_json(&text).map_err(broken)?;
+        let config = match Config::from_json(&text).map_err(broken)? {
+            Config::TransformerWrapper(net) => AutoregressiveConfig { net, ..Default::default() }.into(),
+            Config::V2(config) => match *config {
+                v2::Config::TransformerWrapper(net) => v2::AutoregressiveConfig { net, ..Default::default() }.into(),
+                config => Config::V2(Box::new(config)),
+            },
+            config => config,
+        };
         // Conflicting options are detected here, where the file is known.
-        config.layers().map_err(broken)?;
-        match config {
-            Config::AutoregressiveWrapper(config) => self.changed(config),
-            Config::TransformerWrapper(net) => self.changed(AutoregressiveConfig { net, ..Default::default() }),
+        match config.plan().map_err(broken)? {
+            ModelPlan::Autoregressive(_) => self.changed(config),
             _ => Err(Failure::new("expected an AutoregressiveWrapper or a TransformerWrapper").within(path)),
         }
     }
 
     /// The config with the keywords of the command line.
-    fn changed(&self, config: AutoregressiveConfig) -> Result<AutoregressiveConfig> {
-        match self.keywords.apply(Config::AutoregressiveWrapper(config))? {
-            Config::AutoregressiveWrapper(config) => Ok(config),
+    fn changed(&self, config: Config) -> Result<Config> {
+        let config = self.keywords.apply(config)?;
+        match config.plan()? {
+            ModelPlan::Autoregressive(_) => Ok(config),
             _ => Err(Failure::new("`--set` cannot change the class of the model")),
         }
+    }
+}
+
+/// The longest window that a model of this config predicts; 0: no limit.
+fn longest(config: &Config) -> usize {
+    match AutoregressiveWrapper::max_seq_len(config) {
+        usize::MAX => 0,
+        longest => longest,
     }
 }
 
@@ -299,12 +316,12 @@ pub fn run(args: TrainArgs) -> Result<()> {
         None => {
             let mut trainer = match start {
                 Some(Start { config, weights, .. }) => {
-                    let options = args.train_options(config.net.max_seq_len);
+                    let options = args.train_options(longest(&config));
                     Trainer::start_from(config, &weights, options, source, &device)?
                 }
                 None => {
                     let config = args.config(num_tokens)?;
-                    let options = args.train_options(config.net.max_seq_len);
+                    let options = args.train_options(longest(&config));
                     Trainer::new(config, options, source, &device)?
                 }
             };
@@ -339,7 +356,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
 
 /// A model of `xt train` whose weights a new run starts with.
 struct Start {
-    config: AutoregressiveConfig,
+    config: Config,
     weights: BTreeMap<String, Tensor>,
     /// Folder of its tokenizer.
     tokenizer: Option<PathBuf>,
@@ -353,7 +370,7 @@ impl Start {
         }
         let folder = files::checkpoint(path);
         let (config, weights) = Checkpoint::load_averaged(&folder)?;
-        let Config::AutoregressiveWrapper(config) = config else {
+        let ModelPlan::Autoregressive(_) = config.plan()? else {
             let why = "expected an AutoregressiveWrapper; name a folder that `xt train` wrote";
             return Err(Failure::new(why).within(path));
         };
@@ -413,7 +430,7 @@ mod tests {
     /// The model and the options of a new run.
     fn run_of(args: &TrainArgs) -> serde_json::Value {
         let config = args.config(Some(256)).expect("a config");
-        json!([args.train_options(config.net.max_seq_len), Config::AutoregressiveWrapper(config).to_value()])
+        json!([args.train_options(longest(&config)), config.to_value()])
     }
 
     /// Every option of the command is in this table, so that none is forgotten by `--resume`.

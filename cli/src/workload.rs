@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use clap::ValueEnum;
 use x_transformers::{
     DType, Device, ParamStore, Philox, Result, Tape, Tensor,
-    config::{Call, Config, GenerateCall, LayersPlan},
+    config::{Call, Config, GenerateCall, LayersPlan, ModelPlan, VisionHead},
     models::{Model, RunOptions},
     train::{AdamW, AdamWOptions},
 };
@@ -121,82 +121,85 @@ impl Workload {
         device: &Device,
     ) -> Result<Option<Self>> {
         // The forward pass of a wrapper with a loss is that of what it wraps.
-        let wrapped = match (config, mode) {
-            (Config::AutoregressiveWrapper(wrapper), Mode::Forward) => {
-                Some(Config::TransformerWrapper(wrapper.net.clone()))
-            }
-            _ => None,
+        let plan = match (config.plan()?, mode) {
+            (ModelPlan::Autoregressive(plan), Mode::Forward) => ModelPlan::Transformer(plan.net),
+            (ModelPlan::ContinuousAutoregressive(plan), Mode::Forward) => ModelPlan::Continuous(plan.net),
+            (plan, _) => plan,
         };
-        let config = wrapped.as_ref().unwrap_or(config);
         let Extent { batch, new_tokens, .. } = extent;
-        let Some((sizes, cost)) = Cost::of_model(config, Sizes { rows: batch, tokens: extent.seq_len })? else {
+        let sizes = Sizes { rows: batch, tokens: extent.seq_len };
+        let Some((sizes, cost)) = Cost::of_plan(plan.clone(), sizes)? else {
             return Ok(None);
         };
         let length = sizes.tokens;
         let source = Source { dtype, device };
         let generates = mode == Mode::Generate;
         let mut loss = Loss::Squares;
-        let mut inputs: Vec<(&str, Tensor)> = match config {
-            Config::AutoregressiveWrapper(config) => {
-                let plan = config.net.plan()?;
+        let mut inputs: Vec<(&str, Tensor)> = match &plan {
+            ModelPlan::Autoregressive(plan) => {
                 loss = Loss::Given;
-                // The last token is predicted only.
-                let (name, read) = if generates { ("start_tokens", length) } else { ("x", length + 1) };
-                let mut inputs = source.extras(&plan.layers, batch, length)?;
-                inputs.push((name, source.tokens(batch, read, plan.num_tokens)?));
+                // The last token is predicted only, unless the model reads it too.
+                let read = if plan.loss.reads_all { length } else { length + 1 };
+                let (name, read) = if generates { ("start_tokens", length) } else { ("x", read) };
+                let mut inputs = source.extras(&plan.net.layers, batch, length)?;
+                inputs.push((name, source.tokens(batch, read, plan.net.num_tokens)?));
                 inputs
             }
-            Config::XTransformer(config) => {
-                let plan = config.plan()?;
+            ModelPlan::EncoderDecoder(plan) => {
                 loss = Loss::Given;
                 let src = source.tokens(batch, length, plan.enc.num_tokens)?;
                 let mask = source.mask(batch, length)?;
                 if generates {
                     let start = source.tokens(batch, 1, plan.dec.num_tokens)?;
-                    vec![("seq_in", src), ("seq_out_start", start), ("src_mask", mask)]
+                    vec![("seq_in", src), ("seq_out_start", start), (plan.masks[0], mask)]
                 } else {
-                    let tgt = source.tokens(batch, length + 1, plan.dec.num_tokens)?;
-                    vec![("src", src), ("tgt", tgt), ("src_mask", mask)]
+                    let read = if plan.loss.reads_all { length } else { length + 1 };
+                    let tgt = source.tokens(batch, read, plan.dec.num_tokens)?;
+                    vec![("src", src), ("tgt", tgt), (plan.masks[0], mask)]
                 }
             }
             _ if generates => return Ok(None),
-            Config::TransformerWrapper(config) => {
-                let plan = config.plan()?;
+            ModelPlan::Transformer(plan) => {
                 loss = Loss::Targets(source.tokens(batch, length, plan.num_tokens)?);
                 let mut inputs = source.extras(&plan.layers, batch, length)?;
                 inputs.push(("x", source.tokens(batch, length, plan.num_tokens)?));
                 inputs
             }
-            Config::ContinuousTransformerWrapper(config) => {
-                let plan = config.plan()?;
+            ModelPlan::Continuous(plan) => {
                 let mut inputs = source.extras(&plan.layers, batch, length)?;
                 let features = plan.dim_in.unwrap_or(plan.layers.dim);
                 inputs.push(("x", source.floats(&[batch, length, features])?));
                 inputs
             }
-            Config::ViTransformerWrapper(config) => {
-                if let Some(classes) = config.num_classes {
+            ModelPlan::Vision(plan) => {
+                let classes = match &plan.head {
+                    VisionHead::FeedForward(head) => Some(head.dim_out),
+                    VisionHead::Mean(classes) => *classes,
+                    _ => None,
+                };
+                if let Some(classes) = classes {
                     loss = Loss::Targets(source.tokens(batch, 1, classes)?.reshape([batch])?);
                 }
-                vec![("img", source.floats(&[batch, 3, config.image_size, config.image_size])?)]
+                let side = plan.patch_size * plan.patches.isqrt();
+                vec![("img", source.floats(&[batch, plan.channels, side, side])?)]
             }
-            Config::AttentionLayers(config) => {
-                let plan = LayersPlan::new(config)?;
-                let mut inputs = source.extras(&plan, batch, length)?;
+            ModelPlan::Layers(plan) => {
+                let mut inputs = source.extras(plan, batch, length)?;
                 inputs.push(("x", source.floats(&[batch, length, plan.dim])?));
                 inputs
             }
             _ => return Ok(None),
         };
         let sampling = call.generate.as_ref().map(|generate| generate.sampling.clone()).unwrap_or_default();
-        let generate = GenerateCall { seq_len: new_tokens, eos_token: None, sampling };
+        let generate =
+            GenerateCall { seq_len: new_tokens, eos_token: None, sampling, pads_open_rows: false, cache_kv: true };
         let (tokens, operations) = match mode {
             Mode::Forward => (batch * length, Some(cost.forward)),
             Mode::Train => (batch * length, Some(cost.training())),
-            Mode::Generate => (batch * new_tokens, Cost::of_generation(config, batch, length, new_tokens)?),
+            Mode::Generate => (batch * new_tokens, Cost::of_generation(plan.clone(), batch, length, new_tokens)?),
         };
         Ok(Some(Self {
-            model: Model::new(config, &ParamStore::new(0, dtype, device))?,
+            model: Model::from_plan(plan, &ParamStore::new(0, dtype, device))?,
             call: Call { generate: generates.then_some(generate), ..Call::default() },
             inputs: inputs.drain(..).map(|(name, tensor)| (name.to_string(), tensor)).collect(),
             loss,

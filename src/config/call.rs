@@ -5,6 +5,7 @@ use serde_json::Value;
 use super::{
     SamplingConfig,
     kwargs::{self, Map, keywords},
+    v2,
 };
 use crate::{Error, Result, error::ensure};
 
@@ -17,8 +18,16 @@ pub struct Call {
     pub return_mems: bool,
     /// If `true`, returns attention maps.
     pub return_attn: bool,
+    /// If `true`, returns the embeddings beside the logits.
+    pub return_logits_and_embeddings: bool,
+    /// If `true`, leaves the positions of `prepend_embeds` out of the output.
+    pub excise_prepend_embeds: bool,
+    /// Number of first positions that all tokens see, for a `PrefixDecoder`.
+    pub prefix_attn_len: Option<i64>,
     /// If `Some`, generates tokens instead: `"method": "generate"` with the arguments of `generate`.
     pub generate: Option<GenerateCall>,
+    /// If `Some`, searches for the most likely continuations instead: `"method": "beam_search"`.
+    pub beam_search: Option<BeamCall>,
 }
 
 /// Arguments of `generate`.
@@ -30,56 +39,130 @@ pub struct GenerateCall {
     pub eos_token: Option<i64>,
     /// Filter and temperature.
     pub sampling: SamplingConfig,
+    /// If `true`, rows are padded after their ends even if some have not ended, as in version 2.
+    pub pads_open_rows: bool,
+    /// If `true`, keys and values are cached, like the default.
+    pub cache_kv: bool,
+}
+
+/// Arguments of `beam_search`.
+#[derive(Clone, PartialEq, Debug)]
+pub struct BeamCall {
+    /// Number of tokens to generate.
+    pub seq_len: usize,
+    /// Number of beams.
+    pub beams: usize,
+    /// If `true`, returns all beams and their scores, otherwise the best one.
+    pub return_beams_and_scores: bool,
 }
 
 /// Keys of a call, except those of sampling.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 struct Keys {
     return_embeddings: bool,
     return_mems: bool,
     return_attn: bool,
+    return_logits_and_embeddings: bool,
+    excise_prepend_embeds: bool,
+    prefix_attn_len: Option<i64>,
     method: Option<String>,
     seq_len: Option<usize>,
     eos_token: Option<i64>,
+    cache_kv: bool,
+    restrict_to_max_seq_len: bool,
+    beams: usize,
+    return_beams_and_scores: bool,
+}
+
+impl Default for Keys {
+    fn default() -> Self {
+        Self {
+            return_embeddings: false,
+            return_mems: false,
+            return_attn: false,
+            return_logits_and_embeddings: false,
+            excise_prepend_embeds: false,
+            prefix_attn_len: None,
+            method: None,
+            seq_len: None,
+            eos_token: None,
+            cache_kv: true,
+            restrict_to_max_seq_len: true,
+            beams: 4,
+            return_beams_and_scores: false,
+        }
+    }
 }
 
 keywords! {
     Keys {
-        options { return_embeddings, return_mems, return_attn, method, seq_len, eos_token }
+        options {
+            return_embeddings, return_mems, return_attn, return_logits_and_embeddings, excise_prepend_embeds,
+            prefix_attn_len, method, seq_len, eos_token, cache_kv, restrict_to_max_seq_len, beams,
+            return_beams_and_scores,
+        }
     }
 }
 
+/// Arguments of sampling in version 2.
+const SAMPLING_OF_TWO: [&str; 3] = ["filter_logits_fn", "filter_kwargs", "temperature"];
+
 impl Call {
-    /// Reads a JSON object.
+    /// Reads a JSON object; `two`: with the arguments of version 2.
     ///
     /// Errors: [`ErrorKind::UnknownOption`](crate::ErrorKind::UnknownOption), or
     /// [`ErrorKind::Option`](crate::ErrorKind::Option) for options that cannot be combined.
-    pub fn from_value(value: Value) -> Result<Self> {
+    pub fn from_value(value: Value, two: bool) -> Result<Self> {
         let map = kwargs::object("call", value)?;
         let sampling_keys = kwargs::flat(&mut SamplingConfig::default());
-        let (sampling, keys): (Map, Map) = map.into_iter().partition(|(key, _)| sampling_keys.contains_key(key));
+        let samples = |key: &String| {
+            if two { SAMPLING_OF_TWO.contains(&key.as_str()) } else { sampling_keys.contains_key(key) }
+        };
+        let (sampling, keys): (Map, Map) = map.into_iter().partition(|(key, _)| samples(key));
         let samples = !sampling.is_empty();
-        let (keys, sampling) = (kwargs::read::<Keys>(keys)?, kwargs::read(sampling)?);
-        let generate = match keys.method.as_deref() {
+        let keys = kwargs::read::<Keys>(keys)?;
+        let sampling = if two { v2::SamplingConfig::from_map(sampling)?.sampling()? } else { kwargs::read(sampling)? };
+        let seq_len = || keys.seq_len.ok_or_else(|| Error::missing_option("seq_len"));
+        let (mut generate, mut beam_search) = (None, None);
+        match keys.method.as_deref() {
             None => {
                 let given = keys.seq_len.is_some() || keys.eos_token.is_some() || samples;
                 ensure!(
                     !given,
                     Error::option("method", "must be \"generate\" to use `seq_len`, `eos_token` or sampling options")
                 );
-                None
             }
             Some("generate") => {
-                let seq_len = keys.seq_len.ok_or_else(|| Error::missing_option("seq_len"))?;
-                Some(GenerateCall { seq_len, eos_token: keys.eos_token, sampling })
+                generate = Some(GenerateCall {
+                    seq_len: seq_len()?,
+                    eos_token: keys.eos_token,
+                    sampling,
+                    pads_open_rows: two,
+                    cache_kv: keys.cache_kv,
+                });
+            }
+            Some("beam_search") if two => {
+                ensure!(
+                    keys.eos_token.is_none() && !samples,
+                    Error::option(
+                        "method",
+                        "\"beam_search\" takes neither eos_token nor sampling, like x-transformers"
+                    )
+                );
+                let (beams, return_beams_and_scores) = (keys.beams, keys.return_beams_and_scores);
+                beam_search = Some(BeamCall { seq_len: seq_len()?, beams, return_beams_and_scores });
             }
             Some(other) => return Err(Error::option("method", format_args!("expected \"generate\", got \"{other}\""))),
-        };
+        }
         Ok(Self {
             return_embeddings: keys.return_embeddings,
             return_mems: keys.return_mems,
             return_attn: keys.return_attn,
+            return_logits_and_embeddings: keys.return_logits_and_embeddings,
+            excise_prepend_embeds: keys.excise_prepend_embeds,
+            prefix_attn_len: keys.prefix_attn_len,
             generate,
+            beam_search,
         })
     }
 }

@@ -3,7 +3,10 @@
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::later::is_later;
+use super::{
+    AttentionLayersConfig, ContinuousTransformerWrapperConfig, SamplingConfig, TransformerWrapperConfig,
+    ViTransformerWrapperConfig, later::is_later,
+};
 use crate::{
     Error, ErrorKind, Result,
     collect::CollectVec,
@@ -177,6 +180,19 @@ pub(super) fn flat(config: &mut dyn Keywords) -> Map {
     map
 }
 
+/// Returns `true` if this is an option of a class of x-transformers 0.22, or one that this crate added to them.
+pub(super) fn is_of_first(key: &str) -> bool {
+    let of_stack = ["enc_", "dec_"].iter().find_map(|prefix| key.strip_prefix(prefix)).unwrap_or(key);
+    let configs: [&mut dyn Keywords; 5] = [
+        &mut AttentionLayersConfig::default(),
+        &mut TransformerWrapperConfig::default(),
+        &mut ContinuousTransformerWrapperConfig::default(),
+        &mut ViTransformerWrapperConfig::default(),
+        &mut SamplingConfig::default(),
+    ];
+    configs.into_iter().any(|config| flat(config).contains_key(of_stack))
+}
+
 /// Rejects unknown keys.
 pub(super) fn check_known(map: &Map, known: &[String]) -> Result<()> {
     match map.keys().find(|&key| !known.contains(key)) {
@@ -190,7 +206,7 @@ pub(super) fn check_known(map: &Map, known: &[String]) -> Result<()> {
 }
 
 /// Returns the known key with the fewest edits if those are few; otherwise one that only has an additional prefix.
-fn nearest(key: &str, known: &[String]) -> Option<String> {
+pub(super) fn nearest(key: &str, known: &[String]) -> Option<String> {
     let (edits, nearest) = known.iter().map(|known| (edit_distance(key, known), known)).min()?;
     if edits <= 2.max(key.len() / 3) {
         return Some(nearest.clone());

@@ -7,30 +7,41 @@
 //! * Plans ([`LayersPlan`]) describe the model to build. Creating one checks all options and their combinations;
 //!   nothing is checked later.
 
+mod branch_plan;
 mod call;
 mod json;
 mod kwargs;
 mod later;
+mod model_plan;
 mod options;
 mod order;
 mod plan;
 mod ranges;
 mod resolve;
 mod rotary;
+pub mod v2;
 mod wrapper_plan;
 mod wrappers;
 
-pub use call::{Call, GenerateCall};
+pub use branch_plan::{
+    AttentionPath, AttentionPlan, FeedForwardPlan, Normalize, PaddingPlan, QkNormPlan, ScoreResidual, TalkingHeads,
+    Temperature, ValueGate, ValueResidual,
+};
+pub use call::{BeamCall, Call, GenerateCall};
+pub use model_plan::ModelPlan;
 pub use options::{
     AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, Llama3Scaling,
     ShiftTokens, YarnScaling,
 };
 pub use plan::{
-    AlibiPlan, AttentionPath, AttentionPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, NormPlan, Normalize,
-    PositionBiasPlan, Positions, ResidualPlan, T5Plan, Temperature, WrapPlan,
+    AlibiPlan, BranchPlan, ConditionPlan, DropPlan, DynamicPlan, Gain, HyperPlan, LayerPlan, LayerScalePlan,
+    LayersPlan, NormPlan, PolarPlan, PositionBiasPlan, Positions, ResidualPlan, T5Plan, WrapPlan,
 };
 pub use rotary::RotaryPlan;
-pub use wrapper_plan::{ContinuousPlan, TransformerPlan, ViTransformerPlan, XTransformerPlan};
+pub use wrapper_plan::{
+    AbsolutePositions, AroundPlan, AttentionPoolPlan, AutoregressivePlan, ContinuousAutoregressivePlan, ContinuousLoss,
+    ContinuousPlan, LossPlan, MemoryPlan, PoolerPlan, TransformerPlan, ViTransformerPlan, VisionHead, XTransformerPlan,
+};
 pub use wrappers::{
     AutoregressiveConfig, ContinuousTransformerWrapperConfig, FilterLogits, SamplingConfig, TransformerWrapperConfig,
     ViTransformerWrapperConfig, XTransformerConfig,
@@ -85,6 +96,8 @@ pub enum Config {
     AttentionLayers(AttentionLayersConfig),
     /// `SamplingFilter`: not a model, but the step from logits to probabilities.
     SamplingFilter(SamplingConfig),
+    /// A model of version 2: options with the names and meanings of x-transformers 2.31.
+    V2(Box<v2::Config>),
 }
 
 /// The names that `model` can have.
@@ -119,13 +132,22 @@ impl Config {
         let mut value: Value =
             value.map_err(|error| Error::argument("config", format_args!("expected JSON: {error}")))?;
         let call = value.as_object_mut().and_then(|map| map.remove("call"));
-        let call = call.map_or_else(|| Ok(Call::default()), |call| Call::from_value(call).context("call"))?;
+        let two = value.get("version").is_some_and(is_two);
+        let call = call.map_or_else(|| Ok(Call::default()), |call| Call::from_value(call, two).context("call"))?;
         Ok((Self::from_value(value)?, call))
     }
 
     /// Reads a JSON value like [`Config::from_json`].
     pub fn from_value(value: Value) -> Result<Self> {
         let mut map = object("config", value)?;
+        match map.remove("version") {
+            None => {}
+            Some(version) if is_two(&version) => return v2::Config::from_map(map).map(Box::new).map(Self::V2),
+            Some(version) => ensure!(
+                version == "0.22" || version == "0.22.0",
+                Error::option("version", format_args!("expected \"2\" or \"0.22\", got {version}"))
+            ),
+        }
         let model = match map.remove("model") {
             Some(Value::String(model)) => model,
             Some(other) => return Err(Error::option("model", format_args!("expected a name, got {other}"))),
@@ -165,6 +187,7 @@ impl Config {
             Self::XTransformer(config) => ("XTransformer", config.to_map()),
             Self::AutoregressiveWrapper(config) => ("AutoregressiveWrapper", config.to_map()),
             Self::SamplingFilter(config) => ("SamplingFilter", kwargs::write(config)),
+            Self::V2(config) => return Value::Object(config.to_map()),
             Self::AttentionLayers(config) => {
                 let mut map = kwargs::write(config);
                 map.remove("kind");
@@ -185,22 +208,49 @@ impl Config {
         format!("{:#}", self.to_value())
     }
 
+    /// Resolves the options.
+    ///
+    /// Errors: options that are illegal alone or in combination.
+    pub fn plan(&self) -> Result<ModelPlan> {
+        Ok(match self {
+            Self::TransformerWrapper(config) => ModelPlan::Transformer(config.plan()?),
+            Self::ContinuousTransformerWrapper(config) => ModelPlan::Continuous(config.plan()?),
+            Self::ViTransformerWrapper(config) => ModelPlan::Vision(config.plan()?),
+            Self::XTransformer(config) => ModelPlan::EncoderDecoder(Box::new(config.plan()?)),
+            Self::AutoregressiveWrapper(config) => ModelPlan::Autoregressive(config.plan()?),
+            Self::AttentionLayers(config) => ModelPlan::Layers(LayersPlan::new(config)?),
+            Self::SamplingFilter(config) => ModelPlan::Filter(config.clone()),
+            Self::V2(config) => config.plan()?,
+        })
+    }
+
+    /// Returns the version of x-transformers whose names and meanings the options have.
+    pub fn version(&self) -> &'static str {
+        if matches!(self, Self::V2(_)) { "2" } else { "0.22" }
+    }
+
     /// Returns the plans of all attention layers in the model, with the prefixes of their parameters' names.
     ///
     /// Errors: options that are illegal alone or in combination.
     pub fn layers(&self) -> Result<Vec<(&'static str, LayersPlan)>> {
-        Ok(match self {
-            Self::TransformerWrapper(config) => vec![("attn_layers", config.plan()?.layers)],
-            Self::ContinuousTransformerWrapper(config) => vec![("attn_layers", config.plan()?.layers)],
-            Self::ViTransformerWrapper(config) => vec![("attn_layers", config.plan()?.layers)],
-            Self::XTransformer(config) => {
-                let plan = config.plan()?;
-                vec![("encoder.attn_layers", plan.enc.layers), ("decoder.net.attn_layers", plan.dec.layers)]
-            }
-            Self::AutoregressiveWrapper(config) => vec![("net.attn_layers", config.net.plan().context("net")?.layers)],
-            Self::AttentionLayers(config) => vec![("", LayersPlan::new(config)?)],
-            Self::SamplingFilter(_) => Vec::new(),
-        })
+        Ok(self.plan()?.layers().into_iter().map(|(name, plan)| (name, plan.clone())).collect())
+    }
+}
+
+/// Returns `true` if this is the name of version 2.
+fn is_two(version: &Value) -> bool {
+    version == "2" || version == "2.31"
+}
+
+impl From<AutoregressiveConfig> for Config {
+    fn from(config: AutoregressiveConfig) -> Self {
+        Self::AutoregressiveWrapper(config)
+    }
+}
+
+impl From<v2::AutoregressiveConfig> for Config {
+    fn from(config: v2::AutoregressiveConfig) -> Self {
+        Self::V2(Box::new(v2::Config::AutoregressiveWrapper(config)))
     }
 }
 

@@ -3,16 +3,11 @@
 use std::fmt;
 
 use super::{
+    branch_plan::{AttentionPlan, FeedForwardPlan},
     options::LayerType,
-    ranges::{WIDEST, at_least_one, probability},
     rotary::RotaryPlan,
 };
-use crate::{
-    Error, Result,
-    collect::CollectVec,
-    error::ensure,
-    ops::{Activation, Window, gpu_needs_scores},
-};
+use crate::collect::CollectVec;
 
 /// A stack of sublayers, resolved from [`AttentionLayersConfig`](super::AttentionLayersConfig).
 ///
@@ -41,10 +36,43 @@ pub struct LayersPlan {
     pub positions: Positions,
     /// The sublayers in their order.
     pub layers: Vec<LayerPlan>,
-    /// Number of sublayers with weights of their own; the rest repeat them.
-    pub distinct: usize,
-    /// Final norm after the last layer (owned by the wrapper).
+    /// Number of the module that computes each sublayer; a repeated number repeats the weights.
+    pub modules: Vec<usize>,
+    /// Bound of the output before the final norm, which `bound · tanh(x / bound)` keeps softly.
+    pub softclamp: Option<f64>,
+    /// Final norm after the last layer.
     pub final_norm: Option<NormPlan>,
+    /// If `true`, the layers own the final norm, `final_norm`; otherwise it is the wrapper's, `norm`.
+    pub owns_final_norm: bool,
+    /// If `true`, memories pass the norm before a branch, like the sequence.
+    pub norms_memories: bool,
+    /// Condition of the adaptive norms and scales.
+    pub condition: Option<ConditionPlan>,
+    /// Number of residual streams; 1: the usual one.
+    pub streams: usize,
+    /// If `true`, queries see later keys only within the prefix that a call gives, `prefix_attn_len`.
+    pub prefix: bool,
+    /// Treatment of whole sublayers in training.
+    pub drops: DropPlan,
+}
+
+/// Condition of adaptive norms and scales.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ConditionPlan {
+    /// Width of the condition.
+    pub dim: usize,
+    /// Width after a linear layer and SiLU, if there is one.
+    pub inner: Option<usize>,
+}
+
+/// Dropout of whole sublayers and of tokens of the context, in training.
+#[derive(Clone, PartialEq, Debug, Default)]
+#[non_exhaustive]
+pub struct DropPlan {
+    /// Probability of leaving out each sublayer; empty for none.
+    pub layers: Vec<f64>,
+    /// Share of the context's tokens that each cross-attention leaves out.
+    pub cross_attn_tokens: f64,
 }
 
 /// Position schemes of self-attention; absolute embeddings belong to the wrappers.
@@ -55,14 +83,31 @@ pub struct Positions {
     pub infused: bool,
     /// Rotation of queries and keys.
     pub rotary: Option<RotaryPlan>,
+    /// Polar positions of queries and keys.
+    pub polar: Option<PolarPlan>,
     /// A bias on the scores.
     pub bias: PositionBiasPlan,
+    /// If `true`, the bias depends on the distance alone and memory key/values have none; otherwise queries count from
+    /// 0 even after memories.
+    pub relative: bool,
+    /// If given, says whether a wrapper leaves out its absolute positions.
+    pub disable_absolute: Option<bool>,
+}
+
+/// Polar positions (<https://arxiv.org/abs/2509.10534>).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PolarPlan {
+    /// Heads.
+    pub heads: usize,
+    /// Number of features per head, each of which has a frequency.
+    pub dim: usize,
 }
 
 impl Positions {
     /// Returns `true` if a wrapper leaves out its absolute positions. ALiBi does not turn them off.
     pub fn replace_absolute(&self) -> bool {
-        self.infused || self.rotary.is_some() || matches!(self.bias, PositionBiasPlan::T5(_))
+        let own = self.infused || self.rotary.is_some() || self.polar.is_some();
+        self.disable_absolute.unwrap_or(own || matches!(self.bias, PositionBiasPlan::T5(_)))
     }
 }
 
@@ -77,6 +122,23 @@ pub enum PositionBiasPlan {
     T5(T5Plan),
     /// Linear in the position of the key.
     Alibi(AlibiPlan),
+    /// A small network on the distance.
+    Dynamic(DynamicPlan),
+}
+
+/// Dynamic position bias: linear layers with SiLU on the distance.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DynamicPlan {
+    /// Heads.
+    pub heads: usize,
+    /// Width of the network.
+    pub dim: usize,
+    /// Number of layers before the last.
+    pub depth: usize,
+    /// If `true`, the input is the signed logarithm of the distance.
+    pub log_distance: bool,
+    /// If `true`, norms follow the layers.
+    pub norm: bool,
 }
 
 /// T5's relative position bias.
@@ -175,6 +237,39 @@ pub enum NormPlan {
     ClampedRms(f64),
     /// RMSNorm; eps is added to the mean square.
     Rms(f64),
+    /// LayerNorm with the scale `gamma` and no bias; the stored scale is `offset` less.
+    Gamma {
+        /// Added to the variance.
+        eps: f64,
+        /// Added to the stored scale.
+        offset: f64,
+    },
+    /// RMSNorm whose lower bound on the length, before it is divided by `√dim`, is 1e-12.
+    Unit {
+        /// Scale that follows.
+        gain: Gain,
+        /// Added to the stored scale.
+        offset: f64,
+    },
+    /// LayerNorm or RMSNorm whose scale is a linear function of a condition of this width, plus 1.
+    Adaptive {
+        /// If `true`, LayerNorm, otherwise RMSNorm.
+        layer: bool,
+        /// Width of the condition.
+        dim_condition: usize,
+    },
+}
+
+/// Learned scale of a norm, `g`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Gain {
+    /// None.
+    None,
+    /// One number.
+    One,
+    /// One number per feature.
+    Each,
 }
 
 impl NormPlan {
@@ -183,253 +278,60 @@ impl NormPlan {
 }
 
 /// Wrappers of a branch, outermost first.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct WrapPlan {
+    /// Constant factor of the branch.
+    pub scale: Option<f64>,
     /// If `true`, the branch is multiplied by a learned scalar.
     pub rezero: bool,
+    /// Learned factor of each feature.
+    pub layer_scale: Option<LayerScalePlan>,
     /// Amounts by which chunks of features move along the sequence.
     pub shifts: Option<Vec<isize>>,
     /// If `true`, the branch is multiplied by one half: feedforwards with `macaron`.
     pub half: bool,
 }
 
+/// Learned factors of a branch's features.
+#[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
+pub enum LayerScalePlan {
+    /// `gamma + offset`.
+    Fixed {
+        /// Initial value of the factors.
+        start: f64,
+        /// Added to the stored values.
+        offset: f64,
+    },
+    /// Sigmoid of a linear function of a condition of this width.
+    Adaptive(usize),
+}
+
+/// Hyper-connections of several residual streams.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HyperPlan {
+    /// Number of streams.
+    pub streams: usize,
+    /// Number of the layer, which selects the stream that it reads at first.
+    pub layer: usize,
+}
+
 /// Sum of branch and residual, or another way to join them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub struct ResidualPlan {
     /// If `true`, a GRU cell joins branch and residual, otherwise a sum.
     pub gated: bool,
     /// If `true`, the residual is multiplied by a learned vector first.
     pub scaled: bool,
+    /// Constant factor of the residual.
+    pub constant: f64,
+    /// Hyper-connections, in place of the sum.
+    pub hyper: Option<HyperPlan>,
 }
 
-/// Feedforward.
-#[derive(Clone, PartialEq, Debug)]
-pub struct FeedForwardPlan {
-    /// Width of the input.
-    pub dim: usize,
-    /// Width between the layers.
-    pub inner: usize,
-    /// Width of the output.
-    pub dim_out: usize,
-    /// The activation.
-    pub activation: Activation,
-    /// If `true`, the activation gates the other half of the first projection.
-    pub glu: bool,
-    /// If `true`, both layers have biases.
-    pub bias: bool,
-    /// If `true`, a LayerNorm follows the activation.
-    pub post_act_ln: bool,
-    /// Dropout before the output layer.
-    pub dropout: f64,
-    /// If `true`, the output layer starts at 0.
-    pub zero_init: bool,
-}
-
-/// Attention.
-#[derive(Clone, PartialEq, Debug)]
-pub struct AttentionPlan {
-    /// Width of the model.
-    pub dim: usize,
-    /// Heads.
-    pub heads: usize,
-    /// Number of key and value heads; a divisor of `heads`.
-    pub kv_heads: usize,
-    /// If `true`, the projections of queries, keys and values have biases.
-    pub qkv_bias: bool,
-    /// If `true`, the output projection has a bias.
-    pub out_bias: bool,
-    /// Number of features per head of the values, and of the queries and keys unless heads share them.
-    pub dim_head: usize,
-    /// For collaborative heads: width of the queries and keys that all heads share.
-    pub shared: Option<usize>,
-    /// If `true`, queries attend only to keys up to their own position.
-    pub causal: bool,
-    /// Limits of the keys that a query attends to.
-    pub window: Window,
-    /// Scale of the logits.
-    pub temperature: Temperature,
-    /// Rotation.
-    pub rotary: Option<RotaryPlan>,
-    /// Number of learned memory keys and values before the others.
-    pub num_mem_kv: usize,
-    /// If `true`, scores are mixed across heads.
-    pub talking_heads: bool,
-    /// Number of highest-scoring keys that each query attends to.
-    pub sparse_topk: Option<usize>,
-    /// Function from scores to weights.
-    pub normalize: Normalize,
-    /// If `true`, scores are passed on to the next attention of the same kind.
-    pub residual: bool,
-    /// Dropout of the weights.
-    pub dropout: f64,
-    /// If `true`, each head's output has a learned factor.
-    pub head_scale: bool,
-    /// If `true`, values are gated by the layer's input.
-    pub gate_values: bool,
-    /// If `true`, the output projection has a gate.
-    pub on_attn: bool,
-    /// If `true`, the output projection starts at 0.
-    pub zero_init: bool,
-}
-
-/// Scale of the logits.
-#[derive(Clone, Copy, PartialEq, Debug)]
-#[non_exhaustive]
-pub enum Temperature {
-    /// A constant.
-    Fixed(f64),
-    /// Queries and keys are normalised; the temperature is learned per head, as a logarithm that starts here.
-    Learned(f64),
-}
-
-/// Function from scores to weights.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[non_exhaustive]
-pub enum Normalize {
-    /// Softmax.
-    Softmax,
-    /// 1.5-entmax.
-    Entmax15,
-}
-
-/// Code path of an attention layer.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[non_exhaustive]
-pub enum AttentionPath {
-    /// Fused: in blocks, without a tensor of all scores.
-    Fused,
-    /// Explicit: from the matrix of scores, for this reason.
-    Explicit(&'static str),
-}
-
-impl fmt::Display for AttentionPath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Fused => f.write_str("fused"),
-            Self::Explicit(why) => write!(f, "explicit: {why}"),
-        }
-    }
-}
-
-impl FeedForwardPlan {
-    /// Creates a plan `dim → inner → dim` with GELU and biases, x-transformers' default (with `inner = 4 · dim`).
-    pub fn new(dim: usize, inner: usize) -> Self {
-        Self {
-            dim,
-            inner,
-            dim_out: dim,
-            activation: Activation::Gelu,
-            glu: false,
-            bias: true,
-            post_act_ln: false,
-            dropout: 0.0,
-            zero_init: false,
-        }
-    }
-
-    /// Checks a plan that was not resolved from options.
-    ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for a width of 0 or one that could not be addressed, or
-    /// a dropout that is not a probability.
-    pub fn check(&self) -> Result<()> {
-        at_least_one("dim", self.dim)?;
-        at_least_one("inner", self.inner)?;
-        at_least_one("dim_out", self.dim_out)?;
-        probability("ff_dropout", self.dropout)
-    }
-}
-
-impl AttentionPlan {
-    /// Creates a plan with `heads` heads of `dim_head` features, softmax of products over `√dim_head`, no mask, and a
-    /// bias of the output only: x-transformers' default for an encoder.
-    pub fn new(dim: usize, heads: usize, dim_head: usize) -> Self {
-        Self {
-            dim,
-            heads,
-            kv_heads: heads,
-            qkv_bias: false,
-            out_bias: true,
-            dim_head,
-            shared: None,
-            causal: false,
-            window: Window::default(),
-            temperature: Temperature::Fixed((dim_head as f64).powf(-0.5)),
-            rotary: None,
-            num_mem_kv: 0,
-            talking_heads: false,
-            sparse_topk: None,
-            normalize: Normalize::Softmax,
-            residual: false,
-            dropout: 0.0,
-            head_scale: false,
-            gate_values: false,
-            on_attn: false,
-            zero_init: false,
-        }
-    }
-
-    /// Checks that every number is in its range.
-    ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first number that is out of its range.
-    pub fn check(&self) -> Result<()> {
-        at_least_one("dim", self.dim)?;
-        at_least_one("heads", self.heads)?;
-        at_least_one("attn_dim_head", self.dim_head)?;
-        let width = self.dim_head.checked_mul(self.heads).filter(|&width| width <= WIDEST);
-        if width.is_none() {
-            let why = format!(
-                "{} heads of {} features exceed the limit of {WIDEST} features in total",
-                self.heads, self.dim_head
-            );
-            return Err(Error::option("attn_dim_head", why));
-        }
-        let kv_heads = self.kv_heads;
-        ensure!(
-            kv_heads > 0 && self.heads.is_multiple_of(kv_heads),
-            Error::option(
-                "attn_kv_heads",
-                format_args!("expected a divisor of `heads` ({}), got {kv_heads}", self.heads)
-            )
-        );
-        ensure!(
-            kv_heads == self.heads || self.shared.is_none(),
-            Error::option("attn_kv_heads", "cannot be used with `attn_collab_heads`, whose heads already share keys")
-        );
-        self.shared.map_or(Ok(()), |shared| at_least_one("attn_collab_compression", shared))?;
-        probability("attn_dropout", self.dropout)?;
-        ensure!(self.sparse_topk != Some(0), Error::option("attn_sparse_topk", "expected at least 1, got 0"));
-        ensure!(
-            self.num_mem_kv <= WIDEST,
-            Error::option("attn_num_mem_kv", format_args!("expected at most {WIDEST}, got {}", self.num_mem_kv))
-        );
-        Ok(())
-    }
-
-    /// Returns the number of features per head of queries and keys.
-    pub fn dim_qk(&self) -> usize {
-        self.shared.unwrap_or(self.dim_head)
-    }
-
-    /// Returns the code path of a call with default options.
-    pub fn path(&self) -> AttentionPath {
-        self.needs_scores().map_or(AttentionPath::Fused, AttentionPath::Explicit)
-    }
-
-    /// Returns `Some(reason)` if the matrix of scores is needed, `None` if the fused op computes exactly this.
-    pub fn needs_scores(&self) -> Option<&'static str> {
-        if self.talking_heads {
-            return Some("talking heads mix scores across heads");
-        }
-        if self.sparse_topk.is_some() {
-            return Some("top-k needs whole rows of scores");
-        }
-        if self.normalize != Normalize::Softmax {
-            return Some("entmax needs whole rows of scores");
-        }
-        if self.residual {
-            return Some("residual attention passes scores to the next layer");
-        }
-        None
+impl Default for ResidualPlan {
+    fn default() -> Self {
+        Self { gated: false, scaled: false, constant: 1.0, hyper: None }
     }
 }
 
@@ -471,10 +373,12 @@ impl fmt::Display for LayerPlan {
         }
         let marks = [
             (self.wrap.rezero, "re-zero"),
+            (self.wrap.layer_scale.is_some(), "layer scale"),
             (self.wrap.shifts.is_some(), "shifted tokens"),
             (self.wrap.half, "halved"),
             (self.residual.gated, "gated residual"),
             (self.residual.scaled, "scaled residual"),
+            (self.residual.hyper.is_some(), "hyper-connection"),
         ];
         marks.iter().filter(|mark| mark.0).try_for_each(|mark| write!(f, ", {}", mark.1))
     }
@@ -483,44 +387,11 @@ impl fmt::Display for LayerPlan {
 impl fmt::Display for NormPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Layer(_) => "LayerNorm",
-            Self::Scale(_) => "ScaleNorm",
-            Self::ClampedRms(_) | Self::Rms(_) => "RMSNorm",
+            Self::Layer(_) | Self::Gamma { .. } => "LayerNorm",
+            Self::Scale(_) | Self::Unit { gain: Gain::One, .. } => "ScaleNorm",
+            Self::ClampedRms(_) | Self::Rms(_) | Self::Unit { .. } => "RMSNorm",
+            Self::Adaptive { layer: true, .. } => "adaptive LayerNorm",
+            Self::Adaptive { layer: false, .. } => "adaptive RMSNorm",
         })
-    }
-}
-
-impl fmt::Display for AttentionPlan {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} heads of {}", self.heads, self.dim_head)?;
-        if self.kv_heads != self.heads {
-            write!(f, ", {} of keys and values", self.kv_heads)?;
-        }
-        let marks = [
-            (self.causal, "causal"),
-            (self.shared.is_some(), "collaborative"),
-            (self.rotary.is_some(), "rotary"),
-            (self.num_mem_kv > 0, "memory key/values"),
-            (self.window != Window::default(), "limited past"),
-            (matches!(self.temperature, Temperature::Learned(_)), "learned temperature"),
-            (self.head_scale, "head scale"),
-            (self.gate_values, "gated values"),
-            (self.on_attn, "gated output"),
-        ];
-        marks.iter().filter(|mark| mark.0).try_for_each(|mark| write!(f, ", {}", mark.1))?;
-        write!(f, "; {}", self.path())?;
-        match (self.path(), gpu_needs_scores(self.dim_qk().max(self.dim_head))) {
-            (AttentionPath::Fused, Some(why)) => write!(f, ", on a GPU explicit: {why}"),
-            _ => Ok(()),
-        }
-    }
-}
-
-impl fmt::Display for FeedForwardPlan {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let activation = self.activation.title();
-        write!(f, "{} -> {} -> {}, {activation}", self.dim, self.inner, self.dim_out)?;
-        let marks = [(self.glu, "gated"), (self.post_act_ln, "inner LayerNorm")];
-        marks.iter().filter(|mark| mark.0).try_for_each(|mark| write!(f, ", {}", mark.1))
     }
 }

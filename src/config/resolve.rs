@@ -1,13 +1,14 @@
 //! Options to plans: the only place that knows which options can be combined.
 
 use super::{
+    branch_plan::{AttentionPlan, FeedForwardPlan, Normalize, ScoreResidual, TalkingHeads, Temperature, ValueGate},
     options::{
         AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, ShiftTokens,
     },
     order::layer_order,
     plan::{
-        AlibiPlan, AttentionPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, NormPlan, Normalize,
-        PositionBiasPlan, Positions, ResidualPlan, T5Plan, Temperature, WrapPlan,
+        AlibiPlan, BranchPlan, DropPlan, LayerPlan, LayersPlan, NormPlan, PositionBiasPlan, Positions, ResidualPlan,
+        T5Plan, WrapPlan,
     },
     ranges::{WIDEST, at_least_one, probability, without},
     rotary::RotaryPlan,
@@ -48,18 +49,20 @@ fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
     // With post-norm the wrapper's norm is the norm of the last sum.
     let last = (config.final_norm != FinalNorm::None).then_some(order.len() - 1);
     let distinct = distinct(config, &order)?;
+    let scores = |residual: bool| if residual { ScoreResidual::Scaled } else { ScoreResidual::None };
     let layer = |(index, (&kind, shifts)): (usize, (&LayerType, Option<Vec<isize>>))| {
         let branch = match kind {
             LayerType::SelfAttention => BranchPlan::SelfAttention(AttentionPlan {
                 causal,
                 rotary: positions.rotary.clone(),
                 temperature,
-                residual: config.residual_attn,
+                residual: scores(config.residual_attn),
                 ..attention.clone()
             }),
-            LayerType::CrossAttention => {
-                BranchPlan::CrossAttention(AttentionPlan { residual: config.cross_residual_attn, ..attention.clone() })
-            }
+            LayerType::CrossAttention => BranchPlan::CrossAttention(AttentionPlan {
+                residual: scores(config.cross_residual_attn),
+                ..attention.clone()
+            }),
             LayerType::FeedForward => BranchPlan::FeedForward(feedforward.clone()),
         };
         let is_feedforward = kind == LayerType::FeedForward;
@@ -69,17 +72,34 @@ fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
             norm.filter(|_| config.sandwich_norm || cosine),
             norm.filter(|_| !config.pre_norm && Some(index) != last),
         ];
-        let wrap = WrapPlan { rezero: config.use_rezero, shifts, half: config.macaron && is_feedforward };
-        let residual = ResidualPlan { gated: config.gate_residual, scaled: config.scale_residual };
+        let half = config.macaron && is_feedforward;
+        let wrap = WrapPlan { rezero: config.use_rezero, shifts, half, ..WrapPlan::default() };
+        let residual =
+            ResidualPlan { gated: config.gate_residual, scaled: config.scale_residual, ..ResidualPlan::default() };
         LayerPlan { branch, norms, wrap, residual }
     };
+    let modules = (0..order.len()).map(|index| index % distinct).collect_vec();
     let layers = order.iter().zip(shifts).enumerate().map(layer).collect_vec();
     let final_norm = match config.final_norm {
         FinalNorm::Layer => Some(NormPlan::Layer(config.norm_eps.unwrap_or(1e-5))),
         FinalNorm::Same => norm,
         FinalNorm::None => None,
     };
-    Ok(LayersPlan { dim: config.dim, cross_attend, positions, layers, distinct, final_norm })
+    Ok(LayersPlan {
+        dim: config.dim,
+        cross_attend,
+        positions,
+        layers,
+        modules,
+        softclamp: None,
+        final_norm,
+        owns_final_norm: false,
+        norms_memories: false,
+        condition: None,
+        streams: 1,
+        prefix: false,
+        drops: DropPlan::default(),
+    })
 }
 
 /// Returns the number of sublayers with weights of their own: if they are tied, those of the first block.
@@ -175,6 +195,7 @@ fn positions(config: &AttentionLayersConfig, order: &[LayerType], causal: bool, 
         infused: config.position_infused_attn,
         rotary: RotaryPlan::new(config, dim_head, dim_qk)?,
         bias: bias(config, causal)?,
+        ..Positions::default()
     })
 }
 
@@ -227,7 +248,7 @@ fn t5(config: &AttentionLayersConfig, causal: bool) -> Result<T5Plan> {
 }
 
 /// Returns the plans of token shift, one per sublayer.
-fn shifts(config: &AttentionLayersConfig, layers: usize, causal: bool) -> Result<Vec<Option<Vec<isize>>>> {
+pub(super) fn shifts(config: &AttentionLayersConfig, layers: usize, causal: bool) -> Result<Vec<Option<Vec<isize>>>> {
     let amounts = match &config.shift_tokens {
         ShiftTokens::All(amount) => vec![*amount; layers],
         ShiftTokens::Each(amounts) => {
@@ -266,12 +287,12 @@ fn attention(config: &AttentionLayersConfig) -> Result<AttentionPlan> {
         out_bias: attn.out_bias,
         window: Window { max_attend_past: attn.max_attend_past },
         num_mem_kv: attn.num_mem_kv,
-        talking_heads: attn.talking_heads,
+        talking_heads: if attn.talking_heads { TalkingHeads::Matrices } else { TalkingHeads::None },
         sparse_topk: attn.sparse_topk,
         normalize: if attn.use_entmax15 { Normalize::Entmax15 } else { Normalize::Softmax },
         dropout: attn.dropout,
         head_scale: attn.head_scale,
-        gate_values: attn.gate_values,
+        gate_values: if attn.gate_values { ValueGate::Biased } else { ValueGate::None },
         on_attn: attn.on_attn,
         zero_init: attn.zero_init_output || config.zero_init_branch_output,
         ..AttentionPlan::new(config.dim, config.heads, attn.dim_head)
@@ -365,14 +386,13 @@ pub(super) fn feedforward(
     );
     probability("ff_dropout", config.dropout)?;
     Ok(FeedForwardPlan {
-        dim,
-        inner: inner as usize,
         dim_out,
         activation: config.activation,
         glu: config.glu,
-        bias: !config.no_bias,
-        post_act_ln: config.post_act_ln,
+        bias: [!config.no_bias; 2],
+        norm: config.post_act_ln.then_some(NormPlan::LAYER),
         dropout: config.dropout,
         zero_init: config.zero_init_output || zero_init,
+        ..FeedForwardPlan::new(dim, inner as usize)
     })
 }

@@ -20,6 +20,11 @@ pub struct RotaryPlan {
     pub base: f64,
     /// Divides all frequencies.
     pub interpolation: f64,
+    /// Divides positions, whose frequencies are stored without it.
+    pub position_divisor: f64,
+    /// Positions per power of the scales that xPos multiplies queries by, and divides keys by
+    /// (<https://arxiv.org/abs/2212.10554>).
+    pub xpos: Option<f64>,
     /// Divides slow frequencies.
     pub llama3: Option<Llama3Scaling>,
     /// Divides slow frequencies, and multiplies queries and keys.
@@ -38,6 +43,8 @@ impl RotaryPlan {
             values: false,
             base: 10000.0,
             interpolation: 1.0,
+            position_divisor: 1.0,
+            xpos: None,
             llama3: None,
             yarn: None,
             factors: None,
@@ -84,7 +91,6 @@ impl RotaryPlan {
         // 0.22 rotates at least 32 features; other rotations may be as narrow as those of other libraries.
         let least = if config.rotary_qk_only && config.rotary_emb_dim.is_some() { 2 } else { 32 };
         let plan = Self {
-            dim: config.rotary_emb_dim.unwrap_or(dim_head / 2).max(least),
             values: !config.rotary_qk_only,
             base: config.rotary_base,
             interpolation: factor,
@@ -92,6 +98,7 @@ impl RotaryPlan {
             yarn: config.rotary_yarn_scaling,
             factors: config.rotary_freq_factors.as_deref().map(Arc::from),
             interleaved: config.rotary_interleaved,
+            ..Self::plain(config.rotary_emb_dim.unwrap_or(dim_head / 2).max(least))
         };
         ensure!(
             plan.dim <= WIDEST && plan.features() <= dim_head,
@@ -165,6 +172,12 @@ impl RotaryPlan {
     /// Returns the number of features per head that are rotated: `dim`, rounded up to an even number.
     pub fn features(&self) -> usize {
         2 * self.dim.div_ceil(2)
+    }
+
+    /// Returns xPos's scale of pair `k`, in f32 as PyTorch computes it.
+    pub fn xpos_scale(&self, k: usize) -> f64 {
+        let dim = self.dim as f64;
+        f64::from(((2 * k) as f32 + (0.4 * dim) as f32) / (1.4 * dim) as f32)
     }
 
     /// Returns the factor on the scores of rotated queries and keys, each of which YaRN multiplies by

@@ -1,12 +1,13 @@
 //! Plans of the wrappers.
 
 use super::{
-    FeedForwardPlan, LayersKind, LayersPlan, NormPlan,
+    AttentionPlan, FeedForwardPlan, LayersKind, LayersPlan, NormPlan,
     options::FeedForwardConfig,
     ranges::{WIDEST, at_least_one, probability},
     resolve::feedforward,
     wrappers::{
-        ContinuousTransformerWrapperConfig, TransformerWrapperConfig, ViTransformerWrapperConfig, XTransformerConfig,
+        AutoregressiveConfig, ContinuousTransformerWrapperConfig, TransformerWrapperConfig, ViTransformerWrapperConfig,
+        XTransformerConfig,
     },
 };
 use crate::{
@@ -25,20 +26,38 @@ pub struct TransformerPlan {
     pub max_seq_len: usize,
     /// Width of the embeddings.
     pub emb_dim: usize,
-    /// If `true`, the model has a table of absolute positions.
-    pub absolute_positions: bool,
+    /// Name of the table of token embeddings in a state dict.
+    pub token_emb: String,
+    /// If `true`, token embeddings are normalised to length 1.
+    pub l2norm_embed: bool,
+    /// Absolute positions.
+    pub absolute_positions: AbsolutePositions,
     /// Dropout after the embeddings.
     pub emb_dropout: f64,
+    /// Share of the gradient that reaches the embeddings.
+    pub emb_frac_gradient: f64,
     /// Number of learned memory tokens before the sequence.
     pub num_memory_tokens: usize,
-    /// If `true`, logits are computed with the embedding table.
-    pub tie_embedding: bool,
+    /// If given, memory tokens come before each group of this many tokens.
+    pub memory_tokens_every: Option<usize>,
+    /// Number of class tokens before the sequence, whose output is the model's.
+    pub num_cls_tokens: usize,
+    /// If given, logits are computed with the embedding table and multiplied by this.
+    pub tie_embedding: Option<f64>,
     /// The norm after the embeddings.
     pub post_emb_norm: Option<NormPlan>,
     /// Number of token types; 0: no table of them.
     pub num_token_types: usize,
-    /// If `true`, absolute positions are multiplied by `emb_dim^-½`.
-    pub scale_pos_emb: bool,
+    /// Additional tables of embeddings: names and numbers of vectors.
+    pub embeds: Vec<(String, usize)>,
+    /// Attention that pools the output.
+    pub pool: Option<AttentionPoolPlan>,
+    /// Heads: names below `to_logits`, empty for a single one, and numbers of logits.
+    pub logits: Vec<(String, usize)>,
+    /// Token that stands for a number: its embedding is multiplied by the number, and a head predicts numbers.
+    pub numerical_token: Option<i64>,
+    /// If `true`, a single logit is no dimension.
+    pub squeeze_logits: bool,
     /// If `true`, the output is the mean over the tokens.
     pub average_pool_embed: bool,
     /// If `true`, the model has a pooler on the first token.
@@ -49,16 +68,81 @@ pub struct TransformerPlan {
     pub return_only_embed: bool,
     /// If `true`, the logit layer has a bias.
     pub logits_bias: bool,
-    /// Number of memories kept per layer, 0 for all; `None`: the model returns none.
-    pub max_mem_len: Option<usize>,
+    /// Memories that are kept per layer.
+    pub memories: MemoryPlan,
     /// Number of layers by which incoming memories are rotated to the left.
     pub shift_mem_down: usize,
     /// The attention layers.
     pub layers: LayersPlan,
 }
 
+/// Absolute positions of a wrapper.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum AbsolutePositions {
+    /// None.
+    None,
+    /// A table, as it is.
+    Table,
+    /// A table, multiplied by `dim^-½`.
+    ScaledTable,
+    /// A table of vectors of length 1.
+    UnitTable,
+    /// Sinusoids with a learned scale.
+    Sinusoids,
+}
+
+impl AbsolutePositions {
+    /// Returns `true` if there is a table, whose length limits sequences.
+    pub fn is_table(self) -> bool {
+        matches!(self, Self::Table | Self::ScaledTable | Self::UnitTable)
+    }
+}
+
+/// Memories that a wrapper returns.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum MemoryPlan {
+    /// None: `return_mems` is an error.
+    None,
+    /// All.
+    All,
+    /// The last ones.
+    Last(usize),
+    /// The last ones of a call, to which older ones are not joined.
+    LastOfCall(usize),
+}
+
+/// An [`AttentionPool`](crate::models::AttentionPool), resolved: learned queries attend to the tokens.
+#[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
+pub struct AttentionPoolPlan {
+    /// Width of the queries.
+    pub dim: usize,
+    /// Number of learned queries; 0: a call gives them.
+    pub tokens: usize,
+    /// If `true`, the queries are added to the output.
+    pub residual: bool,
+    /// If `true`, the output of one query is `[b, dim]`.
+    pub squeeze: bool,
+    /// If `false`, a wrapper does not use the pool: in x-transformers that of a decoder is for other callers.
+    pub used: bool,
+    /// The attention, or layers of cross-attention and feedforward.
+    pub pooler: PoolerPlan,
+}
+
+/// What pools.
+#[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
+pub enum PoolerPlan {
+    /// One attention.
+    Attention(AttentionPlan),
+    /// Layers.
+    Layers(LayersPlan),
+}
+
 /// Checks `max_seq_len`: a table of positions needs at least one; without a table 0 means no limit.
-fn check_longest(max_seq_len: usize, table: bool) -> Result<()> {
+pub(super) fn check_longest(max_seq_len: usize, table: bool) -> Result<()> {
     at_least_one("max_seq_len", if table { max_seq_len } else { max_seq_len.max(1) })
 }
 
@@ -148,19 +232,36 @@ impl TransformerWrapperConfig {
             num_tokens: self.num_tokens,
             max_seq_len: self.max_seq_len,
             emb_dim,
-            absolute_positions,
+            token_emb: "token_emb".to_string(),
+            l2norm_embed: false,
+            absolute_positions: match (absolute_positions, self.scale_pos_emb) {
+                (false, _) => AbsolutePositions::None,
+                (true, false) => AbsolutePositions::Table,
+                (true, true) => AbsolutePositions::ScaledTable,
+            },
             emb_dropout: self.emb_dropout,
+            emb_frac_gradient: 1.0,
             num_memory_tokens: self.num_memory_tokens,
-            tie_embedding: self.tie_embedding,
+            memory_tokens_every: None,
+            num_cls_tokens: 0,
+            tie_embedding: self.tie_embedding.then_some(1.0),
             post_emb_norm: self.post_emb_norm.then_some(norm),
             num_token_types: self.num_token_types,
-            scale_pos_emb: self.scale_pos_emb,
+            embeds: Vec::new(),
+            pool: None,
+            logits: vec![(String::new(), self.num_tokens)],
+            numerical_token: None,
+            squeeze_logits: false,
             average_pool_embed: self.average_pool_embed,
             pooler: self.pooler,
             mlm_head: self.mlm_head.then_some((activation, norm)),
             return_only_embed: self.return_only_embed,
             logits_bias: self.logits_bias,
-            max_mem_len: self.max_mem_len,
+            memories: match self.max_mem_len {
+                None => MemoryPlan::None,
+                Some(0) => MemoryPlan::All,
+                Some(last) => MemoryPlan::Last(last),
+            },
             shift_mem_down: self.shift_mem_down,
             layers,
         })
@@ -177,10 +278,22 @@ pub struct ContinuousPlan {
     pub dim_in: Option<usize>,
     /// Number of output features, if they are projected.
     pub dim_out: Option<usize>,
-    /// If `true`, the model has a table of absolute positions.
-    pub absolute_positions: bool,
+    /// If `true`, the projections have biases.
+    pub bias: bool,
+    /// Absolute positions.
+    pub absolute_positions: AbsolutePositions,
+    /// The norm after the positions.
+    pub post_emb_norm: Option<NormPlan>,
     /// Dropout after the positions.
     pub emb_dropout: f64,
+    /// Number of learned memory tokens before the sequence.
+    pub num_memory_tokens: usize,
+    /// If `true`, the output is the mean over the vectors.
+    pub average_pool_embed: bool,
+    /// If `true`, the output is a mean and a variance for each feature, `[2, .., dim_out]`.
+    pub probabilistic: bool,
+    /// Memories that are kept per layer; older ones than those of a call are not joined to them.
+    pub memories: MemoryPlan,
     /// The attention layers.
     pub layers: LayersPlan,
 }
@@ -201,11 +314,40 @@ impl ContinuousTransformerWrapperConfig {
             max_seq_len: self.max_seq_len,
             dim_in: self.dim_in,
             dim_out: self.dim_out,
-            absolute_positions,
+            bias: true,
+            absolute_positions: if absolute_positions {
+                AbsolutePositions::ScaledTable
+            } else {
+                AbsolutePositions::None
+            },
+            post_emb_norm: None,
             emb_dropout: self.emb_dropout,
+            num_memory_tokens: 0,
+            average_pool_embed: false,
+            probabilistic: false,
+            memories: MemoryPlan::None,
             layers,
         })
     }
+}
+
+/// A [`ContinuousAutoregressiveWrapper`](crate::models::ContinuousAutoregressiveWrapper), resolved.
+#[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
+pub struct ContinuousAutoregressivePlan {
+    /// The wrapped model.
+    pub net: ContinuousPlan,
+    /// The loss.
+    pub loss: ContinuousLoss,
+}
+
+/// Loss of predicted vectors.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ContinuousLoss {
+    /// If `true`, absolute errors, otherwise squares.
+    pub l1: bool,
+    /// If `true`, every masked row counts equally.
+    pub equal_rows: bool,
 }
 
 /// A [`ViTransformerWrapper`](crate::models::ViTransformerWrapper), resolved.
@@ -216,12 +358,32 @@ pub struct ViTransformerPlan {
     pub patch_size: usize,
     /// Number of patches of the largest image.
     pub patches: usize,
-    /// Head on the class token.
-    pub head: Option<FeedForwardPlan>,
+    /// Number of channels.
+    pub channels: usize,
+    /// If `true`, a class token precedes the patches, and LayerNorms neither precede nor follow their projection.
+    pub class_token: bool,
+    /// Number of learned register tokens after the patches.
+    pub registers: usize,
+    /// The norm after the positions.
+    pub post_emb_norm: Option<NormPlan>,
+    /// Head on the class token, or on the mean of the patches.
+    pub head: VisionHead,
     /// Dropout after the positions.
     pub emb_dropout: f64,
     /// The attention layers.
     pub layers: LayersPlan,
+}
+
+/// Head of a vision transformer.
+#[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
+pub enum VisionHead {
+    /// None: the embeddings of all tokens.
+    None,
+    /// A feedforward on the class token.
+    FeedForward(FeedForwardPlan),
+    /// Mean of the patches, and a linear layer to so many classes if given.
+    Mean(Option<usize>),
 }
 
 impl ViTransformerWrapperConfig {
@@ -266,8 +428,17 @@ impl ViTransformerWrapperConfig {
             Error::option("dropout", "applies to the head, which requires `num_classes`")
         );
         let side = self.image_size / self.patch_size;
-        let emb_dropout = self.emb_dropout;
-        Ok(ViTransformerPlan { patch_size: self.patch_size, patches: side * side, head, emb_dropout, layers })
+        Ok(ViTransformerPlan {
+            patch_size: self.patch_size,
+            patches: side * side,
+            channels: 3,
+            class_token: true,
+            registers: 0,
+            post_emb_norm: None,
+            head: head.map_or(VisionHead::None, VisionHead::FeedForward),
+            emb_dropout: self.emb_dropout,
+            layers,
+        })
     }
 }
 
@@ -281,6 +452,85 @@ pub struct XTransformerPlan {
     pub dec: TransformerPlan,
     /// If `true`, encoder and decoder share the table of token embeddings.
     pub tie_token_emb: bool,
+    /// Share of the encoder's tokens that the decoder does not see, in training.
+    pub tokens_dropout: f64,
+    /// The decoder's loss.
+    pub loss: LossPlan,
+    /// Names of the padding mask and the attention mask of the source among the inputs.
+    pub masks: [&'static str; 2],
+}
+
+/// Loss of predicted tokens.
+#[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
+pub struct LossPlan {
+    /// Target that is ignored.
+    pub ignore_index: i64,
+    /// Token that fills a generated row after its end.
+    pub pad_value: i64,
+    /// If `true`, the model reads the last token too, whose prediction is left out; `ignore_index` among the tokens
+    /// becomes `pad_value`.
+    pub reads_all: bool,
+    /// Share of the keys that are masked, in training.
+    pub mask_prob: f64,
+    /// If `true`, adds the z-loss of the scores of attention.
+    pub attn_z_loss: bool,
+}
+
+impl Default for LossPlan {
+    fn default() -> Self {
+        Self { ignore_index: -100, pad_value: 0, reads_all: false, mask_prob: 0.0, attn_z_loss: false }
+    }
+}
+
+/// Models around a [`TransformerWrapper`](crate::models::TransformerWrapper) with losses of their own, resolved.
+#[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
+pub enum AroundPlan {
+    /// Several inputs and outputs, by these names; the first is that of the token table.
+    MultiInput(TransformerPlan, Vec<String>),
+    /// Tokens and numbers in, logits and numbers out.
+    XVal(TransformerPlan),
+    /// Loss of tokens and, with this weight, of numbers.
+    XValLoss(TransformerPlan, LossPlan, f64),
+    /// Segments of long sequences, one after the other, with memories; gradients pass this many segments.
+    Xl(TransformerPlan, LossPlan, usize),
+    /// Direct preference optimization: the factor of log-ratios, and the token that is padding.
+    Dpo(TransformerPlan, f64, Option<i64>),
+}
+
+impl AroundPlan {
+    /// Returns the plan of the wrapped model.
+    pub fn net(&self) -> &TransformerPlan {
+        match self {
+            Self::MultiInput(plan, _)
+            | Self::XVal(plan)
+            | Self::XValLoss(plan, ..)
+            | Self::Xl(plan, ..)
+            | Self::Dpo(plan, ..) => plan,
+        }
+    }
+}
+
+/// An [`AutoregressiveWrapper`](crate::models::AutoregressiveWrapper), resolved.
+#[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
+pub struct AutoregressivePlan {
+    /// The wrapped model.
+    pub net: TransformerPlan,
+    /// The loss.
+    pub loss: LossPlan,
+}
+
+impl AutoregressiveConfig {
+    /// Resolves the options.
+    ///
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first option that is illegal, alone or in
+    /// combination.
+    pub fn plan(&self) -> Result<AutoregressivePlan> {
+        let loss = LossPlan { ignore_index: self.ignore_index, pad_value: self.pad_value, ..LossPlan::default() };
+        Ok(AutoregressivePlan { net: self.net.plan().context("net")?, loss })
+    }
 }
 
 impl XTransformerConfig {
@@ -330,6 +580,9 @@ impl XTransformerConfig {
             enc: self.enc.plan().context("encoder")?,
             dec: self.dec.plan().context("decoder.net")?,
             tie_token_emb: self.tie_token_emb,
+            tokens_dropout: 0.0,
+            loss: LossPlan::default(),
+            masks: ["src_mask", "src_attn_mask"],
         })
     }
 }

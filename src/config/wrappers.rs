@@ -226,6 +226,11 @@ pub enum FilterLogits {
     /// Tokens with at least `min_p_ratio` times the probability of the row's most likely one.
     /// <https://arxiv.org/abs/2407.01082>
     MinP,
+    /// The `⌈filter_thres · num_tokens⌉` most likely tokens.
+    TopShare,
+    /// Tokens with a probability of at least `max p ^ min_p_pow · min_p_ratio`, where the maximum is the row's; they keep
+    /// their logits.
+    RowTopA,
     /// All tokens.
     None,
 }
@@ -243,13 +248,13 @@ pub enum FilterLogits {
 pub struct SamplingConfig {
     /// Filter. Default top-k.
     pub filter_logits_fn: FilterLogits,
-    /// Threshold of `top_k`, `top_p` and `nucleus`. Default 0.9.
+    /// Threshold of `top_k`, `top_p`, `nucleus` and `top_share`. Default 0.9.
     pub filter_thres: f64,
     /// For `top_k`: number of tokens to keep, in place of `filter_thres`. Default none.
     pub k: Option<usize>,
-    /// For `top_a`: exponent of the largest probability. Default 2.
+    /// For `top_a` and `row_top_a`: exponent of the largest probability. Default 2.
     pub min_p_pow: f64,
-    /// For `top_a` and `min_p`: factor on the largest probability. Default 0.02.
+    /// For `top_a`, `row_top_a` and `min_p`: factor on the largest probability. Default 0.02.
     pub min_p_ratio: f64,
     /// Divides the logits; 0 always takes the most likely token. Default 1.
     pub temperature: f64,

@@ -132,7 +132,8 @@ fn kind(value: &Metadata) -> u32 {
 /// The type of the elements of a list, one for all of them; `None` if there is none.
 fn kind_of_elements(values: &[Metadata]) -> Option<u32> {
     let all = |fits: fn(&Metadata) -> bool| values.iter().all(fits);
-    let Some(first) = values.first().map(kind) else { return Some(5) };
+    // An empty list is one of texts: llama.cpp takes no other for the merges of a vocabulary that has none.
+    let Some(first) = values.first().map(kind) else { return Some(8) };
     if all(|value| matches!(value, Metadata::Int(value) if i32::try_from(*value).is_ok())) {
         // Lists of small integers are signed.
         Some(5)

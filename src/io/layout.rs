@@ -34,7 +34,8 @@ const INFIXES: [&str; 4] = ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_
 
 /// Prefixes that a state dict may lie below, each any number of times and in any order. If a file has the weights in
 /// several places, those below only these prefixes are meant.
-const WRAPPERS: [&str; 13] = [
+const WRAPPERS: [&str; 14] = [
+    "ema_model.",
     "state_dict.",
     "model_state_dict.",
     "model.",

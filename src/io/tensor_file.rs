@@ -390,6 +390,10 @@ impl TensorFile {
         &self.metadata
     }
 
+    pub(crate) fn take_metadata(&mut self) -> BTreeMap<String, Metadata> {
+        std::mem::take(&mut self.metadata)
+    }
+
     /// Reads a tensor to the CPU, with the dtype of [`Stored::dtype`].
     ///
     /// Errors: no tensor of this name; one of [`TensorFile::unreadable`]; values that its type does not allow; a file

@@ -2,8 +2,10 @@
 
 use super::{Output, TransformerWrapper};
 use crate::{
-    Error, ParamStore, QuantType, Result, Tensor,
-    config::AutoregressiveConfig,
+    DType, Error, ParamStore, Philox, QuantType, Result, Tensor,
+    autograd::dropout_stream,
+    collect::CollectVec,
+    config::{AutoregressiveConfig, AutoregressivePlan, LossPlan, TransformerPlan},
     error::{ErrorContext, ensure},
     nn::ForwardOptions,
 };
@@ -45,8 +47,7 @@ use crate::{
 pub struct AutoregressiveWrapper {
     /// The wrapped model.
     pub net: TransformerWrapper,
-    ignore_index: i64,
-    pad_value: i64,
+    loss: LossPlan,
 }
 
 impl AutoregressiveWrapper {
@@ -54,9 +55,16 @@ impl AutoregressiveWrapper {
     ///
     /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for options that are illegal alone or in combination.
     pub fn new(config: &AutoregressiveConfig, store: &ParamStore) -> Result<Self> {
-        check_logits(config.net.average_pool_embed, config.net.return_only_embed)?;
-        let net = TransformerWrapper::new(&config.net, &store.at("net")).context("net")?;
-        Ok(Self { net, ignore_index: config.ignore_index, pad_value: config.pad_value })
+        Self::from_plan(config.plan()?, store)
+    }
+
+    /// Creates a model from its plan, like [`AutoregressiveWrapper::new`].
+    ///
+    /// Errors: a plan without logits for each token.
+    pub fn from_plan(plan: AutoregressivePlan, store: &ParamStore) -> Result<Self> {
+        check_logits(&plan.net)?;
+        let net = TransformerWrapper::from_plan(plan.net, &store.at("net")).context("net")?;
+        Ok(Self { net, loss: plan.loss })
     }
 
     /// Wraps an existing model, with the default `ignore_index` and `pad_value`. Its parameters keep their names,
@@ -64,9 +72,15 @@ impl AutoregressiveWrapper {
     ///
     /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for a model without logits for each token.
     pub fn around(net: TransformerWrapper) -> Result<Self> {
-        check_logits(net.plan().average_pool_embed, net.plan().return_only_embed)?;
-        let AutoregressiveConfig { ignore_index, pad_value, .. } = AutoregressiveConfig::default();
-        Ok(Self { net, ignore_index, pad_value })
+        Self::with_loss(net, LossPlan::default())
+    }
+
+    /// Wraps an existing model, like [`AutoregressiveWrapper::around`], with this loss.
+    ///
+    /// Errors: a model without logits for each token.
+    pub fn with_loss(net: TransformerWrapper, loss: LossPlan) -> Result<Self> {
+        check_logits(net.plan())?;
+        Ok(Self { net, loss })
     }
 
     /// Computes the mean cross-entropy of `tokens[:, 1:]` given `tokens[:, :-1]`, without targets equal to
@@ -85,6 +99,9 @@ impl AutoregressiveWrapper {
             )
         );
         options.check_output_only("loss")?;
+        if self.loss.reads_all {
+            return self.loss_of_all(tokens, options);
+        }
         let n = tokens.shape()[1] - 1;
         let mut options = options.clone();
         if let Some(mask) = options.mask.take() {
@@ -93,7 +110,34 @@ impl AutoregressiveWrapper {
         }
         options.return_embeddings = true;
         let Output { out, .. } = self.net.forward(&tokens.narrow(1, 0, n)?, &options).context("net")?;
-        self.net.cross_entropy(&out, &tokens.narrow(1, 1, n)?, self.ignore_index).context("net")
+        self.net.cross_entropy(&out, &tokens.narrow(1, 1, n)?, self.loss.ignore_index).context("net")
+    }
+
+    /// Computes the loss of a model that reads the last token too.
+    fn loss_of_all(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
+        let LossPlan { ignore_index, pad_value, .. } = self.loss;
+        let constant = |value: i64| Tensor::full((), value as f64, DType::I64, tokens.device());
+        let n = tokens.dim(1)?;
+        let mut options = options.clone();
+        let mut tokens = tokens.clone();
+        if let Some(lens) = options.lens.take() {
+            let kept = Tensor::arange(n, tokens.device())?.lt(&lens.unsqueeze(-1)?)?;
+            tokens = kept.where_cond(&tokens, &constant(ignore_index)?)?;
+        }
+        let read = tokens.eq(&constant(ignore_index)?)?.where_cond(&constant(pad_value)?, &tokens)?;
+        options.return_embeddings = true;
+        options.excise_prepend_embeds = true;
+        options.return_scores = self.loss.attn_z_loss;
+        if let (true, Some(draws)) = (self.loss.mask_prob > 0.0, dropout_stream()) {
+            options.self_attn_kv_mask = Some(drawn_mask(&read, self.loss.mask_prob, draws)?);
+        }
+        let Output { out, scores, .. } = self.net.forward(&read, &options).context("net")?;
+        let (out, targets) = (out.narrow(1, 0, n - 1)?, tokens.narrow(1, 1, n - 1)?);
+        let loss = self.net.cross_entropy(&out, &targets, ignore_index).context("net")?;
+        match self.loss.attn_z_loss {
+            true => loss.add(&z_loss(&scores)?.to_dtype(loss.dtype())?),
+            false => Ok(loss),
+        }
     }
 
     /// Rounds weights to a quantised type like [`TransformerWrapper::quantize`].
@@ -104,15 +148,55 @@ impl AutoregressiveWrapper {
         self.net.quantize(kind).context("net")
     }
 
+    /// Returns the plan of the loss.
+    pub(crate) fn loss_plan(&self) -> &LossPlan {
+        &self.loss
+    }
+
     /// Returns the token that fills a row after its end.
     pub(super) fn pad_value(&self) -> i64 {
-        self.pad_value
+        self.loss.pad_value
     }
 }
 
+/// Masks a share of the keys of each row, but not the first (<https://arxiv.org/abs/2210.13432>).
+fn drawn_mask(tokens: &Tensor, share: f64, draws: Philox) -> Result<Tensor> {
+    let (b, n) = (tokens.dim(0)?, tokens.dim(1)?);
+    let masked = ((n as f64 * share) as usize).min(n - 1);
+    let mut keep = vec![true; b * n];
+    for (row, keep) in keep.chunks_mut(n).enumerate() {
+        let mut order: Vec<usize> = (1..n).collect_vec();
+        let draw = |at: usize| draws.uniform((row * n + at) as u64);
+        order.sort_by(|&a, &b| draw(a).total_cmp(&draw(b)));
+        order.into_iter().take(masked).for_each(|at| keep[at] = false);
+    }
+    Tensor::from_vec(keep, [b, n], tokens.device())
+}
+
+/// Computes the z-loss of the scores of all attentions: 1e-4 times the mean over queries of the sum over heads of the
+/// squared sum over layers of `ln Σ exp(score)` (<https://arxiv.org/abs/2202.08906>).
+fn z_loss(scores: &[Tensor]) -> Result<Tensor> {
+    let mut sum: Option<Tensor> = None;
+    for scores in scores {
+        let largest = scores.detach().max(-1)?.unsqueeze(-1)?;
+        let log_sum = scores.sub(&largest)?.exp()?.sum(&[-1])?.ln()?.add(&largest.squeeze(-1)?)?;
+        sum = Some(match sum {
+            Some(sum) => sum.add(&log_sum)?,
+            None => log_sum,
+        });
+    }
+    let sum = sum.ok_or_else(|| Error::option("add_attn_z_loss", "needs attention"))?;
+    sum.square()?.sum(&[1])?.mean(&[])?.affine(1e-4, 0.0)
+}
+
 /// Checks that the model has logits for each token.
-fn check_logits(average_pool_embed: bool, return_only_embed: bool) -> Result<()> {
-    let pooled = [("average_pool_embed", average_pool_embed), ("return_only_embed", return_only_embed)];
+fn check_logits(plan: &TransformerPlan) -> Result<()> {
+    let pooled = [
+        ("average_pool_embed", plan.average_pool_embed),
+        ("return_only_embed", plan.return_only_embed),
+        ("use_cls_token", plan.num_cls_tokens > 0),
+        ("num_output_heads", plan.logits.len() > 1),
+    ];
     match pooled.into_iter().find(|(_, on)| *on) {
         Some((key, _)) => {
             Err(Error::option(key, "cannot be used with AutoregressiveWrapper, which needs logits for every token")

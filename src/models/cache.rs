@@ -1,11 +1,15 @@
 //! KV caches of the wrappers: the caches of the layers, plus memory tokens and positions.
 
-use super::{ContinuousTransformerWrapper, TransformerWrapper, transformer::norm};
+use super::{
+    ContinuousTransformerWrapper, TransformerWrapper,
+    positions::{Absolute, with_real_tokens},
+    transformer::norm,
+};
 use crate::{
     DType, Error, Result, Tensor,
     collect::CollectVec,
     error::{ErrorContext, ensure},
-    nn::{AbsolutePositionalEmbedding, ForwardOptions, LayersCache},
+    nn::{ForwardOptions, LayersCache},
 };
 
 /// Keys, values and other state that a model keeps of growing sequences: one per row, each of its own length.
@@ -159,15 +163,10 @@ impl DecodeCache {
 }
 
 /// Returns the absolute positions of new tokens.
-fn positions_of(
-    embedding: &AbsolutePositionalEmbedding,
-    cache: &DecodeCache,
-    n: usize,
-    like: &Tensor,
-) -> Result<Tensor> {
-    match cache.positions(n, embedding.len(), like)? {
+fn positions_of(embedding: &Absolute, cache: &DecodeCache, n: usize, like: &Tensor) -> Result<Tensor> {
+    match cache.positions(n, embedding.limit(), like)? {
         Some(positions) => embedding.at(&positions),
-        None => embedding.forward(n),
+        None => embedding.first(n),
     }
 }
 
@@ -175,6 +174,18 @@ impl TransformerWrapper {
     /// Checks that these options allow a KV cache, like
     /// [`AttentionLayers::supports_kv_cache`](crate::nn::AttentionLayers::supports_kv_cache).
     pub fn supports_kv_cache(&self, options: &ForwardOptions) -> std::result::Result<(), &'static str> {
+        if self.plan().memory_tokens_every.is_some() {
+            return Err("`memory_tokens_interspersed_every` fills up the last group of tokens");
+        }
+        if self.plan().num_cls_tokens > 0 || self.plan().pool.as_ref().is_some_and(|pool| pool.used) {
+            return Err("class tokens and pooled tokens read the whole sequence");
+        }
+        if self.plan().numerical_token.is_some() {
+            return Err("`x_num` are the numbers of the tokens that are there");
+        }
+        if !self.plan().embeds.is_empty() {
+            return Err("`embed_ids` are those of the tokens that are there");
+        }
         self.attn_layers().supports_kv_cache(options)
     }
 
@@ -183,7 +194,7 @@ impl TransformerWrapper {
     ///
     /// Errors: [`TransformerWrapper::supports_kv_cache`], or no rows or tokens.
     pub fn cache(&self, batch: usize, capacity: usize, options: &ForwardOptions) -> Result<DecodeCache> {
-        let options = self.layers_options(&ForwardOptions { mask: None, ..options.clone() })?;
+        let options = self.layers_options(ForwardOptions { mask: None, ..options.clone() })?;
         let memory_tokens = self.plan().num_memory_tokens;
         let capacity = capacity.min(self.plan().window()).saturating_add(memory_tokens);
         let dtype = self.token_emb().dtype();
@@ -209,13 +220,13 @@ impl TransformerWrapper {
         let (b, n) = (tokens.shape()[0], tokens.shape()[1]);
         cache.check(b, n, counts, mask)?;
         let first = cache.is_empty();
-        let mut x = self.embed_tokens(tokens, None, |emb| positions_of(emb, cache, n, tokens))?;
+        let mut x = self.embed_tokens(tokens, |emb| positions_of(emb, cache, n, tokens))?;
         let (mut counts_of_layers, mut layers_mask) = (counts.to_vec(), mask.cloned());
         let prefix_len = if first { self.plan().num_memory_tokens } else { 0 };
         if first && prefix_len > 0 {
             x = self.prepend_memory_tokens(&x)?;
             counts_of_layers.iter_mut().for_each(|count| *count += prefix_len);
-            layers_mask = self.mask_with_memory_tokens(mask)?;
+            layers_mask = with_real_tokens(mask, prefix_len)?;
         }
         let layers = &mut cache.layers;
         let x =

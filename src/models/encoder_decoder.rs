@@ -1,9 +1,9 @@
 //! A sequence in, another one out.
 
-use super::{AutoregressiveWrapper, GenerateOptions, TransformerWrapper};
+use super::{AutoregressiveWrapper, GenerateOptions, TransformerWrapper, positions::with_real_tokens};
 use crate::{
     Error, ParamStore, Result, Tensor,
-    config::XTransformerConfig,
+    config::{XTransformerConfig, XTransformerPlan},
     error::{ErrorContext, ensure},
     nn::ForwardOptions,
 };
@@ -42,6 +42,8 @@ pub struct EncoderDecoderOptions {
     pub tgt_mask: Option<Tensor>,
     /// Attention mask of the encoder, like [`ForwardOptions::attn_mask`].
     pub src_attn_mask: Option<Tensor>,
+    /// Embeddings before those of the source, `[b, p, dim]`; the mask of the source does not cover them.
+    pub src_prepend_embeds: Option<Tensor>,
     /// Like [`ForwardOptions::checkpoint_layers`], on both sides.
     pub checkpoint_layers: bool,
     /// Like [`ForwardOptions::explicit_attention`], on both sides.
@@ -53,11 +55,17 @@ impl XTransformer {
     ///
     /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for options that are illegal alone or in combination.
     pub fn new(config: &XTransformerConfig, store: &ParamStore) -> Result<Self> {
-        let plan = config.plan()?;
-        let encoder = TransformerWrapper::from_plan(plan.enc, &store.at("encoder"), None)?;
+        Self::from_plan(config.plan()?, store)
+    }
+
+    /// Creates a model from its plan, like [`XTransformer::new`].
+    ///
+    /// Errors: those of the layers.
+    pub fn from_plan(plan: XTransformerPlan, store: &ParamStore) -> Result<Self> {
+        let encoder = TransformerWrapper::from_plan(plan.enc, &store.at("encoder"))?;
         let tied = plan.tie_token_emb.then(|| encoder.token_emb());
-        let decoder = TransformerWrapper::from_plan(plan.dec, &store.at("decoder").at("net"), tied)?;
-        Ok(Self { decoder: AutoregressiveWrapper::around(decoder)?, encoder })
+        let decoder = TransformerWrapper::tied(plan.dec, &store.at("decoder").at("net"), tied)?;
+        Ok(Self { decoder: AutoregressiveWrapper::with_loss(decoder, plan.loss)?, encoder })
     }
 
     /// Computes the decoder's loss, a scalar, on `tgt [b, m]` given `src [b, n]`.
@@ -98,15 +106,17 @@ impl XTransformer {
         let encoder = ForwardOptions {
             mask: options.src_mask.clone(),
             attn_mask: options.src_attn_mask.clone(),
+            prepend_embeds: options.src_prepend_embeds.clone(),
             return_embeddings: true,
             checkpoint_layers: options.checkpoint_layers,
             explicit_attention: options.explicit_attention,
             ..ForwardOptions::default()
         };
         let context = self.encoder.forward(src, &encoder).context("encoder")?.out;
+        let prepended = options.src_prepend_embeds.as_ref().map_or(Ok(0), |embeds| embeds.dim(1))?;
         Ok(ForwardOptions {
             context: Some(context),
-            context_mask: options.src_mask.clone(),
+            context_mask: with_real_tokens(options.src_mask.as_ref(), prepended)?,
             checkpoint_layers: options.checkpoint_layers,
             explicit_attention: options.explicit_attention,
             ..ForwardOptions::default()

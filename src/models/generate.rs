@@ -184,7 +184,8 @@ impl TokenStream<'_> {
     fn draw(&mut self, open: &[bool]) -> Result<Vec<i64>> {
         let GenerateOptions { sampling, seed, row_seeds, .. } = &self.options;
         // Penalties differ by row, and top-a would look at the whole batch.
-        let by_rows = self.options.repetition_penalty != 1.0 || sampling.filter_logits_fn == FilterLogits::TopA;
+        let top_a = matches!(sampling.filter_logits_fn, FilterLogits::TopA | FilterLogits::RowTopA);
+        let by_rows = self.options.repetition_penalty != 1.0 || top_a;
         if !by_rows {
             let logits = self.rows.logits_of_all(open)?;
             let step = Tensor::full([1], self.step as f64, DType::I64, logits.device())?;

@@ -2,14 +2,21 @@
 
 #![forbid(unsafe_code)]
 
+mod around;
 mod autoregressive;
 mod beam;
 mod cache;
 mod continuous;
+mod continuous_autoregressive;
+mod embeddings;
 mod encoder_decoder;
 mod ends;
 mod generate;
+mod lora;
 mod model;
+mod model_inputs;
+mod pool;
+mod positions;
 #[cfg(feature = "cuda")]
 mod recorded;
 mod rows;
@@ -20,14 +27,19 @@ mod transformer;
 mod vision;
 
 pub use crate::nn::ForwardOptions;
+pub use around::{Dpo, Preference, XValAutoregressiveWrapper, XlAutoregressiveWrapper};
 pub use autoregressive::AutoregressiveWrapper;
 pub use beam::{BeamOptions, Hypothesis};
 pub use cache::DecodeCache;
-pub use continuous::{ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper};
+pub use continuous::ContinuousTransformerWrapper;
+pub use continuous_autoregressive::ContinuousAutoregressiveWrapper;
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
 pub use ends::{RowEnd, StopMatcher};
 pub use generate::{GenerateOptions, TokenStream};
+pub(crate) use lora::LoraTarget;
+pub use lora::{LoraAdapter, LoraOptions};
 pub use model::{Model, RunOptions};
+pub use pool::AttentionPool;
 #[cfg(feature = "cuda")]
 pub use recorded::RecordedDecode;
 pub use sampling::{filter_probabilities, sample, sample_tokens};

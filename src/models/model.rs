@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 
 use super::{
-    AutoregressiveWrapper, ContinuousTransformerWrapper, EncoderDecoderOptions, GenerateOptions, Output,
-    TransformerWrapper, ViTransformerWrapper, XTransformer, sampling::filter_probabilities,
+    AttentionPool, AutoregressiveWrapper, BeamOptions, ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper,
+    GenerateOptions, Output, TransformerWrapper, ViTransformerWrapper, XTransformer,
+    around::{Dpo, Preference, XValAutoregressiveWrapper, XlAutoregressiveWrapper},
+    model_inputs::{Ends, Inputs},
+    sampling::filter_probabilities,
 };
 use crate::{
-    DType, Device, Error, Param, ParamMap, ParamStore, Result, Tape, Tensor,
+    DType, Device, Error, Gradients, Param, ParamMap, ParamStore, Result, Tape, Tensor,
     collect::CollectVec,
-    config::{Call, Config, GenerateCall, LayersPlan, SamplingConfig},
+    config::{AroundPlan, BeamCall, Call, Config, GenerateCall, MemoryPlan, ModelPlan, SamplingConfig},
     error::{ErrorContext, ensure},
     nn::{AttentionLayers, ForwardOptions},
     ordered::{ordered, try_ordered},
@@ -45,10 +48,18 @@ enum Kind {
     Transformer(TransformerWrapper),
     Continuous(ContinuousTransformerWrapper),
     Vision(ViTransformerWrapper),
-    EncoderDecoder(Box<XTransformer>),
+    /// And the names of the masks of the source.
+    EncoderDecoder(Box<XTransformer>, [&'static str; 2]),
     Autoregressive(AutoregressiveWrapper),
+    ContinuousAutoregressive(ContinuousAutoregressiveWrapper),
     Layers(AttentionLayers),
+    Pool(AttentionPool),
     Filter(SamplingConfig),
+    /// And the names of its inputs.
+    MultiInput(TransformerWrapper, Vec<String>),
+    XValLoss(XValAutoregressiveWrapper),
+    Xl(XlAutoregressiveWrapper),
+    Dpo(Box<Dpo>),
 }
 
 /// Options of [`Model::run`].
@@ -64,75 +75,65 @@ pub struct RunOptions {
     pub seed: u64,
 }
 
-/// Result of a forward pass: `out` or `loss`, and named extras.
+/// Result of a forward pass: outputs that have gradients, `loss` or `out` and others, and named extras.
 struct Forward {
-    name: &'static str,
-    value: Tensor,
+    outputs: Vec<(String, Tensor)>,
     extras: Vec<(String, Tensor)>,
 }
 
 impl Forward {
-    fn new(name: &'static str, value: Tensor) -> Self {
-        Self { name, value, extras: Vec::new() }
+    fn new(name: &str, value: Tensor) -> Self {
+        Self { outputs: vec![(name.to_string(), value)], extras: Vec::new() }
     }
 
     fn output(output: Output) -> Self {
         let name = |kind: &'static str| move |(index, tensor)| (format!("{kind}.{index}"), tensor);
         let mems = output.mems.into_iter().enumerate().map(name("mems"));
         let attn = output.attn.into_iter().enumerate().map(name("attn"));
-        Self { name: "out", value: output.out, extras: mems.chain(attn).collect_vec() }
-    }
-}
-
-/// Inputs by name, each of which must be used.
-struct Inputs(BTreeMap<String, Tensor>);
-
-impl Inputs {
-    fn take(&mut self, name: &str) -> Option<Tensor> {
-        self.0.remove(name)
+        let extras = mems.chain(attn).collect_vec();
+        let mut outputs: Vec<(String, Tensor)> = match output.others.is_empty() {
+            true => vec![("out".to_string(), output.out)],
+            false => std::iter::once(output.out).chain(output.others).enumerate().map(name("out")).collect_vec(),
+        };
+        outputs.extend(output.embeddings.map(|embeddings| ("embeddings".to_string(), embeddings)));
+        Self { outputs, extras }
     }
 
-    fn need(&mut self, name: &str) -> Result<Tensor> {
-        self.take(name).ok_or_else(|| Error::argument("inputs", format_args!("missing `{name}`")))
-    }
-
-    /// Takes `mems.0`, `mems.1`, … up to the first that is missing.
-    fn mems(&mut self) -> Option<Vec<Tensor>> {
-        let mems: Vec<Tensor> = (0..).map_while(|index| self.take(&format!("mems.{index}"))).collect_vec();
-        (!mems.is_empty()).then_some(mems)
-    }
-
-    fn forward_options(&mut self, call: &Call, run: &RunOptions) -> ForwardOptions {
-        ForwardOptions {
-            mask: self.take("mask"),
-            context: self.take("context"),
-            context_mask: self.take("context_mask"),
-            attn_mask: self.take("attn_mask"),
-            mems: self.mems(),
-            token_types: self.take("token_types"),
-            return_embeddings: call.return_embeddings,
-            return_mems: call.return_mems,
-            return_attn: call.return_attn,
-            checkpoint_layers: run.checkpoint_layers,
-            explicit_attention: run.explicit_attention,
+    /// Returns the name of an output's cotangent: `out.0` has `cotangent.0`, `embeddings` has `cotangent.embeddings`.
+    fn cotangent(name: &str) -> String {
+        match name.strip_prefix("out") {
+            Some(part) => format!("cotangent{part}"),
+            None => format!("cotangent.{name}"),
         }
     }
 
-    fn encoder_decoder_options(&mut self, run: &RunOptions) -> EncoderDecoderOptions {
-        EncoderDecoderOptions {
-            src_mask: self.take("src_mask"),
-            tgt_mask: self.take("tgt_mask"),
-            src_attn_mask: self.take("src_attn_mask"),
-            checkpoint_layers: run.checkpoint_layers,
-            explicit_attention: run.explicit_attention,
+    /// Returns the gradients of the loss, or of the sum of all outputs times their cotangents.
+    fn backward(&self, tape: &mut Tape, cotangents: &BTreeMap<String, Tensor>) -> Result<Gradients> {
+        if let [(name, loss)] = &self.outputs[..]
+            && name == "loss"
+        {
+            return tape.backward(loss);
         }
-    }
-
-    fn finish(self) -> Result<()> {
-        match self.0.into_keys().next() {
-            Some(name) => Err(Error::argument("inputs", format_args!("`{name}` is not used by this call"))),
-            None => Ok(()),
+        let cotangent = |name: &str, value: &Tensor| {
+            let name = Self::cotangent(name);
+            let shape = value.shape();
+            let missing =
+                || Error::argument("inputs", format_args!("gradients require a `{name}` input of shape {shape:?}"));
+            cotangents.get(&name).ok_or_else(missing)
+        };
+        if let [(name, value)] = &self.outputs[..] {
+            return tape.backward_with(value, cotangent(name, value)?).context("cotangent");
         }
+        let mut sum: Option<Tensor> = None;
+        for (name, value) in &self.outputs {
+            let product = value.mul(cotangent(name, value)?).context("cotangent")?.sum(&[])?;
+            sum = Some(match sum {
+                Some(sum) => sum.add(&product)?,
+                None => product,
+            });
+        }
+        let sum = sum.ok_or_else(|| Error::argument("inputs", "there is no output to differentiate"))?;
+        tape.backward(&sum)
     }
 }
 
@@ -141,16 +142,39 @@ impl Model {
     ///
     /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for options that are illegal alone or in combination.
     pub fn new(config: &Config, store: &ParamStore) -> Result<Self> {
-        let kind = match config {
-            Config::TransformerWrapper(config) => Kind::Transformer(TransformerWrapper::new(config, store)?),
-            Config::ContinuousTransformerWrapper(config) => {
-                Kind::Continuous(ContinuousTransformerWrapper::new(config, store)?)
+        Self::from_plan(config.plan()?, store)
+    }
+
+    /// Creates a model from its plan; the store should be fresh.
+    ///
+    /// Errors: those of its class.
+    pub fn from_plan(plan: ModelPlan, store: &ParamStore) -> Result<Self> {
+        let kind = match plan {
+            ModelPlan::Transformer(plan) => Kind::Transformer(TransformerWrapper::from_plan(plan, store)?),
+            ModelPlan::Continuous(plan) => Kind::Continuous(ContinuousTransformerWrapper::from_plan(plan, store)?),
+            ModelPlan::Vision(plan) => Kind::Vision(ViTransformerWrapper::from_plan(plan, store)?),
+            ModelPlan::EncoderDecoder(plan) => {
+                let masks = plan.masks;
+                Kind::EncoderDecoder(Box::new(XTransformer::from_plan(*plan, store)?), masks)
             }
-            Config::ViTransformerWrapper(config) => Kind::Vision(ViTransformerWrapper::new(config, store)?),
-            Config::XTransformer(config) => Kind::EncoderDecoder(Box::new(XTransformer::new(config, store)?)),
-            Config::AutoregressiveWrapper(config) => Kind::Autoregressive(AutoregressiveWrapper::new(config, store)?),
-            Config::AttentionLayers(config) => Kind::Layers(AttentionLayers::new(&LayersPlan::new(config)?, store)?),
-            Config::SamplingFilter(config) => Kind::Filter(config.clone()),
+            ModelPlan::Autoregressive(plan) => Kind::Autoregressive(AutoregressiveWrapper::from_plan(plan, store)?),
+            ModelPlan::ContinuousAutoregressive(plan) => {
+                Kind::ContinuousAutoregressive(ContinuousAutoregressiveWrapper::from_plan(plan, store)?)
+            }
+            ModelPlan::Layers(plan) => Kind::Layers(AttentionLayers::new(&plan, store)?),
+            ModelPlan::Pool(plan) => Kind::Pool(AttentionPool::new(&plan, store)?),
+            ModelPlan::Filter(config) => Kind::Filter(config),
+            ModelPlan::Around(plan) => match *plan {
+                AroundPlan::MultiInput(plan, names) => {
+                    Kind::MultiInput(TransformerWrapper::from_plan(plan, store)?, names)
+                }
+                AroundPlan::XVal(plan) => Kind::Transformer(TransformerWrapper::from_plan(plan, store)?),
+                AroundPlan::XValLoss(plan, loss, numbers) => {
+                    Kind::XValLoss(XValAutoregressiveWrapper::new(plan, loss, numbers, store)?)
+                }
+                AroundPlan::Xl(plan, loss, steps) => Kind::Xl(XlAutoregressiveWrapper::new(plan, loss, steps, store)?),
+                AroundPlan::Dpo(plan, beta, pad) => Kind::Dpo(Box::new(Dpo::new(plan, beta, pad, store)?)),
+            },
         };
         Ok(Self { kind, params: store.params(), dtype: store.dtype(), device: store.device().clone() })
     }
@@ -166,9 +190,10 @@ impl Model {
     /// moved to the model's device, and floats are converted to its dtype. With gradients, an output that is not a loss
     /// requires a `cotangent` of its shape.
     ///
-    /// Outputs: `out` (or `loss`, `[1]`), `mems.N`, `attn.N`, `grad.<parameter>`, and `grad.input.<name>` for the float
-    /// inputs `x`, `context` and `img`. Gradients that are zero everywhere are omitted. A tied parameter has one entry,
-    /// in an encoder-decoder under the encoder's name.
+    /// Outputs: `out` (or `loss`, `[1]`), `out.N` of several heads, `embeddings`, `scores`, `mems.N`, `attn.N`,
+    /// `grad.<parameter>`, and `grad.input.<name>` for every float input except memories. With several outputs the
+    /// gradient is that of the sum of all times their cotangents, `cotangent.N`. Gradients that are zero everywhere are
+    /// omitted. A tied parameter has one entry, in an encoder-decoder under the encoder's name.
     ///
     /// Errors: inputs that are missing, not used by this call, or do not fit.
     pub fn run(
@@ -177,37 +202,29 @@ impl Model {
         call: &Call,
         options: &RunOptions,
     ) -> Result<BTreeMap<String, Tensor>> {
-        let discrete = call.generate.is_some() || matches!(self.kind, Kind::Filter(_));
-        let gradients = options.gradients && !discrete;
+        let generates = call.generate.is_some() || call.beam_search.is_some();
+        let gradients = options.gradients && !generates && !matches!(self.kind, Kind::Filter(_));
         let mut given = self.adopt(inputs)?;
+        // Only a pass with gradients uses them, but they may always be among the inputs.
+        let keys: Vec<String> = given.0.keys().filter(|key| key.starts_with("cotangent")).cloned().collect_vec();
+        let cotangents = ordered(keys.into_iter().filter_map(|key| given.0.remove(&key).map(|value| (key, value))));
         let mut leaves = Vec::new();
-        for name in ["x", "context", "img"] {
-            if let Some(tensor) = given.0.get_mut(name).filter(|tensor| gradients && tensor.dtype().is_float()) {
+        for (name, tensor) in &mut given.0 {
+            if gradients && tensor.dtype().is_float() && !name.starts_with("mems.") {
                 *tensor = tensor.requires_grad()?;
-                leaves.push((name, tensor.clone()));
+                leaves.push((name.clone(), tensor.clone()));
             }
         }
-        // Only a pass with gradients uses it, but it may always be among the inputs.
-        let cotangent = given.take("cotangent");
         let mut tape = gradients.then(Tape::grad);
-        let forward = match &call.generate {
-            Some(generate) => self.generate(&mut given, call, generate, options)?,
-            None => self.pass(&mut given, call, options)?,
+        let forward = match (&call.generate, &call.beam_search) {
+            (Some(generate), _) => self.generate(&mut given, call, generate, options)?,
+            (None, Some(beams)) => self.beam_search(&mut given, call, beams, options)?,
+            (None, None) => self.pass(&mut given, call, options)?,
         };
         given.finish()?;
-        let mut outputs = ordered(forward.extras);
+        let mut outputs = BTreeMap::new();
         if let Some(tape) = &mut tape {
-            let grads = match (forward.name, &cotangent) {
-                ("loss", _) => tape.backward(&forward.value)?,
-                (_, Some(cotangent)) => tape.backward_with(&forward.value, cotangent).context("cotangent")?,
-                (_, None) => {
-                    let shape = forward.value.shape();
-                    return Err(Error::argument(
-                        "inputs",
-                        format_args!("gradients require a `cotangent` input of shape {shape:?}"),
-                    ));
-                }
-            };
+            let grads = forward.backward(tape, &cotangents)?;
             let params = names(&self.params).map(|(name, param)| (format!("grad.{name}"), grads.param(param)));
             let inputs = leaves.iter().map(|(name, leaf)| (format!("grad.input.{name}"), grads.get(leaf)));
             for (name, grad) in params.chain(inputs) {
@@ -216,8 +233,11 @@ impl Model {
                 }
             }
         }
-        let value = if forward.name == "loss" { forward.value.reshape([1])? } else { forward.value };
-        outputs.insert(forward.name.to_string(), value);
+        outputs.extend(forward.extras);
+        for (name, value) in forward.outputs {
+            let value = if name == "loss" { value.reshape([1])? } else { value };
+            outputs.insert(name, value);
+        }
         Ok(ordered(outputs.into_iter().map(|(name, tensor)| (name, tensor.detach()))))
     }
 
@@ -227,13 +247,14 @@ impl Model {
     /// Errors: inputs that are missing, not used by this call, or do not fit; a call that generates.
     pub fn forward(&self, inputs: &BTreeMap<String, Tensor>, call: &Call, options: &RunOptions) -> Result<Tensor> {
         ensure!(
-            call.generate.is_none(),
+            call.generate.is_none() && call.beam_search.is_none(),
             Error::option("method", "`forward` does not generate; use `run`").context("call")
         );
         let mut given = self.adopt(inputs)?;
         let forward = self.pass(&mut given, call, options)?;
         given.finish()?;
-        Ok(forward.value)
+        let first = forward.outputs.into_iter().next();
+        first.map(|(_, value)| value).ok_or_else(|| Error::argument("model", "has no output"))
     }
 
     /// Computes the mean cross-entropy of the logits of a forward pass and target tokens or classes, the loss of masked
@@ -274,13 +295,26 @@ impl Model {
             ("return_embeddings", call.return_embeddings),
             ("return_mems", call.return_mems),
             ("return_attn", call.return_attn),
+            ("return_logits_and_embeddings", call.return_logits_and_embeddings),
         ];
         let taken: &[&str] = match &self.kind {
-            Kind::Transformer(_) => &["return_embeddings", "return_mems", "return_attn"],
-            Kind::Continuous(_) => &["return_embeddings", "return_attn"],
-            Kind::Vision(_) => &["return_embeddings"],
+            Kind::Transformer(_) | Kind::MultiInput(..) => {
+                &["return_embeddings", "return_logits_and_embeddings", "return_mems", "return_attn"]
+            }
+            Kind::Continuous(model) if model.plan().memories == MemoryPlan::None => {
+                &["return_embeddings", "return_attn"]
+            }
+            Kind::Continuous(_) => &["return_embeddings", "return_mems", "return_attn"],
+            Kind::Vision(_) => &["return_embeddings", "return_logits_and_embeddings"],
             Kind::Layers(_) => &["return_attn"],
-            Kind::EncoderDecoder(_) | Kind::Autoregressive(_) | Kind::Filter(_) => &[],
+            Kind::EncoderDecoder(..)
+            | Kind::Autoregressive(_)
+            | Kind::ContinuousAutoregressive(_)
+            | Kind::Pool(_)
+            | Kind::XValLoss(_)
+            | Kind::Xl(_)
+            | Kind::Dpo(_)
+            | Kind::Filter(_) => &[],
         };
         if let Some((name, _)) = asks.into_iter().find(|(name, on)| *on && !taken.contains(name)) {
             return Err(Error::option(name, "not supported by this model").context("call"));
@@ -288,25 +322,81 @@ impl Model {
         Ok(match &self.kind {
             Kind::Transformer(model) => {
                 let x = inputs.need("x")?;
-                Forward::output(model.forward(&x, &inputs.forward_options(call, run))?)
+                Forward::output(model.forward(&x, &inputs.forward_options(call, run)?)?)
             }
             Kind::Continuous(model) => {
                 let x = inputs.need("x")?;
-                Forward::output(model.forward(&x, &inputs.forward_options(call, run))?)
+                Forward::output(model.forward(&x, &inputs.forward_options(call, run)?)?)
             }
             Kind::Layers(model) => {
                 let x = inputs.need("x")?;
-                let output = model.forward(&x, &inputs.forward_options(call, run))?;
-                Forward::output(Output { out: output.out, mems: Vec::new(), attn: output.attn })
+                let output = model.forward(&x, &inputs.forward_options(call, run)?)?;
+                Forward::output(Output {
+                    out: output.out,
+                    others: Vec::new(),
+                    embeddings: None,
+                    mems: Vec::new(),
+                    attn: output.attn,
+                    scores: Vec::new(),
+                })
             }
-            Kind::Vision(model) => Forward::new("out", model.forward(&inputs.need("img")?, call.return_embeddings)?),
+            Kind::Vision(model) => {
+                let embeddings = model.embeddings(&inputs.need("img")?)?;
+                if call.return_embeddings {
+                    Forward::new("out", embeddings)
+                } else {
+                    let mut forward = Forward::new("out", model.head(&embeddings)?);
+                    if call.return_logits_and_embeddings {
+                        forward.outputs.push(("embeddings".to_string(), embeddings));
+                    }
+                    forward
+                }
+            }
             Kind::Autoregressive(model) => {
                 let x = inputs.need("x")?;
-                Forward::new("loss", model.loss(&x, &inputs.forward_options(call, run))?)
+                Forward::new("loss", model.loss(&x, &inputs.forward_options(call, run)?)?)
             }
-            Kind::EncoderDecoder(model) => {
+            Kind::ContinuousAutoregressive(model) => {
+                let x = inputs.need("x")?;
+                Forward::new("loss", model.loss(&x, &inputs.forward_options(call, run)?)?)
+            }
+            Kind::EncoderDecoder(model, masks) => {
                 let (src, tgt) = (inputs.need("src")?, inputs.need("tgt")?);
-                Forward::new("loss", model.loss(&src, &tgt, &inputs.encoder_decoder_options(run))?)
+                Forward::new("loss", model.loss(&src, &tgt, &inputs.encoder_decoder_options(*masks, run))?)
+            }
+            Kind::Pool(model) => {
+                let context = inputs.need("context")?;
+                let (mask, queries) = (inputs.take("mask"), inputs.take("queries"));
+                Forward::new("out", model.forward(&context, mask.as_ref(), queries.as_ref())?)
+            }
+            Kind::MultiInput(model, names) => {
+                let mut tokens = inputs.object("x");
+                let missing = || Error::argument("inputs", "`x.NAME` is missing");
+                let first = names.first().and_then(|first| tokens.remove(first)).ok_or_else(missing)?;
+                let options = ForwardOptions { embed_ids: tokens, ..inputs.forward_options(call, run)? };
+                let mut forward = Forward::output(model.forward(&first, &options)?);
+                for (index, name) in names.iter().enumerate() {
+                    let numbered = if names.len() == 1 { "out".to_string() } else { format!("out.{index}") };
+                    let named = forward.outputs.iter_mut().filter(|(output, _)| *output == numbered);
+                    named.for_each(|(output, _)| *output = format!("out.{name}"));
+                }
+                forward
+            }
+            Kind::XValLoss(model) => {
+                let (x, numbers) = (inputs.need("x")?, inputs.need("x_num")?);
+                Forward::new("loss", model.loss(&x, &numbers, &inputs.forward_options(call, run)?)?)
+            }
+            Kind::Xl(model) => {
+                let x = inputs.need("x")?;
+                Forward::new("loss", model.loss(&x, &inputs.forward_options(call, run)?)?)
+            }
+            Kind::Dpo(model) => {
+                let given = Preference {
+                    sequences: [inputs.need("preferred_seq")?, inputs.need("unpreferred_seq")?],
+                    prompt_mask: inputs.need("prompt_mask")?,
+                    masks: [inputs.take("preferred_seq_mask"), inputs.take("unpreferred_seq_mask")],
+                };
+                Forward::new("loss", model.loss(&given)?)
             }
             Kind::Filter(config) => Forward::new("out", filter(&inputs.need("logits")?, config)?),
         })
@@ -314,26 +404,42 @@ impl Model {
 
     fn generate(&self, inputs: &mut Inputs, call: &Call, generate: &GenerateCall, run: &RunOptions) -> Result<Forward> {
         // Rows continue after their ends until every row has one: `Ends` decides where all stop.
-        let mut options =
-            GenerateOptions { sampling: generate.sampling.clone(), seed: run.seed, ..GenerateOptions::default() };
+        let mut options = GenerateOptions {
+            sampling: generate.sampling.clone(),
+            seed: run.seed,
+            recompute: !generate.cache_kv,
+            ..GenerateOptions::default()
+        };
+        let ends = |start: &Tensor, decoder: &AutoregressiveWrapper| {
+            Ends::new(generate, start, decoder.net.plan().num_tokens, decoder.pad_value())
+        };
         let tokens = match &self.kind {
             Kind::Autoregressive(model) => {
-                let start = inputs.need("start_tokens")?;
-                options.forward = inputs.forward_options(call, run);
-                let mut ends = Ends::new(generate.eos_token, &start, model.net.plan().num_tokens, model.pad_value())?;
+                let start = inputs.prompt()?;
+                options.prompt_lengths = inputs.lengths()?;
+                options.forward = inputs.forward_options(call, run)?;
+                let mut ends = ends(&start, model)?;
                 let new = model.generate(&start, generate.seq_len, &options, &mut |tokens| ends.push(tokens))?;
                 ends.pad(new)?
             }
-            Kind::EncoderDecoder(model) => {
+            Kind::EncoderDecoder(model, masks) => {
                 let (source, start) = (inputs.need("seq_in")?, inputs.need("seq_out_start")?);
-                let masks = inputs.encoder_decoder_options(run);
+                let of_source = inputs.encoder_decoder_options(*masks, run);
                 options.forward.mask = inputs.take("mask");
-                let decoder = &model.decoder;
-                let mut ends =
-                    Ends::new(generate.eos_token, &start, decoder.net.plan().num_tokens, decoder.pad_value())?;
+                let mut ends = ends(&start, &model.decoder)?;
                 let on_token = &mut |tokens: &[i64]| ends.push(tokens);
-                let new = model.generate(&source, &start, generate.seq_len, &masks, &options, on_token)?;
+                let new = model.generate(&source, &start, generate.seq_len, &of_source, &options, on_token)?;
                 ends.pad(new)?
+            }
+            Kind::ContinuousAutoregressive(model) => {
+                let start = inputs.need("start_tokens")?;
+                let forward = inputs.forward_options(call, run)?;
+                model.generate(&start, generate.seq_len, &forward)?
+            }
+            Kind::Xl(model) => {
+                let start = inputs.prompt()?;
+                let forward = inputs.forward_options(call, run)?;
+                model.generate(&start, generate.seq_len, &generate.sampling, run.seed, &forward)?
             }
             _ => {
                 let why = "\"generate\" requires an AutoregressiveWrapper or XTransformer";
@@ -342,54 +448,29 @@ impl Model {
         };
         Ok(Forward::new("out", tokens))
     }
-}
 
-/// Ends of rows as in `generate` of x-transformers 0.22: once every row has the end token, possibly in its prompt, it
-/// stops after the token that it has just drawn, and only then overwrites the tokens after the first end of each row.
-struct Ends {
-    eos: Option<i64>,
-    pad_value: i64,
-    /// First end of each row, counted from the end of its prompt; 0 for one in the prompt.
-    ends: Vec<Option<usize>>,
-    length: usize,
-}
-
-impl Ends {
-    fn new(eos: Option<i64>, start: &Tensor, vocabulary: usize, pad_value: i64) -> Result<Self> {
-        if let Some(eos) = eos {
-            GenerateOptions { eos_tokens: vec![eos], ..GenerateOptions::default() }.check(1, vocabulary)?;
+    fn beam_search(&self, inputs: &mut Inputs, call: &Call, beams: &BeamCall, run: &RunOptions) -> Result<Forward> {
+        let Kind::Autoregressive(model) = &self.kind else {
+            let why = "\"beam_search\" is for AutoregressiveWrapper";
+            return Err(Error::option("method", why).context("call"));
+        };
+        let prompt = inputs.prompt()?;
+        let forward = inputs.forward_options(call, run)?;
+        let options = GenerateOptions { prompt_lengths: inputs.lengths()?, forward, ..GenerateOptions::default() };
+        let search = BeamOptions { beams: beams.beams, length_penalty: 0.0 };
+        let found = model.beam_search(&prompt, beams.seq_len, &search, &options)?;
+        let (rows, kept) = (found.len(), if beams.return_beams_and_scores { beams.beams } else { 1 });
+        let of_all = || (0..kept).flat_map(|beam| found.iter().map(move |row| &row[beam]));
+        let tokens: Vec<i64> = of_all().flat_map(|found| found.tokens.iter().copied()).collect_vec();
+        let scores: Vec<f64> = of_all().map(|found| found.score).collect_vec();
+        if !beams.return_beams_and_scores {
+            return Ok(Forward::new("out", Tensor::from_vec(tokens, [rows, beams.seq_len], &self.device)?));
         }
-        let width = start.shape().last().copied().unwrap_or(0).max(1);
-        let rows = if start.dtype() == DType::I64 { start.to_vec::<i64>()? } else { Vec::new() };
-        let end = |row: &[i64]| eos.is_some_and(|eos| row.contains(&eos)).then_some(0);
-        Ok(Self { eos, pad_value, ends: rows.chunks(width).map(end).collect_vec(), length: 0 })
-    }
-
-    /// Counts the new token of every row; returns `false` once all have ended.
-    fn push(&mut self, tokens: &[i64]) -> bool {
-        self.length += 1;
-        for (end, &token) in self.ends.iter_mut().zip(tokens) {
-            if end.is_none() && self.eos == Some(token) {
-                *end = Some(self.length);
-            }
-        }
-        !self.all()
-    }
-
-    fn all(&self) -> bool {
-        self.ends.iter().all(Option::is_some)
-    }
-
-    /// Returns the new tokens, `[b, n]` or `[n]`, with those after the ends overwritten.
-    fn pad(&self, new: Tensor) -> Result<Tensor> {
-        if self.eos.is_none() || !self.all() || self.length == 0 {
-            return Ok(new);
-        }
-        let mut tokens = new.to_vec::<i64>()?;
-        for (row, end) in tokens.chunks_mut(self.length).zip(&self.ends) {
-            row[end.unwrap_or(self.length)..].fill(self.pad_value);
-        }
-        Tensor::from_vec(tokens, *new.shape(), new.device())
+        let tokens = Tensor::from_vec(tokens, [kept, rows, beams.seq_len], &self.device)?;
+        let scores = Tensor::from_vec(scores, [kept, rows], &self.device)?.to_dtype(self.dtype)?;
+        let mut forward = Forward::new("out", tokens);
+        forward.outputs.push(("scores".to_string(), scores));
+        Ok(forward)
     }
 }
 

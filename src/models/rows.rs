@@ -226,7 +226,8 @@ impl<'m> Rows<'m> {
             options.mask = Some(Tensor::from_vec(mask, [b, seen], &self.device)?);
         }
         // Only the last position needs logits.
-        Ok(self.net.forward(&window, &options).context("net")?.out.select(1, seen - 1)?.detach())
+        let out = self.net.forward(&window, &options).context("net")?.out;
+        Ok(out.select(1, out.dim(1)? - 1)?.detach())
     }
 }
 
@@ -243,6 +244,10 @@ fn of_rows(options: &ForwardOptions, rows: &[usize]) -> Result<ForwardOptions> {
         context_mask: options.context_mask.as_ref().map(pick).transpose()?,
         attn_mask: options.attn_mask.as_ref().map(pairs).transpose()?,
         mems: options.mems.as_ref().map(|mems| mems.iter().map(pick).try_collect_vec()).transpose()?,
+        prepend_embeds: options.prepend_embeds.as_ref().map(pick).transpose()?,
+        prepend_mask: options.prepend_mask.as_ref().map(pick).transpose()?,
+        condition: options.condition.as_ref().map(pick).transpose()?,
+        seq_start_pos: options.seq_start_pos.as_ref().map(pick).transpose()?,
         ..options.clone()
     })
 }

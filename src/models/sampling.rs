@@ -51,6 +51,10 @@ pub fn sample_tokens(logits: &Tensor, config: &SamplingConfig, seed: u64, step: 
         FilterLogits::TopK => {
             SampleFilter::Best(k.unwrap_or_else(|| kept_by_share(filter_thres, logits.shape().last())))
         }
+        FilterLogits::TopShare => SampleFilter::Best(share(filter_thres, logits.shape().last())),
+        FilterLogits::RowTopA => {
+            return Err(Error::option("filter_logits_fn", "row_top_a is drawn row by row: use `generate`"));
+        }
         FilterLogits::TopP => SampleFilter::MassUpTo(1.0 - filter_thres),
         FilterLogits::Nucleus => SampleFilter::MassBelow(filter_thres),
         FilterLogits::TopA => SampleFilter::TopA { power: min_p_pow, ratio: min_p_ratio },
@@ -61,7 +65,12 @@ pub fn sample_tokens(logits: &Tensor, config: &SamplingConfig, seed: u64, step: 
 
 /// Returns the number of tokens of a vocabulary that top-k keeps for a threshold.
 fn kept_by_share(thres: f64, tokens: Option<&usize>) -> usize {
-    (((1.0 - thres) * tokens.copied().unwrap_or(0) as f64).ceil() as usize).max(1)
+    share(1.0 - thres, tokens)
+}
+
+/// Returns a share of a vocabulary, at least one token.
+fn share(share: f64, tokens: Option<&usize>) -> usize {
+    ((share * tokens.copied().unwrap_or(0) as f64).ceil() as usize).max(1)
 }
 
 /// Returns the distribution of the next token for each row of logits, after filter and temperature.
@@ -107,11 +116,13 @@ fn distribution(row: &[f64], config: &SamplingConfig, limit: f64) -> Vec<f64> {
         FilterLogits::Entmax => return entmax(&scaled(row), 1.3),
         FilterLogits::TopA => return uniform_above(&softmax(row), limit),
         FilterLogits::TopK => only_best(row, config.k.unwrap_or(kept_by_share(thres, Some(&row.len())))),
+        FilterLogits::TopShare => only_best(row, share(thres, Some(&row.len()))),
         FilterLogits::TopP => only_mass(row, &|before| before > 1.0 - thres),
         FilterLogits::Nucleus => only_mass(row, &|before| before >= thres),
-        FilterLogits::MinP => {
+        FilterLogits::MinP | FilterLogits::RowTopA => {
+            let power = if config.filter_logits_fn == FilterLogits::MinP { 1.0 } else { config.min_p_pow };
             let probabilities = softmax(row);
-            let limit = probabilities.iter().copied().fold(0.0, f64::max) * config.min_p_ratio;
+            let limit = probabilities.iter().copied().fold(0.0, f64::max).powf(power) * config.min_p_ratio;
             row.iter().zip(probabilities).map(|(&x, p)| if p < limit { f64::NEG_INFINITY } else { x }).collect()
         }
     };

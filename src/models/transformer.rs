@@ -5,12 +5,13 @@ use std::{
     sync::Arc,
 };
 
+use super::{AttentionPool, embeddings::Embedded, positions::Absolute};
 use crate::{
     DType, Error, Init, Param, ParamStore, QuantType, Result, Tensor,
     collect::CollectVec,
-    config::{LayerPlan, NormPlan, TransformerPlan, TransformerWrapperConfig},
+    config::{AttentionPoolPlan, LayerPlan, MemoryPlan, NormPlan, TransformerPlan, TransformerWrapperConfig},
     error::{ErrorContext, ensure},
-    nn::{AbsolutePositionalEmbedding, AttentionLayers, Branch, Embedding, ForwardOptions, Linear, Norm, Packer},
+    nn::{AttentionLayers, Branch, Embedding, ForwardOptions, Linear, Norm, Packer},
     ops::{Activation, PackedMatrix},
 };
 
@@ -20,10 +21,16 @@ use crate::{
 pub struct Output {
     /// Logits `[b, n, num_tokens]`, or normed hidden states `[b, n, dim]`.
     pub out: Tensor,
+    /// Logits of the other heads of a model with several.
+    pub others: Vec<Tensor>,
+    /// Normed hidden states, if `return_logits_and_embeddings`.
+    pub embeddings: Option<Tensor>,
     /// New memories, if `return_mems`: one `[b, memories, dim]` per self-attention, detached.
     pub mems: Vec<Tensor>,
     /// Attention maps, if `return_attn`: `[b, heads, i, j]` in the order of the layers.
     pub attn: Vec<Tensor>,
+    /// Masked scores of attention, if `return_scores`: `[b, heads, i, j]` in the order of the layers.
+    pub scores: Vec<Tensor>,
 }
 
 /// Transformer on tokens: token embeddings, positions, attention layers, a LayerNorm and logits.
@@ -53,16 +60,22 @@ pub struct Output {
 #[doc(alias = "BERT")]
 #[doc(alias = "Transformer")]
 pub struct TransformerWrapper {
-    plan: Arc<TransformerPlan>,
-    token_emb: Embedding,
-    pos_emb: Option<AbsolutePositionalEmbedding>,
-    project_emb: Option<Linear>,
-    memory_tokens: Option<Param>,
+    pub(super) plan: Arc<TransformerPlan>,
+    pub(super) token_emb: Embedding,
+    pub(super) pos_emb: Option<Absolute>,
+    pub(super) project_emb: Option<Linear>,
+    pub(super) memory_tokens: Option<Param>,
+    pub(super) cls_token: Option<Param>,
     attn_layers: AttentionLayers,
-    token_type_emb: Option<Embedding>,
-    post_emb_norm: Option<Norm>,
+    attn_pool: Option<AttentionPool>,
+    pub(super) token_type_emb: Option<Embedding>,
+    pub(super) embeds: Vec<(String, Embedding)>,
+    pub(super) post_emb_norm: Option<Norm>,
     norm: Option<Norm>,
-    to_logits: Option<Linear>,
+    /// One for each head.
+    to_logits: Vec<Linear>,
+    /// Head that predicts numbers.
+    to_numbers: Option<Linear>,
     mlm_head: Option<MaskedHead>,
     pooler: Option<Linear>,
 }
@@ -98,7 +111,14 @@ impl TransformerWrapper {
     ///
     /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for options that are illegal alone or in combination.
     pub fn new(config: &TransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
-        Self::from_plan(config.plan()?, store, None)
+        Self::from_plan(config.plan()?, store)
+    }
+
+    /// Creates a model from its plan, with parameters under the names of PyTorch's state dict.
+    ///
+    /// Errors: those of the layers.
+    pub fn from_plan(plan: TransformerPlan, store: &ParamStore) -> Result<Self> {
+        Self::tied(plan, store, None)
     }
 
     /// Creates a model in which some layers have custom branches; see [`AttentionLayers::with_branches`]. Generation,
@@ -115,7 +135,7 @@ impl TransformerWrapper {
     }
 
     /// Builds a model from its plan, with the token embeddings of another one if given.
-    pub(super) fn from_plan(plan: TransformerPlan, store: &ParamStore, tied: Option<&Embedding>) -> Result<Self> {
+    pub(super) fn tied(plan: TransformerPlan, store: &ParamStore, tied: Option<&Embedding>) -> Result<Self> {
         Self::build(plan, store, tied, |_, _, _| Ok(None))
     }
 
@@ -129,17 +149,26 @@ impl TransformerWrapper {
         plan.layers = attn_layers.plan().clone();
         let plan = Arc::new(plan);
         let dim = plan.layers.dim;
-        let token_store = store.at("token_emb");
+        let token_store = store.at(&plan.token_emb);
+        let start = if plan.l2norm_embed { Init::Normal(1e-5) } else { Init::kaiming_normal(plan.emb_dim) };
         let token_emb = match tied {
             Some(other) => Embedding::tied(&token_store, other)?,
-            None => Embedding::new(&token_store, plan.num_tokens, plan.emb_dim, Init::kaiming_normal(plan.emb_dim))?,
-        };
-        let positions = || {
-            AbsolutePositionalEmbedding::new(plan.emb_dim, plan.max_seq_len, plan.scale_pos_emb, &store.at("pos_emb"))
+            None => Embedding::new(&token_store, plan.num_tokens, plan.emb_dim, start)?,
         };
         let project_emb = || Linear::new(&store.at("project_emb"), plan.emb_dim, dim);
         let memory = || store.param("memory_tokens", [plan.num_memory_tokens, dim], Init::Normal(1.0));
-        let to_logits = || Linear::maybe_biased(&store.at("to_logits"), dim, plan.num_tokens, plan.logits_bias);
+        let head = |(name, width): &(String, usize)| {
+            let place = store.at("to_logits");
+            let place = if name.is_empty() { place } else { place.at(name) };
+            Linear::maybe_biased(&place, dim, *width, plan.logits_bias)
+        };
+        let heads = if plan.tie_embedding.is_some() || plan.return_only_embed { &[][..] } else { &plan.logits[..] };
+        let numbers = || Linear::new(&store.at("to_numerical_output").at(0), dim, 1);
+        let cls_token = || store.param("cls_token", [plan.num_cls_tokens, dim], Init::Normal(0.02));
+        let embeds = plan.embeds.iter().map(|(name, count)| {
+            let place = store.at("embeds").at(format_args!("{name}_embed"));
+            Ok((name.clone(), Embedding::new(&place, *count, plan.emb_dim, Init::Normal(1.0))?))
+        });
         let types = || {
             let init = Init::kaiming_normal(plan.emb_dim);
             Embedding::new(&store.at("token_type_emb"), plan.num_token_types, plan.emb_dim, init)
@@ -150,16 +179,20 @@ impl TransformerWrapper {
         let mlm_head = |(activation, norm)| MaskedHead::new(&plan, activation, norm, &store.at("mlm_head"));
         Ok(Self {
             token_emb,
-            pos_emb: plan.absolute_positions.then(positions).transpose()?,
+            pos_emb: Absolute::new(plan.absolute_positions, plan.emb_dim, plan.max_seq_len, store)?,
             project_emb: (plan.emb_dim != dim).then(project_emb).transpose()?,
             memory_tokens: (plan.num_memory_tokens > 0).then(memory).transpose()?,
+            cls_token: (plan.num_cls_tokens > 0).then(cls_token).transpose()?,
             attn_layers,
+            attn_pool: plan.pool.as_ref().map(|pool| AttentionPool::new(pool, &store.at("attn_pool"))).transpose()?,
+            embeds: embeds.try_collect_vec()?,
             token_type_emb: (plan.num_token_types > 0).then(types).transpose()?,
             post_emb_norm: norm(plan.post_emb_norm, "post_emb_norm", plan.emb_dim)?,
-            norm: norm(plan.layers.final_norm, "norm", dim)?,
+            norm: norm(plan.layers.final_norm.filter(|_| !plan.layers.owns_final_norm), "norm", dim)?,
             mlm_head: plan.mlm_head.map(mlm_head).transpose()?,
             pooler: plan.pooler.then(|| Linear::new(&store.at("pooler"), dim, dim)).transpose()?,
-            to_logits: (!plan.tie_embedding && !plan.return_only_embed).then(to_logits).transpose()?,
+            to_logits: heads.iter().map(head).try_collect_vec()?,
+            to_numbers: plan.numerical_token.map(|_| numbers()).transpose()?,
             plan,
         })
     }
@@ -200,9 +233,14 @@ impl TransformerWrapper {
     /// Replaces weights by packed ones: those of linear layers, and the table of token embeddings.
     pub(crate) fn pack(&mut self, packer: Packer) -> Result<()> {
         self.token_emb.pack(packer).context("token_emb")?;
-        self.attn_layers.pack(packer).context("attn_layers")?;
-        self.project_emb.iter_mut().try_for_each(|linear| linear.pack(packer)).context("project_emb")?;
+        self.for_linears(&mut |linear| linear.pack(packer))?;
         self.to_logits.iter_mut().try_for_each(|linear| linear.pack(packer)).context("to_logits")
+    }
+
+    /// Calls `f` with each linear layer but that of the logits.
+    pub(super) fn for_linears(&mut self, f: &mut dyn FnMut(&mut Linear) -> Result<()>) -> Result<()> {
+        self.attn_layers.for_linears(f).context("attn_layers")?;
+        self.project_emb.iter_mut().try_for_each(f).context("project_emb")
     }
 
     /// Returns the layers.
@@ -221,18 +259,43 @@ impl TransformerWrapper {
     /// Errors: tokens of another rank or dtype, out of the vocabulary ([`ErrorKind::Index`](crate::ErrorKind::Index)),
     /// or more than `max_seq_len` with a table of absolute positions; options that do not fit the model.
     pub fn forward(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Output> {
-        let x = self.embed(tokens, options)?;
-        let memory_tokens = self.plan.num_memory_tokens;
-        let mask = options.mask.clone();
-        let options = self.layers_options(options)?;
-        let layers = self.attn_layers.forward_normed(&x, &options, self.norm.as_ref())?;
-        let mut x = layers.out.narrow(1, memory_tokens, tokens.dim(1)?)?;
+        let Embedded { x, mask } = self.embed(tokens, options)?;
+        let pooled_mask = options.mask.clone();
+        let layers_options = self.layers_options(ForwardOptions { mask: mask.clone(), ..options.clone() })?;
+        let layers = self.attn_layers.forward_normed(&x, &layers_options, self.norm.as_ref())?;
+        let mut x = self.without_memory_tokens(layers.out, tokens.dim(1)?, options)?;
         if self.plan.average_pool_embed {
-            x = mean_over_tokens(&x, mask.as_ref())?;
+            x = mean_over_tokens(&x, pooled_mask.as_ref())?;
         }
-        let mems = if options.return_mems { self.new_mems(&layers.hiddens, options.mems.as_deref())? } else { vec![] };
-        let out = if options.return_embeddings || self.plan.return_only_embed { x } else { self.logits(&x)? };
-        Ok(Output { out, mems, attn: layers.attn })
+        if self.cls_token.is_some() {
+            let classes = self.plan.num_cls_tokens;
+            x = if classes == 1 { x.select(1, 0)? } else { x.narrow(1, 0, classes)? };
+        }
+        let mems = if options.return_mems { self.new_mems(&layers.hiddens, &layers_options)? } else { vec![] };
+        let only_embeddings = options.return_embeddings || self.plan.return_only_embed;
+        let prepended = match &options.prepend_embeds {
+            Some(embeds) if options.excise_prepend_embeds => embeds.dim(1)?,
+            _ => 0,
+        };
+        if prepended > 0 {
+            x = x.narrow(1, prepended, x.dim(1)? - prepended)?;
+        }
+        let (attn, scores) = (layers.attn, layers.scores);
+        let mut output = Output { out: x.clone(), others: Vec::new(), embeddings: None, mems, attn, scores };
+        if only_embeddings {
+            return Ok(output);
+        }
+        if let (Some(pool), Some(AttentionPoolPlan { used: true, .. })) = (&self.attn_pool, &self.plan.pool) {
+            output.out = pool.forward(&x, mask.as_ref(), None).context("attn_pool")?;
+            return Ok(output);
+        }
+        output.out = self.logits(&x)?;
+        output.others = self.to_logits.iter().skip(1).map(|head| self.squeezed(head.forward(&x)?)).try_collect_vec()?;
+        if let Some(to_numbers) = &self.to_numbers {
+            output.others.push(to_numbers.forward(&x).context("to_numerical_output.0")?.squeeze(-1)?);
+        }
+        output.embeddings = options.return_logits_and_embeddings.then_some(x);
+        Ok(output)
     }
 
     /// Computes the mean cross-entropy of the logits of normed hidden states, `[.., dim]` with targets `[..]`. Logits
@@ -240,9 +303,10 @@ impl TransformerWrapper {
     ///
     /// Errors: those of [`TransformerWrapper::logits`] and [`Tensor::cross_entropy`].
     pub fn cross_entropy(&self, embeddings: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
-        match (&self.mlm_head, &self.to_logits) {
+        match (&self.mlm_head, self.to_logits.first()) {
             (None, Some(to_logits)) => to_logits.cross_entropy(embeddings, targets, ignore_index).context("to_logits"),
-            (None, None) if !self.plan.return_only_embed => embeddings
+            (None, None) if !self.plan.return_only_embed => self
+                .for_tied_logits(embeddings)?
                 .linear_cross_entropy(&self.token_emb.table()?, None, targets, ignore_index)
                 .context("to_logits"),
             _ => self.logits(embeddings)?.cross_entropy(targets, ignore_index),
@@ -255,10 +319,23 @@ impl TransformerWrapper {
         if let Some(head) = &self.mlm_head {
             return head.forward(embeddings, &self.token_emb).context("mlm_head");
         }
-        match &self.to_logits {
-            Some(to_logits) => to_logits.forward(embeddings).context("to_logits"),
-            None => self.token_emb.logits(embeddings, None).context("to_logits"),
+        let logits = match self.to_logits.first() {
+            Some(to_logits) => to_logits.forward(embeddings),
+            None => self.token_emb.logits(&self.for_tied_logits(embeddings)?, None),
+        };
+        self.squeezed(logits.context("to_logits")?)
+    }
+
+    /// Scales hidden states, of which there are fewer than of logits, for tied logits.
+    fn for_tied_logits(&self, embeddings: &Tensor) -> Result<Tensor> {
+        match self.plan.tie_embedding {
+            Some(scale) if scale != 1.0 => embeddings.affine(scale, 0.0),
+            _ => Ok(embeddings.clone()),
         }
+    }
+
+    fn squeezed(&self, logits: Tensor) -> Result<Tensor> {
+        if self.plan.squeeze_logits && logits.dim(-1)? == 1 { logits.squeeze(-1) } else { Ok(logits) }
     }
 
     /// Applies the pooler to the first token of normed hidden states: `[b, n, dim] → [b, dim]`.
@@ -270,105 +347,13 @@ impl TransformerWrapper {
         pooler.forward(&embeddings.select(1, 0)?).context("pooler")?.tanh()
     }
 
-    /// Computes the input of the layers: `[b, n] → [b, memory tokens + n, dim]`.
-    fn embed(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
-        self.check_tokens(tokens)?;
-        let n = tokens.shape()[1];
-        if self.pos_emb.is_some() {
-            check_length(n, self.plan.max_seq_len)?;
-        }
-        let x = self.embed_tokens(tokens, options.token_types.as_ref(), |positions| positions.forward(n))?;
-        if self.memory_tokens.is_some() { self.prepend_memory_tokens(&x) } else { Ok(x) }
-    }
-
-    /// Checks that `tokens` is an i64 tensor of shape `[batch, n]`.
-    pub(super) fn check_tokens(&self, tokens: &Tensor) -> Result<()> {
+    /// Returns the options of the layers: memories are rotated, and positions are those of tokens.
+    pub(super) fn layers_options(&self, mut options: ForwardOptions) -> Result<ForwardOptions> {
         ensure!(
-            tokens.rank() == 2 && tokens.dtype() == DType::I64,
-            Error::shape(
-                "tokens",
-                format_args!("expected i64 [batch, n], got {:?} {}", tokens.shape(), tokens.dtype())
-            )
-        );
-        Ok(())
-    }
-
-    /// Embeds tokens of these types, with the positions that the closure takes from the table: `[b, n] → [b, n, dim]`.
-    pub(super) fn embed_tokens(
-        &self,
-        tokens: &Tensor,
-        types: Option<&Tensor>,
-        positions_of: impl FnOnce(&AbsolutePositionalEmbedding) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        let mut x = self.token_emb.forward(tokens).context("token_emb")?;
-        if let Some(positions) = &self.pos_emb {
-            x = x.add(&positions_of(positions)?).context("pos_emb")?;
-        }
-        if let Some(types) = self.token_types(tokens, types)? {
-            x = x.add(&types)?;
-        }
-        if let Some(norm) = &self.post_emb_norm {
-            x = norm.forward(&x).context("post_emb_norm")?;
-        }
-        x = x.dropout(self.plan.emb_dropout)?;
-        match &self.project_emb {
-            Some(project) => project.forward(&x).context("project_emb"),
-            None => Ok(x),
-        }
-    }
-
-    /// Prepends memory tokens to embedded ones, if there are any.
-    pub(super) fn prepend_memory_tokens(&self, x: &Tensor) -> Result<Tensor> {
-        let Some(memory) = &self.memory_tokens else { return Ok(x.clone()) };
-        let memory = memory.tensor();
-        let memory = memory.expand([x.dim(0)?, memory.dim(0)?, memory.dim(1)?])?;
-        Tensor::cat(&[&memory, x], 1)
-    }
-
-    /// Prepends memory tokens, which are not padding, to a padding mask.
-    pub(super) fn mask_with_memory_tokens(&self, mask: Option<&Tensor>) -> Result<Option<Tensor>> {
-        let (Some(mask), true) = (mask, self.memory_tokens.is_some()) else { return Ok(mask.cloned()) };
-        ensure!(
-            mask.rank() == 2 && mask.dtype() == DType::Bool,
-            Error::shape("mask", format_args!("expected bool [batch, n], got {:?} {}", mask.shape(), mask.dtype()))
-        );
-        let kept = Tensor::ones([mask.dim(0)?, self.plan.num_memory_tokens], DType::Bool, mask.device())?;
-        Tensor::cat(&[&kept, mask], 1).map(Some)
-    }
-
-    /// Returns the embeddings of token types, if the model has them: `[b, n, dim]`, or `[1, dim]` if all types are 0.
-    fn token_types(&self, tokens: &Tensor, types: Option<&Tensor>) -> Result<Option<Tensor>> {
-        let (table, types) = match (&self.token_type_emb, types) {
-            (Some(table), Some(types)) => (table, types),
-            (Some(table), None) => return table.table()?.narrow(0, 0, 1).map(Some),
-            (None, None) => return Ok(None),
-            (None, Some(_)) => {
-                return Err(Error::argument("token_types", "require a model with `num_token_types` above 0"));
-            }
-        };
-        ensure!(
-            types.shape() == tokens.shape() && types.dtype() == DType::I64,
-            Error::shape(
-                "token_types",
-                format_args!(
-                    "expected i64 {:?}, the shape of the tokens, got {:?} {}",
-                    tokens.shape(),
-                    types.shape(),
-                    types.dtype()
-                )
-            )
-        );
-        table.forward(types).context("token_type_emb").map(Some)
-    }
-
-    /// Returns the options of the layers: the mask covers memory tokens, memories are rotated.
-    pub(super) fn layers_options(&self, options: &ForwardOptions) -> Result<ForwardOptions> {
-        let mut options = options.clone();
-        options.mask = self.mask_with_memory_tokens(options.mask.as_ref())?;
-        ensure!(
-            !options.return_mems || self.plan.max_mem_len.is_some(),
+            !options.return_mems || self.plan.memories != MemoryPlan::None,
             Error::option("max_mem_len", "must be set for `return_mems`: the number of memories to keep, 0 for all")
         );
+        options.pos = options.pos.filter(|pos| !pos.dtype().is_float());
         if let Some(mems) = &mut options.mems {
             // Too few to rotate are too few for the layers, which return the error.
             let down = self.plan.shift_mem_down.min(mems.len());
@@ -378,20 +363,29 @@ impl TransformerWrapper {
     }
 
     /// Concatenates old memories and these hidden states, and truncates them.
-    fn new_mems(&self, hiddens: &[Tensor], mems: Option<&[Tensor]>) -> Result<Vec<Tensor>> {
-        let keep = self.plan.max_mem_len.filter(|&most| most > 0).unwrap_or(usize::MAX);
+    fn new_mems(&self, hiddens: &[Tensor], options: &ForwardOptions) -> Result<Vec<Tensor>> {
         let join = |(index, hidden): (usize, &Tensor)| {
-            let hidden = hidden.detach();
-            let joined = match mems.and_then(|mems| mems.get(index)) {
-                Some(mem) => Tensor::cat(&[&mem.detach(), &hidden], 1)?,
-                None => hidden,
+            let joined = match options.mems.as_ref().and_then(|mems| mems.get(index)) {
+                Some(mem) if !matches!(self.plan.memories, MemoryPlan::LastOfCall(_)) => {
+                    Tensor::cat(&[mem, hidden], 1)?
+                }
+                _ => hidden.clone(),
             };
-            let length = joined.dim(1)?;
-            let kept = length.min(keep);
-            joined.narrow(1, length - kept, kept)
+            let kept = last_memories(&joined, self.plan.memories)?;
+            Ok(if options.attached_mems { kept } else { kept.detach() })
         };
         hiddens.iter().enumerate().map(join).try_collect_vec()
     }
+}
+
+/// Returns the memories that are kept of `[b, n, dim]`.
+pub(super) fn last_memories(hiddens: &Tensor, plan: MemoryPlan) -> Result<Tensor> {
+    let length = hiddens.dim(1)?;
+    let kept = match plan {
+        MemoryPlan::Last(most) | MemoryPlan::LastOfCall(most) => length.min(most),
+        MemoryPlan::None | MemoryPlan::All => length,
+    };
+    hiddens.narrow(1, length - kept, kept)
 }
 
 /// Applies the final norm, if there is one.
@@ -422,13 +416,4 @@ pub(crate) fn mean_over_tokens(x: &Tensor, mask: Option<&Tensor>) -> Result<Tens
         .collect_vec();
     let weights = Tensor::from_vec(weights, [x.dim(0)?, 1, n], x.device())?.to_dtype(x.dtype())?;
     weights.matmul(x)?.squeeze(1)
-}
-
-/// Rejects a sequence that is too long.
-pub(super) fn check_length(n: usize, max_seq_len: usize) -> Result<()> {
-    ensure!(
-        n <= max_seq_len,
-        Error::argument("sequence", format_args!("expected at most `max_seq_len` ({max_seq_len}) positions, got {n}"))
-    );
-    Ok(())
 }

@@ -1,6 +1,12 @@
 //! Inputs and options of a forward pass, and their checks.
 
-use crate::{DType, Error, Result, Tensor, config::LayersPlan, error::ensure};
+use std::collections::BTreeMap;
+
+use crate::{
+    DType, Error, Result, Tensor,
+    config::{BranchPlan, LayersPlan, ScoreResidual, ValueResidual},
+    error::ensure,
+};
 
 /// Inputs and options of a forward pass besides its main input. All are off by default.
 ///
@@ -24,6 +30,44 @@ pub struct ForwardOptions {
     pub attn_mask: Option<Tensor>,
     /// Memories returned by the previous segment, one `[b, memories, dim]` per self-attention, in order.
     pub mems: Option<Vec<Tensor>>,
+    /// Padding masks of the memories, `[b, memories]` Bool each; `true` marks a real one. Default: all are real.
+    pub mem_masks: Option<Vec<Tensor>>,
+    /// Mask of the keys of self-attention, in place of `mask`, `[b, j]` Bool; `true` keeps.
+    pub self_attn_kv_mask: Option<Tensor>,
+    /// Added to the scores of self-attention, `[heads, i, j]` or another shape that broadcasts to `[b, heads, i, j]`.
+    pub attn_bias: Option<Tensor>,
+    /// Condition of adaptive norms and scales, `[b, dim_condition]` or `[b, n, dim_condition]`.
+    pub condition: Option<Tensor>,
+    /// Positions of the tokens, I64 `[n]` or `[b, n]`; or, for a model with a table of positions, floats that take the
+    /// place of its vectors.
+    pub pos: Option<Tensor>,
+    /// Positions of the context, I64 `[m]` or `[b, m]`: cross-attention turns queries and keys too.
+    pub context_pos: Option<Tensor>,
+    /// Number of padded positions before the tokens of each row, `[b]` I64: these are no keys, and absolute positions
+    /// count from the first token.
+    pub seq_start_pos: Option<Tensor>,
+    /// Number of first positions that all queries see, `[b]` or `[1]` I64, for a `PrefixDecoder`.
+    pub prefix_attn_len: Option<Tensor>,
+    /// Embeddings before those of the tokens, `[b, p, emb_dim]`.
+    pub prepend_embeds: Option<Tensor>,
+    /// Padding mask of `prepend_embeds`, `[b, p]` Bool; `true` marks a real one.
+    pub prepend_mask: Option<Tensor>,
+    /// If `true`, the output leaves out the positions of `prepend_embeds`.
+    pub excise_prepend_embeds: bool,
+    /// Added to the embeddings, broadcasts to `[b, n, emb_dim]`.
+    pub sum_embeds: Option<Tensor>,
+    /// Ids of each additional table of embeddings, `[b, n]` I64, by its name.
+    pub embed_ids: BTreeMap<String, Tensor>,
+    /// Number of tokens of each row, `[b]` I64, in place of a mask.
+    pub lens: Option<Tensor>,
+    /// Numbers of the numerical tokens, `[b, n]`; those of other tokens are ignored.
+    pub numbers: Option<Tensor>,
+    /// If `true`, return the embeddings beside the logits.
+    pub return_logits_and_embeddings: bool,
+    /// If `true`, return the scores of all attentions after their masks.
+    pub return_scores: bool,
+    /// If `true`, gradients pass from new memories to the call that they come from.
+    pub attached_mems: bool,
     /// Type of each token, `[b, n]` I64, for models with `num_token_types`. Default: all 0.
     pub token_types: Option<Tensor>,
     /// If `true`, return the normed hidden states instead of logits.
@@ -83,18 +127,31 @@ impl ForwardOptions {
             ),
             (Some(context), true) => {
                 let shape = context.shape();
+                let mut cross = plan.layers.iter().filter_map(|layer| match &layer.branch {
+                    BranchPlan::CrossAttention(plan) => Some(plan.dim_context),
+                    _ => None,
+                });
+                let width = cross.next().unwrap_or(dim);
                 ensure!(
-                    context.rank() == 3 && shape[0] == b && shape[2] == dim && context.dtype() == x.dtype(),
+                    context.rank() == 3 && shape[0] == b && shape[2] == width && context.dtype() == x.dtype(),
                     Error::shape(
                         "context",
-                        format_args!("expected [{b}, length, {dim}] {}, got {shape:?} {}", x.dtype(), context.dtype())
+                        format_args!(
+                            "expected [{b}, length, {width}] {}, got {shape:?} {}",
+                            x.dtype(),
+                            context.dtype()
+                        )
                     )
                 );
                 check_mask("context_mask", self.context_mask.as_ref(), b, shape[1])?;
             }
         }
         self.check_mems(x, plan)?;
-        let scores = plan.layers.iter().filter_map(|layer| layer.branch.attention()).any(|plan| plan.residual);
+        let scores = plan
+            .layers
+            .iter()
+            .filter_map(|layer| layer.branch.attention())
+            .any(|plan| plan.residual != ScoreResidual::None || plan.value_residual != ValueResidual::None);
         ensure!(
             !(self.checkpoint_layers && (scores || self.return_attn)),
             Error::argument(

@@ -1,13 +1,13 @@
 //! One sublayer: norm, branch, norm, residual, norm.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use super::{
-    Attention, AttentionInput, Branch, FeedForward, Norm, Packer, Past, Residual, cache::Decode, residual::Stream,
-    wrap::Wrap,
+    Attention, AttentionInput, Branch, FeedForward, Linear, Norm, Past, Residual, Rotation, cache::Decode,
+    residual::Stream, wrap::Wrap,
 };
 use crate::{
-    Buffer, Error, ParamStore, Result, Tensor, checkpoint,
+    Error, ParamStore, Result, Tensor, checkpoint,
     collect::CollectVec,
     config::{BranchPlan, LayerPlan},
     error::{ErrorContext, ensure},
@@ -18,6 +18,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(super) struct Layer {
     norms: [Option<Norm>; 3],
+    /// If `true`, memories pass the first norm too.
+    norms_memories: bool,
     wrap: Wrap,
     function: Function,
     residual: Residual,
@@ -27,7 +29,7 @@ pub(super) struct Layer {
 #[derive(Clone, Debug)]
 enum Function {
     Attention(Box<Attention>),
-    FeedForward(FeedForward),
+    FeedForward(Box<FeedForward>),
     Custom(Arc<dyn Branch>),
 }
 
@@ -37,6 +39,7 @@ pub(super) struct LayerOutput {
     pub stream: Stream,
     pub scores: Option<Tensor>,
     pub attn: Option<Tensor>,
+    pub values: Option<Tensor>,
 }
 
 impl Layer {
@@ -46,28 +49,30 @@ impl Layer {
     pub fn new(
         plan: &LayerPlan,
         dim: usize,
-        rotary: Option<&Buffer>,
+        norms_memories: bool,
+        rotary: Option<&Rotation>,
         store: &ParamStore,
         custom: impl FnOnce(&ParamStore) -> Result<Option<Arc<dyn Branch>>>,
     ) -> Result<Self> {
         let norm =
             |place: usize| plan.norms[place].map(|norm| Norm::new(norm, dim, &store.at(0).at(place))).transpose();
-        let (wrap, place) = Wrap::new(&plan.wrap, &store.at(1))?;
+        let (wrap, place) = Wrap::new(&plan.wrap, dim, &store.at(1))?;
         let function = match (custom(&place)?, &plan.branch) {
             (Some(branch), _) => Function::Custom(branch),
             (None, BranchPlan::SelfAttention(plan)) => {
                 Function::Attention(Box::new(Attention::new(plan, rotary, &place)?))
             }
             (None, BranchPlan::CrossAttention(plan)) => {
-                Function::Attention(Box::new(Attention::new(plan, None, &place)?))
+                let rotary = rotary.filter(|_| plan.rotary.is_some());
+                Function::Attention(Box::new(Attention::new(plan, rotary, &place)?))
             }
-            (None, BranchPlan::FeedForward(plan)) => Function::FeedForward(FeedForward::new(plan, &place)?),
+            (None, BranchPlan::FeedForward(plan)) => Function::FeedForward(Box::new(FeedForward::new(plan, &place)?)),
             (None, BranchPlan::Custom) => {
                 return Err(Error::argument("layers", "a custom branch requires `AttentionLayers::with_branches`"));
             }
         };
         let residual = Residual::new(plan.residual, dim, &store.at(2))?;
-        Ok(Self { norms: [norm(0)?, norm(1)?, norm(2)?], wrap, function, residual })
+        Ok(Self { norms: [norm(0)?, norm(1)?, norm(2)?], norms_memories, wrap, function, residual })
     }
 
     /// Returns the branch if it is a custom one.
@@ -78,11 +83,11 @@ impl Layer {
         }
     }
 
-    /// Replaces weights of linear layers by packed ones; a custom branch is unchanged.
-    pub fn pack(&mut self, packer: Packer) -> Result<()> {
+    /// Calls `f` with each linear layer; those of a custom branch are not known.
+    pub fn for_linears(&mut self, f: &mut dyn FnMut(&mut Linear) -> Result<()>) -> Result<()> {
         match &mut self.function {
-            Function::Attention(attention) => attention.linears_mut().try_for_each(|linear| linear.pack(packer)),
-            Function::FeedForward(feedforward) => feedforward.linears_mut().try_for_each(|linear| linear.pack(packer)),
+            Function::Attention(attention) => attention.linears_mut().try_for_each(f),
+            Function::FeedForward(feedforward) => feedforward.linears_mut().try_for_each(f),
             Function::Custom(_) => Ok(()),
         }
     }
@@ -94,12 +99,26 @@ impl Layer {
         input: &AttentionInput,
         mut decode: Option<Decode<'_>>,
     ) -> Result<LayerOutput> {
-        let (x, normed) = stream.normed(self.norms[0].as_ref()).context("0.0")?;
+        let condition = input.condition.as_ref();
+        let (stream, hyper) = match self.residual.hyper() {
+            Some(hyper) => {
+                let [read, mixed, weights] = hyper.prepare(&stream.whole()?).context(2)?;
+                (Stream::Whole(read), Some((hyper, mixed, weights)))
+            }
+            None => (stream, None),
+        };
+        let (x, normed) = stream.normed(self.norms[0].as_ref(), condition).context("0.0")?;
+        let mut input = Cow::Borrowed(input);
+        if let (true, Some(norm), Some(mem)) = (self.norms_memories, &self.norms[0], &input.mem) {
+            let mem = norm.forward_given(mem, condition).context("0.0")?;
+            input.to_mut().mem = Some(mem);
+        }
+        let input = &*input;
         // Only attention handles padding.
         let attends = matches!(self.function, Function::Attention(_));
         let mask = input.query_mask.as_ref();
         let normed = self.wrap.input(&normed, mask.filter(|_| attends), decode.as_mut()).context(1)?;
-        let (mut scores, mut attn) = (None, None);
+        let (mut scores, mut attn, mut values) = (None, None, None);
         let out = match (&self.function, decode) {
             (Function::Attention(attention), decode) => {
                 let output = match decode {
@@ -109,7 +128,7 @@ impl Layer {
                     None => attention.forward(&normed, input),
                 }
                 .context(1)?;
-                (scores, attn) = (output.scores, output.attn);
+                (scores, attn, values) = (output.scores, output.attn, output.values);
                 output.out
             }
             (Function::FeedForward(feedforward), _) => feedforward.forward(&normed).context(1)?,
@@ -118,12 +137,16 @@ impl Layer {
             }
         };
         drop(normed);
-        let out = Stream::Whole(self.wrap.output(out).context(1)?).normed(self.norms[1].as_ref()).context("0.1")?.1;
-        let mut stream = self.residual.stream(out, x.clone()).context(2)?;
+        let out = Stream::Whole(self.wrap.output(out, condition).context(1)?);
+        let out = out.normed(self.norms[1].as_ref(), condition).context("0.1")?.1;
+        let mut stream = match hyper {
+            Some((hyper, mixed, weights)) => Stream::Whole(hyper.join(&out, &mixed, &weights).context(2)?),
+            None => self.residual.stream(out, x.clone()).context(2)?,
+        };
         if let Some(norm) = &self.norms[2] {
-            stream = Stream::Whole(stream.normed(Some(norm)).context("0.2")?.1);
+            stream = Stream::Whole(stream.normed(Some(norm), condition).context("0.2")?.1);
         }
-        Ok(LayerOutput { input: x, stream, scores, attn })
+        Ok(LayerOutput { input: x, stream, scores, attn, values })
     }
 
     /// Computes the sublayer on whole sequences, keeping only the inputs for the backward pass.
@@ -142,7 +165,7 @@ impl Layer {
             layer.forward(Stream::Whole(given[0].clone()), &input, None)?.stream.whole()
         };
         let out = checkpoint(run, &inputs)?;
-        Ok(LayerOutput { input: x, stream: Stream::Whole(out), scores: None, attn: None })
+        Ok(LayerOutput { input: x, stream: Stream::Whole(out), scores: None, attn: None, values: None })
     }
 }
 
@@ -162,5 +185,13 @@ fn custom(branch: &dyn Branch, x: &Tensor, past: &mut Past<'_>) -> Result<Tensor
 /// Returns the inputs of attention that receive gradients.
 fn flowing_mut(input: &mut AttentionInput) -> impl Iterator<Item = &mut Tensor> {
     let bias = input.bias.as_mut().map(PositionBias::weights_mut);
-    [input.context.as_mut(), input.mem.as_mut(), bias].into_iter().flatten()
+    let tensors = [
+        input.context.as_mut(),
+        input.mem.as_mut(),
+        bias,
+        input.dense_bias.as_mut(),
+        input.condition.as_mut(),
+        input.value_residual.as_mut(),
+    ];
+    tensors.into_iter().flatten()
 }

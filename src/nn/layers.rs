@@ -3,20 +3,21 @@
 use std::sync::Arc;
 
 use super::{
-    AttentionInput, Branch, ForwardOptions, LayersCache, Norm, Packer, RelativePositionBias,
+    AttentionInput, Branch, ForwardOptions, LayersCache, Linear, Norm, RelativePositionBias, Rotation,
+    attention::{causal_mask, soft_clamp},
     cache::{Decode, LayerCache},
     layer::Layer,
-    positions::rotary_frequencies,
+    positions::{PolarEmbedding, Turn},
     residual::Stream,
     step::{DecodeStep, Tables},
 };
 use crate::{
-    Buffer, DType, Error, ParamStore, Result, Tensor,
+    DType, Error, Init, Param, ParamStore, Result, Tensor,
     autograd::dropout_stream,
     collect::CollectVec,
-    config::{BranchPlan, LayerPlan, LayersPlan, RotaryPlan},
+    config::{AttentionPlan, BranchPlan, LayerPlan, LayersPlan, RotaryPlan, ScoreResidual, ValueResidual},
     error::{ErrorContext, ensure},
-    ops::{PositionBias, Window},
+    ops::Window,
 };
 
 /// Output of attention layers.
@@ -29,6 +30,8 @@ pub struct LayersOutput {
     pub hiddens: Vec<Tensor>,
     /// Attention maps, if requested.
     pub attn: Vec<Tensor>,
+    /// Masked scores of attention, if requested.
+    pub scores: Vec<Tensor>,
 }
 
 /// Stack of attention layers: an `Encoder`, `Decoder` or `CrossAttender`.
@@ -51,10 +54,16 @@ pub struct AttentionLayers {
     plan: Arc<LayersPlan>,
     layers: Vec<Layer>,
     bias: Option<RelativePositionBias>,
-    /// Frequencies of the rotation, `[features / 2]`.
-    rotary: Option<Buffer>,
+    rotary: Option<Rotation>,
     /// Frequencies of the sinusoids of position-infused attention, `[dim / 2]`.
-    infused: Option<Buffer>,
+    infused: Option<Rotation>,
+    polar: Option<PolarEmbedding>,
+    /// Network on the condition.
+    adaptive_mlp: Option<Linear>,
+    /// Added to the input in each residual stream, `[streams, dim]`.
+    stream_emb: Option<Param>,
+    /// Final norm, unless it is the wrapper's.
+    final_norm: Option<Norm>,
 }
 
 /// Part of the cache that a call continues, and its step.
@@ -69,6 +78,7 @@ struct Walked {
     stream: Stream,
     hiddens: Vec<Tensor>,
     attn: Vec<Tensor>,
+    scores: Vec<Tensor>,
 }
 
 impl AttentionLayers {
@@ -88,31 +98,50 @@ impl AttentionLayers {
         mut branches: impl FnMut(usize, &LayerPlan, &ParamStore) -> Result<Option<Arc<dyn Branch>>>,
     ) -> Result<Self> {
         let rotary = plan.positions.rotary.as_ref();
-        let rotary = rotary.map(|plan| rotary_frequencies(plan, &store.at("rotary_pos_emb"))).transpose()?;
+        let rotary = rotary.map(|plan| Rotation::new(plan, &store.at("rotary_pos_emb"))).transpose()?;
+        let polar = plan.positions.polar;
+        let polar = polar.map(|plan| PolarEmbedding::new(plan, &store.at("polar_pos_emb"))).transpose()?;
         let infused = plan.positions.infused.then(|| RotaryPlan::plain(plan.dim));
-        let infused = infused.map(|plan| rotary_frequencies(&plan, &store.at("pia_pos_emb"))).transpose()?;
+        let infused = infused.map(|plan| Rotation::new(&plan, &store.at("pia_pos_emb"))).transpose()?;
         let mut layer = |(index, layer): (usize, &LayerPlan)| {
             let custom = |store: &ParamStore| branches(index, layer, store);
-            Layer::new(layer, plan.dim, rotary.as_ref(), &store.at("layers").at(index), custom)
+            let place = store.at("layers").at(index);
+            Layer::new(layer, plan.dim, plan.norms_memories, rotary.as_ref(), &place, custom)
         };
-        let distinct: Vec<Layer> =
-            plan.layers.iter().take(plan.distinct).enumerate().map(&mut layer).try_collect_vec()?;
-        // Tied layers repeat the same modules.
-        let layers: Vec<Layer> = distinct.iter().cycle().take(plan.layers.len()).cloned().collect_vec();
+        let count = plan.modules.iter().max().map_or(0, |last| last + 1);
+        let mut modules = Vec::with_capacity(count);
+        for index in 0..count {
+            // Repeated layers share a module.
+            let at = plan.modules.iter().position(|&module| module == index);
+            let missing = || Error::option("layers_execute_order", format_args!("leaves out sublayer {index}"));
+            let at = at.ok_or_else(missing)?;
+            modules.push(layer((index, &plan.layers[at]))?);
+        }
+        let layers: Vec<Layer> = plan.modules.iter().map(|&index| modules[index].clone()).collect_vec();
         let bias = RelativePositionBias::new(plan.positions.bias, &store.at("rel_pos"))?;
+        let own_norm = plan.final_norm.filter(|_| plan.owns_final_norm);
+        let final_norm = own_norm.map(|norm| Norm::new(norm, plan.dim, &store.at("final_norm"))).transpose()?;
+        let network = plan.condition.and_then(|condition| Some((condition.dim, condition.inner?)));
+        let network = network
+            .map(|(dim, inner)| Linear::without_bias(&store.at("adaptive_mlp").at(0), dim, inner))
+            .transpose()?;
+        let streams = plan.streams > 1;
+        let stream_emb =
+            streams.then(|| store.param("stream_emb", [plan.streams, plan.dim], Init::Constant(0.0))).transpose()?;
         let mut plan = plan.clone();
         for (plan, layer) in plan.layers.iter_mut().zip(&layers) {
             if layer.custom().is_some() {
                 plan.branch = BranchPlan::Custom;
             }
         }
-        Ok(Self { plan: Arc::new(plan), layers, bias, rotary, infused })
+        let plan = Arc::new(plan);
+        Ok(Self { plan, layers, bias, rotary, infused, polar, adaptive_mlp: network, stream_emb, final_norm })
     }
 
-    /// Replaces weights of linear layers by packed ones; norms, gates and custom branches are unchanged.
-    pub(crate) fn pack(&mut self, packer: Packer) -> Result<()> {
+    /// Calls `f` with each linear layer of the branches; those of norms, gates and custom branches are not among them.
+    pub(crate) fn for_linears(&mut self, f: &mut dyn FnMut(&mut Linear) -> Result<()>) -> Result<()> {
         let mut layers = self.layers.iter_mut().enumerate();
-        layers.try_for_each(|(index, layer)| layer.pack(packer).context(format_args!("layers.{index}")))
+        layers.try_for_each(|(index, layer)| layer.for_linears(f).context(format_args!("layers.{index}")))
     }
 
     /// Returns the plan of the layers, in which custom branches are [`BranchPlan::Custom`].
@@ -127,8 +156,9 @@ impl AttentionLayers {
     /// Errors: a missing or unexpected context, or tensors whose shapes or dtypes do not match the options.
     pub fn forward(&self, x: &Tensor, options: &ForwardOptions) -> Result<LayersOutput> {
         options.check(x, &self.plan)?;
-        let Walked { stream, hiddens, attn } = self.walk(x, options, None)?;
-        Ok(LayersOutput { out: stream.whole()?, hiddens, attn })
+        let options = self.complete(x, options)?;
+        let Walked { stream, hiddens, attn, scores } = self.walk(x, &options, None)?;
+        Ok(LayersOutput { out: self.finish(stream, None, &options)?, hiddens, attn, scores })
     }
 
     /// Runs [`AttentionLayers::forward`] and the norm that a wrapper has after its layers. Errors name the wrapper's
@@ -141,48 +171,143 @@ impl AttentionLayers {
     ) -> Result<LayersOutput> {
         let walk = || {
             options.check(x, &self.plan)?;
-            self.walk(x, options, None)
+            let options = self.complete(x, options)?;
+            Ok((self.walk(x, &options, None)?, options))
         };
-        let Walked { stream, hiddens, attn } = walk().context("attn_layers")?;
-        Ok(LayersOutput { out: stream.normed(norm).context("norm")?.1, hiddens, attn })
+        let (Walked { stream, hiddens, attn, scores }, options) = walk().context("attn_layers")?;
+        Ok(LayersOutput { out: self.finish(stream, norm, &options)?, hiddens, attn, scores })
+    }
+
+    /// Applies what follows the last sublayer: the soft clamp, the sum of the streams, and the final norm, which may be
+    /// a wrapper's.
+    fn finish(&self, stream: Stream, norm: Option<&Norm>, options: &ForwardOptions) -> Result<Tensor> {
+        let mut stream = stream;
+        if let Some(bound) = self.plan.softclamp {
+            stream = Stream::Whole(soft_clamp(&stream.whole()?, bound)?);
+        }
+        if self.plan.streams > 1 {
+            stream = Stream::Whole(stream.whole()?.sum(&[2])?);
+        }
+        let (norm, place) = match &self.final_norm {
+            Some(norm) => (Some(norm), "attn_layers.final_norm"),
+            None => (norm, "norm"),
+        };
+        Ok(stream.normed(norm, options.condition.as_ref()).context(place)?.1)
+    }
+
+    /// Applies the network on the condition, `[b, dim_condition]` or `[b, n, dim_condition]`.
+    fn complete_condition(&self, options: &ForwardOptions) -> Result<Option<Tensor>> {
+        let condition = match (&options.condition, &self.plan.condition) {
+            (None, None) => return Ok(None),
+            (Some(condition), Some(plan)) if condition.shape().last() == Some(&plan.dim) => condition,
+            (None, Some(_)) => return Err(Error::argument("condition", "is missing: norms or scales are adaptive")),
+            (Some(condition), plan) => {
+                let expected = plan.map_or_else(|| "none".to_string(), |plan| format!("[batch, {}]", plan.dim));
+                let why = format_args!("expected {expected}, got {:?}", condition.shape()).to_string();
+                return Err(Error::shape("condition", why));
+            }
+        };
+        let condition = if condition.rank() == 2 { condition.unsqueeze(1)? } else { condition.clone() };
+        Ok(Some(match &self.adaptive_mlp {
+            Some(network) => network.forward(&condition).context("adaptive_mlp.0")?.silu()?,
+            None => condition,
+        }))
+    }
+
+    /// Completes the options: the network on the condition, the masks of prefixes and of left padding.
+    fn complete(&self, x: &Tensor, options: &ForwardOptions) -> Result<ForwardOptions> {
+        let mut options = ForwardOptions { condition: self.complete_condition(options)?, ..options.clone() };
+        let n = x.dim(1)?;
+        if self.plan.prefix {
+            let mut mask = causal_mask(n, n, x)?;
+            if let Some(lengths) = &options.prefix_attn_len {
+                let within = Tensor::arange(n, x.device())?.lt(&lengths.reshape([lengths.numel(), 1, 1, 1])?)?;
+                mask = mask.logical_or(&within)?;
+            }
+            options.attn_mask = Some(match &options.attn_mask {
+                Some(given) => mask.logical_and(given)?,
+                None => mask,
+            });
+        }
+        if let Some(start) = &options.seq_start_pos {
+            let kept = Tensor::arange(n, x.device())?.ge(&start.unsqueeze(-1)?)?;
+            options.self_attn_kv_mask = Some(match &options.self_attn_kv_mask {
+                Some(given) => kept.logical_and(given)?,
+                None => kept,
+            });
+        }
+        Ok(options)
     }
 
     /// Runs the sublayers in order, on whole sequences or on the next positions of those in a cache.
     fn walk(&self, x: &Tensor, options: &ForwardOptions, mut decoding: Option<Decoding<'_>>) -> Result<Walked> {
         let begins = decoding.as_ref().is_none_or(|decoding| decoding.step.first);
-        let own = AttentionInput {
+        let n = x.dim(1)?;
+        let mut own = AttentionInput {
             query_mask: options.mask.clone(),
             attn_mask: options.attn_mask.clone(),
             return_attn: options.return_attn,
-            bias: if begins { self.position_bias()? } else { None },
+            return_scores: options.return_scores,
             sinusoids: if begins { self.sinusoids(x, options)? } else { None },
             explicit: options.explicit_attention,
+            condition: options.condition.clone(),
             ..AttentionInput::default()
         };
+        let turns = if begins { self.turns(x, options)? } else { None };
         let cross = AttentionInput {
             context: options.context.clone(),
             key_mask: options.context_mask.clone(),
+            keys_may_be_empty: options.context_mask.is_some(),
             attn_mask: None,
-            bias: None,
             sinusoids: None,
+            turns: self.context_turns(x, options)?,
             ..own.clone()
         };
-        let mut walked = Walked { stream: Stream::Whole(x.clone()), hiddens: Vec::new(), attn: Vec::new() };
+        own.turns = turns;
+        own.polar = self.polar.as_ref().map(|polar| polar.turn(x, options.pos.as_ref())).transpose()?;
+        if begins {
+            self.add_bias(&mut own, x, options)?;
+        }
+        let x = match &self.stream_emb {
+            Some(streams) => x.unsqueeze(2)?.add(&streams.tensor())?,
+            None => x.clone(),
+        };
+        let mut walked = Walked { stream: Stream::Whole(x), hiddens: Vec::new(), attn: Vec::new(), scores: Vec::new() };
         // Scores of the last self- and cross-attention, for the next one that adds them to its own.
         let (mut own_scores, mut cross_scores) = (None, None);
+        // Values of the first ones, which later ones mix into their own.
+        let (mut own_values, mut cross_values) = (None, None);
         let mut mems = options.mems.iter().flatten();
+        let mut mem_masks = options.mem_masks.iter().flatten();
         for (index, (layer, plan)) in self.layers.iter().zip(&self.plan.layers).enumerate() {
-            let (input, scores) = match &plan.branch {
-                BranchPlan::SelfAttention(_) => {
+            if self.drops(self.plan.modules[index]) {
+                continue;
+            }
+            let (input, handed_on) = match &plan.branch {
+                BranchPlan::SelfAttention(attention) => {
                     let mem = mems.next().cloned();
-                    let key_mask = key_mask(options.mask.as_ref(), mem.as_ref())?;
-                    (AttentionInput { key_mask, mem, prev: own_scores.take(), ..own.clone() }, Some(&mut own_scores))
+                    let key_mask = match &options.self_attn_kv_mask {
+                        Some(mask) => Some(mask.clone()),
+                        None => key_mask(options.mask.as_ref(), mem.as_ref(), mem_masks.next(), n)?,
+                    };
+                    let prev = own_scores.take();
+                    let mixes = attention.value_residual != ValueResidual::None;
+                    let value_residual = own_values.clone().filter(|_| mixes);
+                    let keys_may_be_empty = options.self_attn_kv_mask.is_some();
+                    let input =
+                        AttentionInput { key_mask, mem, prev, value_residual, keys_may_be_empty, ..own.clone() };
+                    (input, Some((&mut own_scores, &mut own_values)))
                 }
-                BranchPlan::CrossAttention(_) => {
-                    (AttentionInput { prev: cross_scores.take(), ..cross.clone() }, Some(&mut cross_scores))
+                BranchPlan::CrossAttention(attention) => {
+                    let mixes = attention.value_residual != ValueResidual::None;
+                    let value_residual = cross_values.clone().filter(|_| mixes);
+                    let input = AttentionInput { prev: cross_scores.take(), value_residual, ..cross.clone() };
+                    (input, Some((&mut cross_scores, &mut cross_values)))
                 }
                 BranchPlan::FeedForward(_) | BranchPlan::Custom => {
-                    (AttentionInput { query_mask: options.mask.clone(), ..AttentionInput::default() }, None)
+                    let condition = options.condition.clone();
+                    let query_mask = options.mask.clone();
+                    (AttentionInput { query_mask, condition, ..AttentionInput::default() }, None)
                 }
             };
             let output = match &mut decoding {
@@ -198,17 +323,33 @@ impl AttentionLayers {
             if decoding.is_none() && matches!(plan.branch, BranchPlan::SelfAttention(_)) {
                 walked.hiddens.push(output.input);
             }
-            if let Some(scores) = scores {
-                *scores = output.scores;
+            if let Some((scores, values)) = handed_on {
+                walked.scores.extend(output.scores.clone().filter(|_| options.return_scores));
+                let chained = plan.branch.attention().is_some_and(|plan| plan.residual != ScoreResidual::None);
+                *scores = output.scores.filter(|_| chained);
+                if values.is_none() {
+                    *values = output.values;
+                }
             }
         }
         Ok(walked)
+    }
+
+    /// Returns `true` if training leaves this module out, by a draw from the tape (stochastic depth, Huang et al.,
+    /// <https://arxiv.org/abs/1603.09382>).
+    fn drops(&self, module: usize) -> bool {
+        let probabilities = &self.plan.drops.layers;
+        let probability = probabilities.get(module).or(probabilities.first()).copied().unwrap_or(0.0);
+        probability > 0.0 && dropout_stream().is_some_and(|draws| draws.uniform(0) < probability)
     }
 
     /// Returns `Ok` if a KV cache gives the same numbers as [`AttentionLayers::forward`].
     ///
     /// Errors: the reason why growing sequences must be recomputed in each step.
     pub fn supports_kv_cache(&self, options: &ForwardOptions) -> std::result::Result<(), &'static str> {
+        if self.plan.prefix {
+            return Err("`prefix_attn_len` lets tokens see those after them: `kind` is PrefixDecoder");
+        }
         let branches = || self.plan.layers.iter().map(|layer| &layer.branch);
         let own = branches().filter(|branch| matches!(branch, BranchPlan::SelfAttention(_)));
         if own.filter_map(BranchPlan::attention).any(|plan| !plan.causal) {
@@ -223,8 +364,23 @@ impl AttentionLayers {
             return Err("`attn_max_attend_past` in cross-attention counts from the last token");
         }
         self.layers.iter().filter_map(Layer::custom).try_for_each(Branch::supports_kv_cache)?;
+        if self.rotary.as_ref().is_some_and(Rotation::scales) {
+            return Err("`rotary_xpos` scales keys by their distance from the middle of the sequence");
+        }
+        if self.plan.positions.polar.is_some() {
+            return Err("`polar_pos_emb` turns all keys of a call at once");
+        }
         if options.token_types.is_some() {
             return Err("`token_types` cover only the tokens of the prompt");
+        }
+        let of_all_tokens = [&options.pos, &options.sum_embeds, &options.attn_bias, &options.self_attn_kv_mask];
+        let condition = options.condition.as_ref().is_some_and(|condition| condition.rank() == 3);
+        if of_all_tokens.into_iter().any(Option::is_some) || condition || !options.embed_ids.is_empty() {
+            return Err("an input of the call has a row for each token that is there");
+        }
+        let before = [&options.prepend_embeds, &options.seq_start_pos, &options.prefix_attn_len, &options.lens];
+        if before.into_iter().any(Option::is_some) || options.mem_masks.is_some() || options.context_pos.is_some() {
+            return Err("an input of the call is about all tokens at once");
         }
         if options.attn_mask.is_some() {
             return Err("`attn_mask` is given for the whole sequence");
@@ -251,11 +407,13 @@ impl AttentionLayers {
             context_mask: options.context_mask.clone(),
             mems: options.mems.clone(),
             explicit_attention: options.explicit_attention,
+            condition: self.complete_condition(options)?,
             ..ForwardOptions::default()
         };
         let memories = options.mems.iter().flatten().filter_map(|mem| mem.dim(1).ok()).max().unwrap_or(0);
         let positions = capacity.saturating_add(memories);
-        let bias = self.position_bias()?;
+        let bias = self.bias.clone();
+        let bias = bias.map(|bias| (bias, self.plan.positions.relative));
         let tables = Tables::new(positions, self.rotary.as_ref(), self.infused.as_ref(), bias, dtype)?;
         LayersCache::new(batch, capacity, self.layers.len(), tables, options)
     }
@@ -301,29 +459,94 @@ impl AttentionLayers {
         let Walked { stream, .. } = self.walk(x, &options, Some(decoding))?;
         drop(step);
         cache.advance(counts);
-        stream.whole()
+        self.finish(stream, None, &options)
     }
 
-    /// Returns the bias on the scores of self-attention, if there is one.
-    fn position_bias(&self) -> Result<Option<PositionBias>> {
-        self.bias.as_ref().map(RelativePositionBias::forward).transpose().context("rel_pos")
+    /// Adds the bias on the scores of self-attention, if there is one.
+    fn add_bias(&self, own: &mut AttentionInput, x: &Tensor, options: &ForwardOptions) -> Result<()> {
+        let Some(bias) = &self.bias else {
+            own.dense_bias = options.attn_bias.clone();
+            return Ok(());
+        };
+        ensure!(
+            options.attn_bias.is_none(),
+            Error::argument("attn_bias", "cannot be used with a position bias of the layers")
+        );
+        if !self.plan.positions.relative {
+            own.bias = Some(bias.forward().context("rel_pos")?);
+            return Ok(());
+        }
+        let n = x.dim(1)?;
+        let memories = options.mems.iter().flatten().map(|mem| mem.shape()[1]).max().unwrap_or(0);
+        // The fused op counts queries from 0 and adds ALiBi by the key's position, which is the same only in these cases.
+        let mut plans = self.plan.layers.iter().filter_map(|layer| match &layer.branch {
+            BranchPlan::SelfAttention(plan) => Some(plan),
+            _ => None,
+        });
+        let fits = |plan: &AttentionPlan| plan.prefix_len() == 0 && plan.needs_scores().is_none();
+        let fits = match bias {
+            RelativePositionBias::Dynamic(_) => false,
+            RelativePositionBias::T5 { .. } => plans.all(fits),
+            _ => options.pos.is_none() && plans.all(|plan| plan.causal && fits(plan)),
+        };
+        if fits && memories == 0 {
+            own.bias = Some(bias.forward().context("rel_pos")?);
+        } else {
+            own.dense_bias = Some(
+                match &options.pos {
+                    Some(positions) => bias.at(positions, x.dtype()),
+                    None => bias.dense(n, memories + n, x.dtype()),
+                }
+                .context("rel_pos")?,
+            );
+        }
+        Ok(())
+    }
+
+    /// Returns the turns of queries and keys at explicit positions, or if features are scaled too.
+    fn turns(&self, x: &Tensor, options: &ForwardOptions) -> Result<Option<[Turn; 2]>> {
+        let Some(rotation) = self.rotary.as_ref().filter(|rotation| options.pos.is_some() || rotation.scales()) else {
+            return Ok(None);
+        };
+        ensure!(
+            options.mems.is_none(),
+            Error::argument(
+                "mems",
+                "cannot be used with `pos` or `rotary_xpos`, whose positions are those of the tokens"
+            )
+        );
+        let positions = options.pos.clone().map_or_else(|| Tensor::arange(x.dim(1)?, x.device()), Ok)?;
+        rotation.turns(&positions, x).map(Some)
+    }
+
+    /// Returns the turns of queries and of the keys of a context with positions.
+    fn context_turns(&self, x: &Tensor, options: &ForwardOptions) -> Result<Option<[Turn; 2]>> {
+        let Some(context) = &options.context_pos else { return Ok(None) };
+        let none = || Error::argument("context_pos", "is given, but the layers have no rotation");
+        let rotation = self.rotary.as_ref().ok_or_else(none)?;
+        let own = options.pos.clone().map_or_else(|| Tensor::arange(x.dim(1)?, x.device()), Ok)?;
+        let ([queries, _], [_, keys]) = (rotation.turns(&own, x)?, rotation.turns(context, x)?);
+        Ok(Some([queries, keys]))
     }
 
     /// Returns sinusoids for the longest row of keys, shared by the layers.
     fn sinusoids(&self, x: &Tensor, options: &ForwardOptions) -> Result<Option<Tensor>> {
-        let Some(frequencies) = &self.infused else { return Ok(None) };
+        let Some(rotation) = &self.infused else { return Ok(None) };
         let memories = options.mems.iter().flatten().map(|mem| mem.shape()[1]).max().unwrap_or(0);
-        frequencies.tensor().sinusoid(0, memories + x.dim(1)?, x.dtype()).map(Some)
+        rotation.frequencies()?.sinusoid(0, memories + x.dim(1)?, x.dtype()).map(Some)
     }
 }
 
-/// Returns the mask of the keys: that of the tokens, preceded by `true` for memories.
-fn key_mask(mask: Option<&Tensor>, mem: Option<&Tensor>) -> Result<Option<Tensor>> {
-    match (mask, mem) {
-        (Some(mask), Some(mem)) => {
-            let kept = Tensor::ones([mem.dim(0)?, mem.dim(1)?], DType::Bool, mem.device())?;
-            Tensor::cat(&[&kept, mask], 1).map(Some)
-        }
-        (mask, _) => Ok(mask.cloned()),
-    }
+/// Returns the mask of the keys: that of the `n` tokens, preceded by that of the memories, `true` by default.
+fn key_mask(
+    mask: Option<&Tensor>,
+    mem: Option<&Tensor>,
+    mem_mask: Option<&Tensor>,
+    n: usize,
+) -> Result<Option<Tensor>> {
+    let Some(mem) = mem.filter(|_| mask.is_some() || mem_mask.is_some()) else { return Ok(mask.cloned()) };
+    let kept = |n: usize| Tensor::ones([mem.dim(0)?, n], DType::Bool, mem.device());
+    let memories = mem_mask.map_or_else(|| kept(mem.dim(1)?), |mask| Ok(mask.clone()))?;
+    let tokens = mask.map_or_else(|| kept(n), |mask| Ok(mask.clone()))?;
+    Tensor::cat(&[&memories, &tokens], 1).map(Some)
 }

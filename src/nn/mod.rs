@@ -11,10 +11,13 @@ mod branch;
 mod cache;
 mod feedforward;
 mod forward_options;
+mod hyper;
 mod layer;
 mod layers;
 mod linear;
+mod lora;
 mod norm;
+mod position_bias;
 mod positions;
 mod residual;
 mod step;
@@ -28,6 +31,11 @@ pub use forward_options::ForwardOptions;
 pub use layers::{AttentionLayers, LayersOutput};
 pub(crate) use linear::Packer;
 pub use linear::{Embedding, Linear};
+pub(crate) use lora::{Lora, LoraPart, lengths};
 pub use norm::Norm;
-pub use positions::{AbsolutePositionalEmbedding, RelativePositionBias, rotary_frequencies};
+pub use position_bias::{DynamicPositionBias, RelativePositionBias};
+pub(crate) use positions::unit_length;
+pub use positions::{
+    AbsolutePositionalEmbedding, PolarEmbedding, PolarTurn, Rotation, ScaledSinusoidalEmbedding, Turn,
+};
 pub use residual::Residual;

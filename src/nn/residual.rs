@@ -1,6 +1,6 @@
 //! Residual stream and residual connections.
 
-use super::Norm;
+use super::{Norm, hyper::HyperConnection};
 use crate::{Init, Param, ParamStore, Result, Tensor, config::ResidualPlan};
 
 /// Residual stream between sublayers, `[.., dim]`: a sum is fused into the norm that follows it.
@@ -19,13 +19,14 @@ impl Stream {
         }
     }
 
-    /// Returns the stream, and its norm if there is one, otherwise the stream again.
-    pub fn normed(self, norm: Option<&Norm>) -> Result<(Tensor, Tensor)> {
+    /// Returns the stream, and its norm if there is one, otherwise the stream again. `condition` is that of adaptive
+    /// norms.
+    pub fn normed(self, norm: Option<&Norm>, condition: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
         match (self, norm) {
-            (Self::Sum(branch, residual), Some(norm)) => norm.forward_sum(&branch, &residual),
+            (Self::Sum(branch, residual), Some(norm)) if !norm.is_adaptive() => norm.forward_sum(&branch, &residual),
             (stream, norm) => {
                 let x = stream.whole()?;
-                let normed = norm.map_or_else(|| Ok(x.clone()), |norm| norm.forward(&x))?;
+                let normed = norm.map_or_else(|| Ok(x.clone()), |norm| norm.forward_given(&x, condition))?;
                 Ok((x, normed))
             }
         }
@@ -37,7 +38,9 @@ impl Stream {
 #[derive(Clone, Debug)]
 pub struct Residual {
     scale: Option<Param>,
+    constant: f64,
     gru: Option<GruCell>,
+    hyper: Option<HyperConnection>,
 }
 
 impl Residual {
@@ -45,7 +48,8 @@ impl Residual {
     pub fn new(plan: ResidualPlan, dim: usize, store: &ParamStore) -> Result<Self> {
         let scale = plan.scaled.then(|| store.param("residual_scale", [dim], Init::Constant(1.0))).transpose()?;
         let gru = plan.gated.then(|| GruCell::new(dim, &store.at("gru"))).transpose()?;
-        Ok(Self { scale, gru })
+        let hyper = plan.hyper.map(|plan| HyperConnection::new(plan, dim, store)).transpose()?;
+        Ok(Self { scale, constant: plan.constant, gru, hyper })
     }
 
     /// Computes `branch + residual`, or the GRU cell's new state; both `[.., dim]`.
@@ -61,10 +65,18 @@ impl Residual {
             Some(scale) => residual.mul(&scale.tensor())?,
             None => residual,
         };
+        let residual = if self.constant == 1.0 { residual } else { residual.affine(self.constant, 0.0)? };
         match &self.gru {
             Some(gru) => gru.forward(&branch, &residual).map(Stream::Whole),
             None => Ok(Stream::Sum(branch, residual)),
         }
+    }
+}
+
+impl Residual {
+    /// Returns the hyper-connection, if the streams have one.
+    pub(super) fn hyper(&self) -> Option<&HyperConnection> {
+        self.hyper.as_ref()
     }
 }
 

@@ -1,10 +1,7 @@
 //! New positions of a call that continues sequences, and the tables in which it looks up positions.
 
-use crate::{
-    Buffer, DType, Result, Tensor,
-    collect::CollectVec,
-    ops::{PositionBias, rotary::rotary_table},
-};
+use super::{RelativePositionBias, Rotation};
+use crate::{DType, Result, Tensor, collect::CollectVec, ops::rotary::rotary_table};
 
 /// Tables that depend only on positions, shared by all layers.
 #[derive(Clone, Debug, Default)]
@@ -13,7 +10,8 @@ pub(super) struct Tables {
     pub rotary: Option<Tensor>,
     /// `[positions, dim]`
     pub sinusoids: Option<Tensor>,
-    pub bias: Option<PositionBias>,
+    /// Position bias, and `true` if it depends on the distance alone.
+    pub bias: Option<(RelativePositionBias, bool)>,
 }
 
 /// New positions of one call.
@@ -39,16 +37,29 @@ impl Tables {
     /// Creates tables for sequences of up to this number of positions, including memories.
     pub fn new(
         positions: usize,
-        rotary: Option<&Buffer>,
-        infused: Option<&Buffer>,
-        bias: Option<PositionBias>,
+        rotary: Option<&Rotation>,
+        infused: Option<&Rotation>,
+        bias: Option<(RelativePositionBias, bool)>,
         dtype: DType,
     ) -> Result<Self> {
         let rotary = rotary
-            .map(|frequencies| rotary_table(&frequencies.tensor(), positions, dtype.accumulator()))
+            .map(|rotation| rotary_table(&rotation.frequencies()?, positions, dtype.accumulator()))
             .transpose()?;
-        let sinusoids = infused.map(|frequencies| frequencies.tensor().sinusoid(0, positions, dtype)).transpose()?;
+        let sinusoids = infused.map(|rotation| rotation.frequencies()?.sinusoid(0, positions, dtype)).transpose()?;
         Ok(Self { rotary, sinusoids, bias })
+    }
+
+    /// Returns the position bias by the distance of a key before its query, `[heads, distances]`, for sequences after
+    /// `prefix_len` keys.
+    pub fn by_distance(&self, prefix_len: usize, distances: usize, dtype: DType) -> Result<Option<Tensor>> {
+        Ok(match &self.bias {
+            None => None,
+            Some((bias, false)) => Some(bias.forward()?.by_distance(prefix_len, distances, dtype)?),
+            Some((bias, true)) => {
+                let values = bias.by_distance(distances.saturating_sub(1), 0, dtype)?;
+                Some(values.detach().to_dtype(dtype)?.transpose(0, 1)?.contiguous()?)
+            }
+        })
     }
 }
 

@@ -11,10 +11,10 @@
 //! `tests/contract/extremes` compares every op with PyTorch's classes and exact values at ±0, subnormal, largest and
 //! infinite numbers and NaN.
 
-pub(crate) use attention::needs_scores;
 pub use attention::{
     AttentionSpec, DecodeSpec, PositionBias, Window, attention, attention_decode, attention_rung, gpu_needs_scores,
 };
+pub(crate) use attention::{needs_scores, relative_bucket};
 pub use pointwise::{Activation, UNARY};
 
 /// Declares the modules and the list of ops: `file: op, op; …`.

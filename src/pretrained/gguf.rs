@@ -114,7 +114,8 @@ pub(super) fn of_gguf(file: &TensorFile) -> Result<(Family, Described)> {
     Ok((family, (sizes.config(), names(&sizes, family))))
 }
 
-fn names(sizes: &Sizes, family: Family) -> Names {
+/// Names of the tensors of a model of these sizes.
+pub(super) fn names(sizes: &Sizes, family: Family) -> Names {
     let mut names = Names::default();
     names.one("token_emb.weight", "token_embd.weight");
     names.one("norm.g", "output_norm.weight");

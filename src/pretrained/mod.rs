@@ -5,20 +5,23 @@ mod ends;
 mod family;
 mod gguf;
 mod llama;
+mod llama_gguf;
 mod names;
 mod options;
+mod peft;
 mod quantize;
 mod rope;
 mod sentence;
 mod sentence_modules;
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     path::{Path, PathBuf},
 };
 
 pub use self::{
     family::Family,
+    quantize::write_quantized,
     sentence::{SentenceOptions, Similarity},
 };
 
@@ -27,11 +30,11 @@ use self::{
     options::{Options, is_mistaken, json},
 };
 use crate::{
-    DType, Device, Error, ErrorKind, ParamStore, Result,
+    DType, Device, Error, ErrorKind, ParamMap, ParamStore, Result,
     collect::CollectVec,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
     error::ensure,
-    io::{Format, Renamed, TensorFile, holds_gguf},
+    io::{Format, Metadata, Renamed, TensorFile, holds_gguf},
     models::{AutoregressiveWrapper, TransformerWrapper},
     sort::sort,
 };
@@ -154,6 +157,12 @@ impl Pretrained {
         &self.file
     }
 
+    /// Moves the metadata out of a GGUF file, the vocabulary among them: several megabytes that a model does not need. The
+    /// tokenizer is read before, and [`Pretrained::write_quantized`] needs them.
+    pub fn take_metadata(&mut self) -> BTreeMap<String, Metadata> {
+        self.file.take_metadata()
+    }
+
     /// Returns the folder with the model's other files, such as the tokenizer; `None` for a GGUF file, which holds all.
     pub fn folder(&self) -> Option<&Path> {
         self.folder.as_deref()
@@ -209,7 +218,7 @@ impl Pretrained {
     /// memory.
     pub fn model(&self, dtype: DType, device: &Device) -> Result<TransformerWrapper> {
         let new = |store: &ParamStore| TransformerWrapper::new(&self.config, store);
-        self.load(dtype, device, "", new, |model| model)
+        Ok(self.load(dtype, device, "", new, |model| model)?.0)
     }
 
     /// Creates the model with its weights, as a model that generates text; see [`Pretrained::model`].
@@ -217,6 +226,11 @@ impl Pretrained {
     /// Errors: those of [`Pretrained::model`], or a model that is not causal.
     #[doc(alias = "AutoModelForCausalLM")]
     pub fn autoregressive(&self, dtype: DType, device: &Device) -> Result<AutoregressiveWrapper> {
+        Ok(self.load_autoregressive(dtype, device)?.0)
+    }
+
+    /// Like [`Pretrained::autoregressive`], and returns the parameters, those among them too that packed weights replace.
+    fn load_autoregressive(&self, dtype: DType, device: &Device) -> Result<(AutoregressiveWrapper, ParamMap)> {
         ensure!(
             self.family.is_causal(),
             Error::file(
@@ -236,7 +250,7 @@ impl Pretrained {
         place: &str,
         new: impl FnOnce(&ParamStore) -> Result<M>,
         net: impl Fn(&mut M) -> &mut TransformerWrapper,
-    ) -> Result<M> {
+    ) -> Result<(M, ParamMap)> {
         self.check()?;
         // Every parameter is replaced: those of the file by their values, and packed ones by their matrices.
         let store = ParamStore::shapes(dtype, device);
@@ -250,7 +264,7 @@ impl Pretrained {
         }
         let packed = self.names.load(&self.file, &store.params(), place, &may_be_packed)?;
         net(&mut model).pack(&mut |param| Ok(packed.get(&param.leaf()).cloned()))?;
-        Ok(model)
+        Ok((model, store.params()))
     }
 
     /// Checks that file and options fit, before allocating memory for the model.

@@ -200,6 +200,14 @@ impl Weight {
         }
     }
 
+    /// Reads the weight or, of one that is concatenated from two tensors, either half.
+    pub(super) fn part(&self, file: &TensorFile, half: Option<usize>) -> Result<Tensor> {
+        match (&self.theirs, half) {
+            (Source::Stacked(names), Some(half)) => file.tensor(&names[half]),
+            _ => self.read(file),
+        }
+    }
+
     fn packed(&self, file: &TensorFile) -> Result<PackedMatrix> {
         match &self.theirs {
             Source::One(name) => file.packed(name),

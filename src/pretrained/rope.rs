@@ -18,7 +18,7 @@ use crate::{
 const MAX_TOKENS: usize = 1 << 30;
 
 /// Returns `attention_factor` of the YaRN paper, times `mscale` if a file has one.
-fn mscale(factor: f64, mscale: f64) -> f64 {
+pub(super) fn mscale(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 

@@ -7,13 +7,10 @@ use serde_json::Value;
 use super::{Batch, TokenBatch, TrainOptions};
 use crate::{
     DType, Error, ParamStore, Result, Tensor,
-    config::{AttentionPlan, AutoregressiveConfig, Config, ShiftTokens},
+    config::{AbsolutePositions, AttentionPlan, AutoregressivePlan, BranchPlan, Config, ModelPlan},
     error::{ErrorContext, ensure},
     models::{AutoregressiveWrapper, ForwardOptions},
 };
-
-/// Target of a token that does not count in the loss.
-const IGNORED: i64 = -100;
 
 /// Model that a [`Trainer`](super::Trainer) trains: built from options that a checkpoint keeps, with parameters in a
 /// [`ParamStore`] and a loss on batches of one type.
@@ -61,48 +58,62 @@ pub trait TrainModel: Sized {
 }
 
 impl TrainModel for AutoregressiveWrapper {
-    type Config = AutoregressiveConfig;
+    /// Options of an `AutoregressiveWrapper` of either version.
+    type Config = Config;
     type Batch = TokenBatch;
 
-    fn build(config: &AutoregressiveConfig, store: &ParamStore) -> Result<Self> {
-        Self::new(config, store)
+    fn build(config: &Config, store: &ParamStore) -> Result<Self> {
+        Self::from_plan(plan(config)?, store)
     }
 
     fn loss(&self, batch: &TokenBatch) -> Result<Tensor> {
-        let n = batch.tokens.dim(1)? - 1;
-        let mut options = ForwardOptions::default();
+        if batch.documents.is_none() && batch.loss_mask.is_none() {
+            return self.loss(&batch.tokens, &ForwardOptions::default());
+        }
+        let (tokens, plan) = (&batch.tokens, self.loss_plan());
+        ensure!(
+            plan.mask_prob == 0.0 && !plan.attn_z_loss,
+            Error::argument("batch", "masks cannot be used with `mask_prob` and `add_attn_z_loss`")
+        );
+        let n = tokens.dim(1)? - 1;
+        let mut options = ForwardOptions { return_embeddings: true, ..Default::default() };
         if let Some(documents) = &batch.documents {
             let documents = documents.narrow(1, 0, n)?;
             options.attn_mask = Some(documents.unsqueeze(2)?.eq(&documents.unsqueeze(1)?)?.unsqueeze(1)?);
         }
-        let Some(mask) = &batch.loss_mask else { return self.loss(&batch.tokens, &options) };
-        options.return_embeddings = true;
-        let out = self.net.forward(&batch.tokens.narrow(1, 0, n)?, &options).context("net")?.out;
-        let ignored = Tensor::full((), IGNORED as f64, DType::I64, mask.device())?;
-        let targets = mask.narrow(1, 1, n)?.where_cond(&batch.tokens.narrow(1, 1, n)?, &ignored)?;
-        self.net.cross_entropy(&out, &targets, IGNORED).context("net")
+        let out = self.net.forward(&tokens.narrow(1, 0, n)?, &options).context("net")?.out;
+        let mut targets = tokens.narrow(1, 1, n)?;
+        if let Some(mask) = &batch.loss_mask {
+            let ignored = Tensor::full((), plan.ignore_index as f64, DType::I64, mask.device())?;
+            targets = mask.narrow(1, 1, n)?.where_cond(&targets, &ignored)?;
+        }
+        self.net.cross_entropy(&out, &targets, plan.ignore_index).context("net")
     }
 
     /// Options that let a token see others except by attention, or count positions from the start of the row, cannot be
     /// combined with [`document_mask`](TrainOptions::document_mask).
-    fn check(config: &AutoregressiveConfig, options: &TrainOptions) -> Result<()> {
+    fn check(config: &Config, options: &TrainOptions) -> Result<()> {
         if !options.document_mask {
             return Ok(());
         }
-        let net = config.net.plan()?;
+        let AutoregressivePlan { net, loss } = plan(config)?;
         let layers = || net.layers.layers.iter();
         let attention =
             |what: &dyn Fn(&AttentionPlan) -> bool| layers().any(|layer| layer.branch.attention().is_some_and(what));
+        let positions = &net.layers.positions;
         let wrong = [
-            ("absolute positions; use rotary or relative ones", net.absolute_positions),
-            ("infused positions; use rotary or relative ones", net.layers.positions.infused),
+            ("absolute positions; use rotary or relative ones", net.absolute_positions != AbsolutePositions::None),
+            ("infused positions; use rotary or relative ones", positions.infused),
+            ("polar positions; use rotary or relative ones", positions.polar.is_some()),
             (
                 "rotated values; set `rotary_qk_only`",
                 attention(&|plan| plan.rotary.as_ref().is_some_and(|rotary| rotary.values)),
             ),
             ("memory tokens", net.num_memory_tokens > 0),
-            ("memory keys and values", attention(&|plan| plan.num_mem_kv > 0)),
-            ("`shift_tokens`", config.net.attn_layers.shift_tokens != ShiftTokens::default()),
+            ("memory keys and values", attention(&|plan| plan.num_mem_kv > 0 || plan.zero_kv)),
+            ("`shift_tokens`", layers().any(|layer| layer.wrap.shifts.is_some())),
+            ("custom branches", layers().any(|layer| layer.branch == BranchPlan::Custom)),
+            ("`mask_prob` and `add_attn_z_loss`", loss.mask_prob > 0.0 || loss.attn_z_loss),
         ];
         match wrong.into_iter().find(|(_, on)| *on) {
             Some((what, _)) => Err(Error::option("document_mask", format_args!("cannot be used with {what}"))),
@@ -110,22 +121,32 @@ impl TrainModel for AutoregressiveWrapper {
         }
     }
 
-    fn config_to_json(config: &AutoregressiveConfig) -> Value {
-        Config::AutoregressiveWrapper(config.clone()).to_value()
+    fn config_to_json(config: &Config) -> Value {
+        config.to_value()
     }
 
-    fn config_from_json(json: Value) -> Result<AutoregressiveConfig> {
-        match Config::from_value(json)? {
-            Config::AutoregressiveWrapper(config) => Ok(config),
-            _ => Err(Error::argument("config", "expected an AutoregressiveWrapper, got another model")),
+    fn config_from_json(json: Value) -> Result<Config> {
+        let config = Config::from_value(json)?;
+        plan(&config)?;
+        Ok(config)
+    }
+
+    fn num_tokens(config: &Config) -> usize {
+        plan(config).map_or(0, |plan| plan.net.num_tokens)
+    }
+
+    fn max_seq_len(config: &Config) -> usize {
+        match plan(config) {
+            // A model that reads the last token too has one less to predict.
+            Ok(plan) if plan.net.max_seq_len > 0 => plan.net.max_seq_len - usize::from(plan.loss.reads_all),
+            _ => usize::MAX,
         }
     }
+}
 
-    fn num_tokens(config: &AutoregressiveConfig) -> usize {
-        config.net.num_tokens
-    }
-
-    fn max_seq_len(config: &AutoregressiveConfig) -> usize {
-        if config.net.max_seq_len == 0 { usize::MAX } else { config.net.max_seq_len }
+fn plan(config: &Config) -> Result<AutoregressivePlan> {
+    match config.plan()? {
+        ModelPlan::Autoregressive(plan) => Ok(plan),
+        _ => Err(Error::argument("config", "expected an AutoregressiveWrapper, got another model")),
     }
 }

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     DType, Device, Error, ErrorKind, Gradients, Param, ParamMap, ParamStore, Result, Tape, Tensor,
     collect::CollectVec,
-    config::AutoregressiveConfig,
+    config::Config,
     error::{ErrorContext, ensure},
     models::AutoregressiveWrapper,
     ops::adamw::square_norms,
@@ -109,12 +109,12 @@ impl Trainer {
     /// Errors: [`ErrorKind::Option`] for an illegal config or illegal options, and those of [`BatchSource::check`]: data
     /// too short for `seq_len`, or tokens that the model does not have.
     pub fn new(
-        config: AutoregressiveConfig,
+        config: impl Into<Config>,
         options: TrainOptions,
         data: impl BatchSource<Batch = TokenBatch> + 'static,
         device: &Device,
     ) -> Result<Self> {
-        Self::start(config, options, data, device)
+        Self::start(config.into(), options, data, device)
     }
 
     /// Resumes a run from a checkpoint of [`Trainer::save`]. An interrupted save is completed first
@@ -560,7 +560,7 @@ fn lower(best: Option<f64>, loss: f64) -> Option<f64> {
 mod tests {
     use super::*;
     use crate::{
-        config::{AttentionLayersConfig, TransformerWrapperConfig},
+        config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
         models::ForwardOptions,
         train::ByteText,
     };

@@ -480,7 +480,7 @@ fn documents_do_not_see_each_other() -> Result<()> {
 fn models_that_cannot_mask_documents_say_so() {
     let check = |config: &AutoregressiveConfig| {
         let options = TrainOptions { document_mask: true, ..Default::default() };
-        AutoregressiveWrapper::check(config, &options).map_err(|error| error.to_string())
+        AutoregressiveWrapper::check(&config.clone().into(), &options).map_err(|error| error.to_string())
     };
     assert_eq!(check(&config(0.0)), Ok(()));
     let with = |change: &dyn Fn(&mut AutoregressiveConfig)| {

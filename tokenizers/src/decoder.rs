@@ -354,7 +354,7 @@ impl Stage {
 }
 
 /// The byte that a character of a byte-level token stands for.
-fn byte(character: char) -> Option<u8> {
+pub(crate) fn byte(character: char) -> Option<u8> {
     // Printable ones stand for themselves, the 68 others in order for those from U+0100 on.
     match u32::from(character) {
         code @ (0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff) => u8::try_from(code).ok(),

@@ -1,7 +1,9 @@
 //! Special tokens of byte-level vocabularies in GGUF files: those around a text, and which of them are text.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
-use x_transformers::io::{Metadata, TensorFile};
+use x_transformers::io::Metadata;
 
 use super::{
     added_token,
@@ -19,8 +21,8 @@ impl Ends {
     /// `add_bos_token`, `add_eos_token` and `add_space_prefix`; what a file does not ask for it does not get.
     ///
     /// Errors: flags that are not true or false, and a token that is asked for and missing.
-    pub(crate) fn of_gguf(file: &TensorFile) -> Result<Self, String> {
-        let metadata = |key: &str| file.metadata().get(&format!("tokenizer.ggml.{key}"));
+    pub(crate) fn of_gguf(all: &BTreeMap<String, Metadata>) -> Result<Self, String> {
+        let metadata = |key: &str| all.get(&format!("tokenizer.ggml.{key}"));
         let flag = |key: &str, default: bool| match metadata(key) {
             None => Ok(default),
             Some(Metadata::Bool(flag)) => Ok(*flag),
@@ -129,7 +131,7 @@ mod tests {
         let head = [b"GGUF", &3u32.to_le_bytes()[..], &0u64.to_le_bytes(), &(all.len() as u64).to_le_bytes()].concat();
         let file = tempfile::Builder::new().suffix(".gguf").tempfile().expect("a file");
         std::fs::write(file.path(), [head, all.concat()].concat()).expect("a file");
-        let json = of_gguf(&TensorFile::open(file.path()).expect("a GGUF file"))?;
+        let json = of_gguf(TensorFile::open(file.path()).expect("a GGUF file").metadata())?;
         Tokenizer::from_json(&json).map_err(|error| error.to_string())
     }
 

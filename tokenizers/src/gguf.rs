@@ -1,7 +1,9 @@
 //! The tokenizer of a GGUF file in the form of `tokenizer.json`.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, json};
-use x_transformers::io::{Metadata, TensorFile};
+use x_transformers::io::Metadata;
 
 use super::{
     ends::{self, Ends},
@@ -10,8 +12,7 @@ use super::{
 };
 
 /// Byte-level BPE with the vocabulary and the merges of a GGUF file, or its pieces of SentencePiece.
-pub fn of_gguf(file: &TensorFile) -> std::result::Result<String, String> {
-    let metadata = file.metadata();
+pub fn of_gguf(metadata: &BTreeMap<String, Metadata>) -> std::result::Result<String, String> {
     let text = |key: &str| metadata.get(key).and_then(Metadata::as_str);
     let list = |key: &str| {
         let found = metadata.get(key).and_then(Metadata::as_list);
@@ -20,7 +21,7 @@ pub fn of_gguf(file: &TensorFile) -> std::result::Result<String, String> {
     match text("tokenizer.ggml.model") {
         Some("gpt2") => {}
         Some("llama") => {
-            let (pieces, customs) = SentencePiece::of_gguf(file)?;
+            let (pieces, customs) = SentencePiece::of_gguf(metadata)?;
             return pieces.json(customs);
         }
         other => {
@@ -48,7 +49,7 @@ pub fn of_gguf(file: &TensorFile) -> std::result::Result<String, String> {
         }
         added.extend(ends::added(token, id, kinds.get(id).and_then(Metadata::as_usize)));
     }
-    let ends = Ends::of_gguf(file)?;
+    let ends = Ends::of_gguf(metadata)?;
     let merges = list("tokenizer.ggml.merges")?.iter().map(|merge| match merge.as_str()?.split_once(' ') {
         Some((first, second)) if !second.contains(' ') => Some(json!([first, second])),
         _ => None,
@@ -123,7 +124,7 @@ mod tests {
         for (list, expected) in cases["lists"].as_array().unwrap().iter().enumerate() {
             let mut alike = names.iter().filter(|(_, number)| number.as_u64() == Some(list as u64));
             let ids = |name: &str| -> Vec<Vec<u32>> {
-                let json = of_gguf(&gguf(&[("tokenizer.ggml.pre", name)], &tokens, &merges)).unwrap();
+                let json = of_gguf(gguf(&[("tokenizer.ggml.pre", name)], &tokens, &merges).metadata()).unwrap();
                 let tokenizer: tokenizers::Tokenizer = json.parse().unwrap();
                 texts.iter().map(|text| tokenizer.encode(*text, false).unwrap().get_ids().to_vec()).collect()
             };
@@ -143,14 +144,14 @@ mod tests {
     #[test]
     fn splits_without_a_name_are_those_of_the_architecture() {
         let split = |pairs: &[(&str, &str)]| {
-            let json = of_gguf(&gguf(pairs, &["1", "2", "12", "Ġ", "Ġ1"], &["1 2", "Ġ 1"])).unwrap();
+            let json = of_gguf(gguf(pairs, &["1", "2", "12", "Ġ", "Ġ1"], &["1 2", "Ġ 1"]).metadata()).unwrap();
             let tokenizer: tokenizers::Tokenizer = json.parse().unwrap();
             tokenizer.encode(" 12", false).unwrap().get_ids().to_vec()
         };
         assert_eq!(split(&[("general.architecture", "llama")]), [3, 2]);
         assert_eq!(split(&[("general.architecture", "qwen2")]), [3, 0, 1]);
         assert_eq!(split(&[("general.architecture", "qwen2"), ("tokenizer.ggml.pre", "gpt-2")]), [3, 2]);
-        let error = of_gguf(&gguf(&[("tokenizer.ggml.pre", "kimi-k2")], &["a"], &[])).unwrap_err();
+        let error = of_gguf(gguf(&[("tokenizer.ggml.pre", "kimi-k2")], &["a"], &[]).metadata()).unwrap_err();
         assert!(error.contains("`kimi-k2`") && error.contains("llama-bpe"), "{error}");
     }
 
@@ -159,7 +160,7 @@ mod tests {
     fn whole_words_go_before_merges() {
         let ids = |name: &str| {
             let file = gguf(&[("tokenizer.ggml.pre", name)], &["a", "b", "c", "ab", "abc", "bc"], &["b c", "a b"]);
-            let tokenizer: tokenizers::Tokenizer = of_gguf(&file).unwrap().parse().unwrap();
+            let tokenizer: tokenizers::Tokenizer = of_gguf(file.metadata()).unwrap().parse().unwrap();
             tokenizer.encode("abc", false).unwrap().get_ids().to_vec()
         };
         assert_eq!(ids("llama-bpe"), [4]);
@@ -199,21 +200,21 @@ mod tests {
                 let kind = u32::from(case["add_space_prefix"].as_bool().unwrap());
                 entries.push(list("tokenizer.ggml.precompiled_charsmap", kind, bytes));
             }
-            let tokenizer: tokenizers::Tokenizer = of_gguf(&file(&entries)).unwrap().parse().unwrap();
+            let tokenizer: tokenizers::Tokenizer = of_gguf(file(&entries).metadata()).unwrap().parse().unwrap();
             for (text, expected) in strings(&written["texts"]).into_iter().zip(case["ids"].as_array().unwrap()) {
                 let ids = tokenizer.encode(text, false).unwrap().get_ids().to_vec();
                 assert_eq!(serde_json::json!(ids), *expected, "{text:?} {case}");
             }
             // Without kinds all but the user's token is known by its spelling or its id.
             entries.retain(|entry| !entry.starts_with(&text("tokenizer.ggml.token_type")));
-            let tokenizer: tokenizers::Tokenizer = of_gguf(&file(&entries)).unwrap().parse().unwrap();
+            let tokenizer: tokenizers::Tokenizer = of_gguf(file(&entries).metadata()).unwrap().parse().unwrap();
             for (text, expected) in strings(&written["texts"]).into_iter().zip(case["ids"].as_array().unwrap()) {
                 let ids = tokenizer.encode(text, false).unwrap().get_ids().to_vec();
                 assert_eq!(serde_json::json!(ids), *expected, "{text:?} {case}");
             }
             entries.pop();
             entries.push(pair("tokenizer.ggml.precompiled_charsmap", "rules"));
-            assert!(of_gguf(&file(&entries)).unwrap_err().contains("precompiled_charsmap"));
+            assert!(of_gguf(file(&entries).metadata()).unwrap_err().contains("precompiled_charsmap"));
         }
     }
 }

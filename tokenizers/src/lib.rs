@@ -19,6 +19,7 @@ mod decoder;
 mod described;
 mod ends;
 mod gguf;
+mod gguf_metadata;
 mod jinja;
 mod known;
 mod pretokenizer;
@@ -69,18 +70,25 @@ impl Tokenizer {
     /// Like [`Tokenizer::of`], but with settings, a JSON object or nothing, that take precedence over
     /// `tokenizer_config.json`; `lowercase` lower-cases texts first.
     fn with_settings(pretrained: &Pretrained, given: Option<&Path>, settings: &str, lowercase: bool) -> Result<Self> {
-        let file = given.unwrap_or(pretrained.file().path());
-        let mut described = match given.or(pretrained.folder()) {
+        let mut described = Self::described(pretrained, given, settings)?;
+        described.lowercase = lowercase;
+        let (inner, decoder) = parsed(given.unwrap_or(pretrained.file().path()), &described)?;
+        let templates = Templates::of(&inner, pretrained, given)?;
+        Ok(Self { shared: Arc::new(Shared { inner, decoder }), templates: Arc::new(templates) })
+    }
+
+    /// Describes the tokenizer of a model's files, or the one in the file or folder `given`.
+    fn described(pretrained: &Pretrained, given: Option<&Path>, settings: &str) -> Result<Described> {
+        match given.or(pretrained.folder()) {
             Some(folder) if given.is_none() || folder.is_dir() => {
                 known::of_folder(folder, pretrained.family(), settings)
             }
             Some(file) => known::of_file(file, pretrained.family(), settings),
-            None => gguf::of_gguf(pretrained.file()).map(Described::new).map_err(|why| file_error(file, why)),
-        }?;
-        described.lowercase = lowercase;
-        let (inner, decoder) = parsed(file, &described)?;
-        let templates = Templates::of(&inner, pretrained, given)?;
-        Ok(Self { shared: Arc::new(Shared { inner, decoder }), templates: Arc::new(templates) })
+            None => {
+                let json = gguf::of_gguf(pretrained.file().metadata());
+                json.map(Described::new).map_err(|why| file_error(pretrained.file().path(), why))
+            }
+        }
     }
 
     /// Creates a tokenizer from the text of a `tokenizer.json`, without a chat template.

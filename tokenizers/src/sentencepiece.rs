@@ -3,10 +3,10 @@
 //! A `tokenizer.model` is a message of Protocol Buffers of which the pieces and a dozen settings matter. GGUF files
 //! keep the same pieces in lists.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use serde_json::{Map, Value, json};
-use x_transformers::io::{Metadata, TensorFile};
+use x_transformers::io::Metadata;
 
 use super::{
     added_token,
@@ -148,8 +148,8 @@ impl SentencePiece {
     }
 
     /// The vocabulary of a GGUF file whose tokenizer is of the model `llama`, and what it puts around texts.
-    pub fn of_gguf(file: &TensorFile) -> Result<(Self, Customs), String> {
-        let metadata = |key: &str| file.metadata().get(&format!("tokenizer.ggml.{key}"));
+    pub fn of_gguf(all: &BTreeMap<String, Metadata>) -> Result<(Self, Customs), String> {
+        let metadata = |key: &str| all.get(&format!("tokenizer.ggml.{key}"));
         let list = |key: &str| {
             let found = metadata(key).and_then(Metadata::as_list);
             found.ok_or_else(|| format!("has no tokenizer: missing list `tokenizer.ggml.{key}`"))
@@ -553,7 +553,7 @@ mod tests {
             let bytes = [b"GGUF", &3u32.to_le_bytes()[..], &0u64.to_le_bytes(), &count, &entries.concat()].concat();
             let file = tempfile::Builder::new().suffix(".gguf").tempfile().unwrap();
             std::fs::write(file.path(), bytes).unwrap();
-            of_gguf(&TensorFile::open(file.path()).unwrap())
+            of_gguf(TensorFile::open(file.path()).unwrap().metadata())
         };
         let tokenizer: tokenizers::Tokenizer = gguf(600).unwrap().parse().unwrap();
         let same = model.json(Customs { start: true, ..Customs::default() }).unwrap();

@@ -8,6 +8,7 @@ mod embed;
 mod generate;
 mod info;
 mod pretrained;
+mod quantize;
 mod refusals;
 mod run;
 mod texts;

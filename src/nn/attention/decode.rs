@@ -2,11 +2,12 @@
 
 use super::{Attention, AttentionInput, AttentionOutput};
 use crate::{
-    Error, Result, Tensor,
+    DType, Error, Result, Tensor,
     collect::CollectVec,
+    config::{AttentionPlan, PaddingPlan},
     error::ErrorContext,
     nn::step::{DecodeStep, Tables},
-    ops::{DecodeSpec, PositionBias, Window, attention_decode},
+    ops::{DecodeSpec, Window, attention_decode},
 };
 
 /// Keys and values `[b, heads, prefix_len + capacity, d]`; those of a context have exactly the size of the context.
@@ -50,26 +51,25 @@ impl Attention {
         tables: &Tables,
         step: &DecodeStep,
     ) -> Result<AttentionOutput> {
-        let operands = self.operands(x, input)?;
+        let (operands, values) = self.operands(x, input)?;
         let [_, k, v] = &operands;
         if input.context.is_some() {
             cache.keys_values = Some([k.contiguous()?, v.contiguous()?]);
             return self.attend(x, &operands, input);
         }
         cache.memories = input.mem.as_ref().map_or(Ok(0), |mem| mem.dim(1))?;
-        cache.prefix_len = cache.memories + self.plan.num_mem_kv;
-        let by_distance = |bias: &PositionBias| {
-            bias.by_distance(cache.prefix_len, cache.prefix_len + step.capacity, x.dtype().accumulator())
-        };
-        cache.bias_by_distance = tables.bias.as_ref().map(by_distance).transpose()?;
+        cache.prefix_len = cache.memories + self.plan.prefix_len();
+        cache.bias_by_distance =
+            tables.by_distance(cache.prefix_len, cache.prefix_len + step.capacity, x.dtype().accumulator())?;
         cache.write(&self.shared_once(k)?, v, step)?;
-        self.attend(x, &operands, input)
+        Ok(AttentionOutput { values, ..self.attend(x, &operands, input)? })
     }
 
     /// Computes attention of new queries to a context, whose keys and values do not change.
     fn extend_to_context(&self, x: &Tensor, input: &AttentionInput, cache: &AttentionCache) -> Result<AttentionOutput> {
         let [k, v] = cache.keys_values()?;
-        let q = self.scale_queries(self.queries(&self.to_q.forward(x).context("to_q")?)?)?;
+        let q = self.norm_queries(self.queries(&self.to_q.forward(x).context("to_q")?)?)?;
+        let q = self.scale_queries(q)?;
         self.attend(x, &[q, k.clone(), v.clone()], input)
     }
 
@@ -82,45 +82,53 @@ impl Attention {
         tables: &Tables,
         step: &DecodeStep,
     ) -> Result<AttentionOutput> {
-        let [q, k, v] = self.new_operands(x, cache, tables, step)?;
+        let ([q, k, v], values) = self.new_operands(x, input, cache, tables, step)?;
         cache.write(&k, &v, step)?;
         drop((k, v));
         let [k, v] = cache.keys_values()?;
-        if self.plan.needs_scores().is_some() || input.explicit || input.prev.is_some() {
+        let prefix = self.plan.prefix_len();
+        // Memory key/values outside of the window and without bias are exceptions that the decoding op does not know.
+        let exceptions = !self.plan.mem_kv_counted
+            && prefix > 0
+            && (self.plan.window != Window::default() || cache.bias_by_distance.is_some());
+        if self.plan.needs_scores().is_some() || input.explicit || input.prev.is_some() || exceptions {
             let keys = step.keys(cache.prefix_len);
             let [k, v] = [self.all_heads(&k.narrow(2, 0, keys)?)?, v.narrow(2, 0, keys)?];
-            let keep = cache.keep(step, self.plan.num_mem_kv, self.plan.window)?;
-            let bias = cache.bias(step, &q)?;
+            let keep = cache.keep(step, &self.plan)?;
+            let bias = cache.bias(step, &q, if self.plan.mem_kv_counted { 0 } else { prefix })?;
             let (out, scores, _) = self.explicit([&q, &k, &v], input, bias, Some(keep))?;
-            return self.merge(x, out, scores, None);
+            return Ok(AttentionOutput { values, ..self.merge(x, out, scores, None, input)? });
         }
         if let Some(keys) = cache.chunk(step) {
             // Many rows at once: blocks of keys are reused for blocks of queries.
             let [k, v] = [self.all_heads(&k.narrow(2, 0, keys)?)?, v.narrow(2, 0, keys)?];
             let out = self.fused(&q, &k, &v, &AttentionInput::default())?;
-            return self.merge(x, out, None, None);
+            return Ok(AttentionOutput { values, ..self.merge(x, out, None, None, input)? });
         }
+        let bias_by_distance = cache.bias_by_distance.as_ref().map(|bias| self.grouped(bias, 0)).transpose()?;
         let spec = DecodeSpec {
             scale: self.scale(),
             prefix_len: cache.prefix_len,
-            mem_keys: self.plan.num_mem_kv,
+            mem_keys: prefix,
             window: self.plan.window,
             key_mask: step.whole_mask.as_ref(),
-            query_mask: step.mask.as_ref(),
-            bias_by_distance: cache.bias_by_distance.as_ref(),
+            query_mask: step.mask.as_ref().filter(|_| self.plan.padding == PaddingPlan::Queries),
+            bias_by_distance: bias_by_distance.as_ref(),
         };
-        let out = attention_decode(&q, &self.all_heads(k)?, v, &step.device_lengths, &spec)?;
-        self.merge(x, out, None, None)
+        let q = self.grouped(&q, 1)?;
+        let out = self.ungrouped(&attention_decode(&q, &self.all_heads(k)?, v, &step.device_lengths, &spec)?)?;
+        Ok(AttentionOutput { values, ..self.merge(x, out, None, None, input)? })
     }
 
     /// Returns the operands of only the new positions. Keys shared by all heads are stored once.
     fn new_operands(
         &self,
         x: &Tensor,
+        input: &AttentionInput,
         cache: &AttentionCache,
         tables: &Tables,
         step: &DecodeStep,
-    ) -> Result<[Tensor; 3]> {
+    ) -> Result<([Tensor; 3], Option<Tensor>)> {
         let infused = match &tables.sinusoids {
             Some(sinusoids) => {
                 let positions = step.positions(cache.memories, sinusoids.dim(0)?)?;
@@ -130,10 +138,12 @@ impl Attention {
         };
         let q = self.to_q.forward(&infused).context("to_q")?;
         let k = self.to_k.forward(&infused).context("to_k")?;
-        let mut v = self.split_heads(&self.to_v.forward(x).context("to_v")?)?;
-        let mut k = if self.plan.shared.is_some() { k.unsqueeze(1)? } else { self.split_heads(&k)? };
-        let mut q = self.queries(&q)?.detach();
-        (k, v) = (k.detach(), v.detach());
+        let values = self.split_heads(&self.to_v.forward(x).context("to_v")?, self.plan.dim_value)?;
+        let mut v = self.norm_heads(self.mix_values(x, &values, input)?, 2)?;
+        let k = if self.plan.shared.is_some() { k.unsqueeze(1)? } else { self.split_heads(&k, self.plan.dim_head)? };
+        let mut q = self.norm_queries(self.queries(&q)?)?.detach();
+        let mut k = self.norm_keys(k)?.detach();
+        v = self.exponentials(v)?.detach();
         if let (Some(table), Some(plan)) = (&tables.rotary, &self.plan.rotary) {
             let rotate = |x: &Tensor| x.rotate_rows(table, &step.device_lengths, cache.memories);
             (q, k) = (rotate(&self.pairs_as_halves(q)?)?, rotate(&self.pairs_as_halves(k)?)?);
@@ -142,7 +152,7 @@ impl Attention {
         let k = self.normalize_length(k)?;
         let k = if self.plan.num_mem_kv > 0 { self.all_heads(&k)? } else { k };
         // There may be a tape; values that pass through a cache have no gradient.
-        Ok([self.scale_queries(q)?.detach(), k.detach(), v.detach()])
+        Ok(([self.scale_queries(q)?.detach(), k.detach(), v.detach()], Some(values)))
     }
 
     /// Returns keys shared by all heads once, unless memory keys differ between heads.
@@ -181,27 +191,30 @@ impl AttentionCache {
     }
 
     /// Returns the mask of the step's scores, `[b, 1, n, keys]`; `true` keeps, as in the call without a cache.
-    fn keep(&self, step: &DecodeStep, mem_keys: usize, window: Window) -> Result<Tensor> {
+    fn keep(&self, step: &DecodeStep, plan: &AttentionPlan) -> Result<Tensor> {
         let (prefix_len, keys) = (self.prefix_len, step.keys(self.prefix_len));
+        let (mem_keys, masks_queries) = (plan.prefix_len(), plan.padding == PaddingPlan::Queries);
+        let always = if plan.mem_kv_counted { 0 } else { mem_keys };
         let mut keep = Vec::with_capacity(step.lengths.len() * step.n * keys);
         for (row, &length) in step.lengths.iter().enumerate() {
             let kept = step.kept.as_ref().map(|kept| &kept[row]);
             let padded = |position: usize| kept.is_some_and(|kept| !kept.get(position).is_none_or(|&kept| kept));
             for i in 0..step.n {
                 let position = prefix_len + length + i;
-                let query_padded = padded(length + i);
-                let first = window.first_key(position as i64);
+                let query_padded = masks_queries && padded(length + i);
+                let first = plan.window.first_key(position as i64);
                 keep.extend((0..keys).map(|key| {
                     let padding = key < mem_keys || !(query_padded || key >= prefix_len && padded(key - prefix_len));
-                    padding && key <= position && key as i64 >= first
+                    padding && key <= position && (key < always || key as i64 >= first)
                 }));
             }
         }
         Tensor::from_vec(keep, [step.lengths.len(), 1, step.n, keys], step.device_lengths.device())
     }
 
-    /// Returns the position bias of the step's scores in the dtype of the queries, `[b, heads, n, keys]`.
-    fn bias(&self, step: &DecodeStep, q: &Tensor) -> Result<Option<Tensor>> {
+    /// Returns the position bias of the step's scores in the dtype of the queries, `[b, heads, n, keys]`; 0 for the
+    /// first keys.
+    fn bias(&self, step: &DecodeStep, q: &Tensor, unbiased: usize) -> Result<Option<Tensor>> {
         let Some(by_distance) = &self.bias_by_distance else { return Ok(None) };
         let (prefix_len, keys, distances) = (self.prefix_len, step.keys(self.prefix_len), by_distance.dim(1)?);
         let row = |&length: &usize| {
@@ -210,6 +223,12 @@ impl AttentionCache {
         };
         let index: Vec<i64> = step.lengths.iter().flat_map(row).collect_vec();
         let index = Tensor::from_vec(index, [step.lengths.len(), step.n, keys], by_distance.device())?;
-        by_distance.transpose(0, 1)?.embedding(&index)?.permute(&[0, 3, 1, 2])?.to_dtype(q.dtype()).map(Some)
+        let bias = by_distance.transpose(0, 1)?.embedding(&index)?.permute(&[0, 3, 1, 2])?.to_dtype(q.dtype())?;
+        if unbiased == 0 {
+            return Ok(Some(bias));
+        }
+        let biased =
+            Tensor::arange(keys, q.device())?.ge(&Tensor::full((), unbiased as f64, DType::I64, q.device())?)?;
+        biased.where_cond(&bias, &Tensor::zeros((), q.dtype(), q.device())?).map(Some)
     }
 }

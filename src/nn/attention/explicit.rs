@@ -1,7 +1,10 @@
 //! Attention computed from the matrix of scores.
 
-use super::{Attention, AttentionInput};
-use crate::{DType, Param, Result, Tensor, config::Normalize};
+use super::{Attention, AttentionInput, padding::causal_mask, soft_clamp};
+use crate::{
+    DType, Param, Result, Tensor,
+    config::{Normalize, ScoreResidual, TalkingHeads},
+};
 
 /// Output, scores to pass on, attention map.
 type Explicit = (Tensor, Option<Tensor>, Option<Tensor>);
@@ -21,51 +24,86 @@ impl Attention {
         if let Some(prev) = &input.prev {
             scores = scores.add(prev)?;
         }
-        let passed_on = self.plan.residual.then(|| scores.clone());
-        if let Some([before, _]) = &self.talking {
-            scores = mix_heads(&scores, before)?;
+        let scaled = (self.plan.residual == ScoreResidual::Scaled).then(|| scores.clone());
+        if let Some(before) = &self.talking[0] {
+            let mixed = self.mix_heads(&scores, before)?;
+            let adds = matches!(self.plan.talking_heads, TalkingHeads::Convolutions(_));
+            scores = if adds { scores.add(&mixed)? } else { mixed };
         }
         if let Some(bias) = bias {
             scores = scores.add(&bias)?;
+        }
+        if let Some(bound) = self.plan.softclamp {
+            scores = soft_clamp(&scores, bound)?;
         }
         let lowest = Tensor::full((), scores.dtype().lowest(), scores.dtype(), scores.device())?;
         if let Some(keep) = keep {
             scores = keep.where_cond(&scores, &lowest)?;
         }
-        if let Some(k) = self.plan.sparse_topk {
-            scores = scores.detach().top_k_mask(k)?.where_cond(&scores, &lowest)?;
-        }
-        let mut weights = match self.plan.normalize {
-            Normalize::Softmax => scores.softmax()?,
-            Normalize::Entmax15 => scores.entmax15()?,
+        let passed_on = match scaled {
+            Some(scaled) => Some(scaled),
+            None => (self.plan.residual == ScoreResidual::Masked || input.return_scores).then(|| scores.clone()),
         };
+        if let Some(sink) = &self.sink {
+            let shape = [scores.dim(0)?, self.plan.heads, scores.dim(2)?, 1];
+            let sink = sink.tensor().reshape([1, self.plan.heads, 1, 1])?.expand(shape)?;
+            scores = Tensor::cat(&[&sink, &scores], -1)?;
+        }
+        let mut weights = self.weights(&scores, &lowest)?;
         let attn = input.return_attn.then(|| weights.clone());
+        if self.sink.is_some() {
+            weights = weights.narrow(-1, 1, weights.dim(-1)? - 1)?;
+        }
         weights = weights.dropout(self.plan.dropout)?;
-        if let Some([_, after]) = &self.talking {
-            weights = mix_heads(&weights, after)?;
+        if let Some(after) = &self.talking[1] {
+            weights = self.mix_heads(&weights, after)?;
         }
         Ok((weights.matmul(v)?, passed_on, attn))
     }
 
+    /// Returns the weights of the values.
+    fn weights(&self, scores: &Tensor, lowest: &Tensor) -> Result<Tensor> {
+        // The value of the first, with the gradient of the second.
+        let straight = |value: &Tensor, soft: &Tensor| value.detach().add(soft)?.sub(&soft.detach());
+        if let Some(k) = self.plan.sparse_topk {
+            let best = scores.detach().top_k_mask(k)?.where_cond(scores, lowest)?;
+            let weights = self.normalize(&best)?;
+            return if self.plan.straight_through { straight(&weights, &self.normalize(scores)?) } else { Ok(weights) };
+        }
+        if self.plan.normalize != Normalize::Hard {
+            return self.normalize(scores);
+        }
+        let best = scores.detach().argmax(-1)?.unsqueeze(-1)?;
+        let one = Tensor::arange(scores.dim(-1)?, scores.device())?.eq(&best)?.to_dtype(scores.dtype())?;
+        straight(&one, &scores.softmax()?)
+    }
+
+    fn normalize(&self, scores: &Tensor) -> Result<Tensor> {
+        if self.plan.normalize == Normalize::Entmax15 { scores.entmax15() } else { scores.softmax() }
+    }
+
     /// Returns the mask of the scores, which broadcasts to them; `true` keeps. `None` keeps all.
     pub(super) fn keep(&self, q: &Tensor, j: usize, input: &AttentionInput) -> Result<Option<Tensor>> {
-        let (b, i) = (q.dim(0)?, q.dim(2)?);
+        let (b, i, prefix) = (q.dim(0)?, q.dim(2)?, self.plan.prefix_len());
         let device = q.device();
         let mut parts: Vec<Tensor> = Vec::new();
-        if input.query_mask.is_some() || input.key_mask.is_some() {
+        let query_mask = self.query_mask(input);
+        if query_mask.is_some() || input.key_mask.is_some() {
             let seen = |size: usize| Tensor::ones([b, size], DType::Bool, device);
-            let queries = input.query_mask.clone().map_or_else(|| seen(i), Ok)?;
-            let keys = input.key_mask.clone().map_or_else(|| seen(j - self.plan.num_mem_kv), Ok)?;
-            let pairs = queries.reshape([b, 1, i, 1])?.logical_and(&keys.reshape([b, 1, 1, keys.dim(1)?])?)?;
-            let memory = Tensor::ones([b, 1, i, self.plan.num_mem_kv], DType::Bool, device)?;
+            let keys = input.key_mask.clone().map_or_else(|| seen(j - prefix), Ok)?;
+            let keys = keys.reshape([b, 1, 1, keys.dim(1)?])?;
+            let (pairs, rows) = match query_mask {
+                Some(queries) => (queries.reshape([b, 1, i, 1])?.logical_and(&keys)?, i),
+                None => (keys, 1),
+            };
+            let memory = Tensor::ones([b, 1, rows, prefix], DType::Bool, device)?;
             parts.push(Tensor::cat(&[&memory, &pairs], 3)?);
         }
         parts.extend(input.attn_mask.clone());
-        // Query `q` is at key `q + j − i`. Both sides are shifted so that neither is negative.
-        let position = |first: usize, n: usize| Tensor::arange(first + n, device)?.narrow(0, first, n);
-        parts.extend(self.plan.window.mask(i, j, device)?);
+        parts.extend(self.window_mask(i, j, q)?);
         if self.plan.causal {
-            parts.push(position(j, i)?.unsqueeze(1)?.ge(&position(i, j)?)?);
+            // Query `q` is at key `q + j − i`.
+            parts.push(causal_mask(i, j, q)?);
         }
         let mut parts = parts.into_iter();
         let Some(first) = parts.next() else { return Ok(None) };
@@ -79,11 +117,21 @@ impl Attention {
             return Ok(x.clone());
         }
         let group = self.plan.heads / kv_heads;
-        x.unsqueeze(2)?.expand([b, kv_heads, group, n, d])?.reshape([b, self.plan.heads, n, d])
+        let repeated = match self.plan.kv_interleaved {
+            true => x.unsqueeze(1)?.expand([b, group, kv_heads, n, d])?,
+            false => x.unsqueeze(2)?.expand([b, kv_heads, group, n, d])?,
+        };
+        repeated.reshape([b, self.plan.heads, n, d])
     }
-}
 
-/// Computes `y[b, k, i, j] = Σ_h x[b, h, i, j] · mixing[h, k]` (Shazeer et al., <https://arxiv.org/abs/2003.02436>).
-fn mix_heads(x: &Tensor, mixing: &Param) -> Result<Tensor> {
-    mixing.tensor().transpose(0, 1)?.matmul(&x.flatten(2, 3)?)?.reshape(*x.shape())
+    /// Computes `y[b, k, i, j] = Σ_h x[b, h, i, j] · mixing[h, k]` (Shazeer et al., <https://arxiv.org/abs/2003.02436>);
+    /// a convolution has the transposed matrix.
+    fn mix_heads(&self, x: &Tensor, mixing: &Param) -> Result<Tensor> {
+        let heads = self.plan.heads;
+        let mixing = match self.plan.talking_heads {
+            TalkingHeads::Convolutions(_) => mixing.tensor().reshape([heads, heads])?,
+            _ => mixing.tensor().transpose(0, 1)?,
+        };
+        mixing.matmul(&x.flatten(2, 3)?)?.reshape(*x.shape())
+    }
 }

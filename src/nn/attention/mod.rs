@@ -6,18 +6,21 @@
 mod decode;
 mod explicit;
 mod fused;
+mod padding;
 mod projection;
 
 use std::sync::Arc;
 
-use super::Linear;
+use super::{Linear, PolarTurn, Rotation, Turn};
 use crate::{
-    Buffer, DType, Error, Init, Param, ParamStore, Result, Tensor,
-    config::{AttentionPlan, Temperature},
+    DType, Error, Init, Param, ParamStore, Result, Tensor,
+    collect::CollectVec,
+    config::{AttentionPlan, TalkingHeads, Temperature, ValueGate, ValueResidual},
     error::{ErrorContext, ensure},
     ops::{self, Activation, PositionBias},
 };
 pub(super) use decode::AttentionCache;
+pub(super) use padding::causal_mask;
 
 /// Scaled dot-product attention of several heads (Vaswani et al., <https://arxiv.org/abs/1706.03762>).
 ///
@@ -33,15 +36,23 @@ pub struct Attention {
     to_q: Linear,
     to_k: Linear,
     to_v: Linear,
-    to_out: Linear,
+    to_out: Option<Linear>,
     to_v_gate: Option<Linear>,
+    to_v_head_gate: Option<Linear>,
+    to_value_residual_mix: Option<Linear>,
     collab_mixing: Option<Param>,
     temperature: Option<LearnedTemperature>,
+    /// Learned scales of normed queries and keys, `[heads, 1, d]`.
+    qk_scales: Option<[Param; 2]>,
+    /// Scales of the RMS norms of queries, keys and values, `[heads, 1, d]`; stored minus 1.
+    rms_gammas: [Option<Param>; 3],
     memory: Option<[Param; 2]>,
-    talking: Option<[Param; 2]>,
+    /// Mixtures of scores across heads, before and after the softmax.
+    talking: [Option<Param>; 2],
+    /// Learned score of each head, `[heads]`.
+    sink: Option<Param>,
     head_scale: Option<Param>,
-    /// Frequencies of the rotation, `[features / 2]`.
-    rotary: Option<Buffer>,
+    rotary: Option<Rotation>,
 }
 
 /// Cosine attention: queries and keys of length 1, logits divided by `max(exp(scale), 1e-2)`.
@@ -60,6 +71,8 @@ pub struct AttentionInput {
     pub context: Option<Tensor>,
     /// Prepended unchanged to the source of keys and values, `[b, memories, dim]`.
     pub mem: Option<Tensor>,
+    /// Condition of the norms and scales around the branch, `[b, 1 or n, dim_condition]`.
+    pub condition: Option<Tensor>,
     /// Padding mask of the queries, `[b, i]` Bool; `true` marks a real token.
     pub query_mask: Option<Tensor>,
     /// Padding mask of the keys, `[b, j]` Bool, without memory key/values; `true` marks a real token.
@@ -71,10 +84,22 @@ pub struct AttentionInput {
     pub sinusoids: Option<Tensor>,
     /// Added to the scores; positions count memory key/values.
     pub bias: Option<PositionBias>,
+    /// Added to the scores, broadcasts to `[b, heads, i, j]` without memory key/values, whose bias is 0.
+    pub dense_bias: Option<Tensor>,
+    /// If `true`, `key_mask` may leave no key at all to padding's plan.
+    pub keys_may_be_empty: bool,
+    /// Values of the first attention of this kind, `[b, kv_heads, j, d]`, which the plan mixes into its own.
+    pub value_residual: Option<Tensor>,
+    /// Turns of queries and keys at explicit positions, in place of counted ones.
+    pub turns: Option<[Turn; 2]>,
     /// Scores passed on by the previous layer, `[b, heads, i, j]`.
     pub prev: Option<Tensor>,
+    /// Turns of polar positions.
+    pub polar: Option<PolarTurn>,
     /// If `true`, return the attention map.
     pub return_attn: bool,
+    /// If `true`, return the masked scores.
+    pub return_scores: bool,
     /// If `true`, compute the matrix of scores even if the fused op would suffice.
     pub explicit: bool,
 }
@@ -89,32 +114,30 @@ pub struct AttentionOutput {
     pub scores: Option<Tensor>,
     /// Weights after the softmax, if requested: `[b, heads, i, j]`.
     pub attn: Option<Tensor>,
+    /// Values as projected, `[b, kv_heads, j, d]`.
+    pub values: Option<Tensor>,
 }
 
 impl Attention {
-    /// Creates the planned attention. A plan with rotary embeddings needs their frequencies,
-    /// [`rotary_frequencies`](super::rotary_frequencies), which the layers of a model share.
+    /// Creates the planned attention. A plan with rotary embeddings needs their [`Rotation`], which the layers of a
+    /// model share.
     ///
-    /// Errors: an invalid plan, or rotary embeddings without frequencies.
-    pub fn new(plan: &AttentionPlan, rotary: Option<&Buffer>, store: &ParamStore) -> Result<Self> {
+    /// Errors: an invalid plan, or rotary embeddings without a rotation.
+    pub fn new(plan: &AttentionPlan, rotary: Option<&Rotation>, store: &ParamStore) -> Result<Self> {
         plan.check()?;
         ensure!(
             plan.rotary.is_none() || rotary.is_some(),
             Error::argument("attention", "the plan has rotary positions, so its frequencies are required")
         );
         let (heads, dim_qk) = (plan.heads, plan.dim_qk());
-        let width = heads * plan.dim_head;
-        let kv_width = plan.kv_heads * plan.dim_head;
-        let (q_width, k_width) = (plan.shared.unwrap_or(width), plan.shared.unwrap_or(kv_width));
-        let biased = |name: &str, width: usize| Linear::maybe_biased(&store.at(name), plan.dim, width, plan.qkv_bias);
+        let width = heads * plan.dim_value;
+        let (q_width, k_width) = (heads * plan.dim_head, plan.kv_heads * plan.dim_head);
+        let (q_width, k_width) = (plan.shared.unwrap_or(q_width), plan.shared.unwrap_or(k_width));
+        let kv_width = plan.kv_heads * plan.dim_value;
+        let linear =
+            |name: &str, dim: usize, width: usize| Linear::maybe_biased(&store.at(name), dim, width, plan.qkv_bias);
         let normal = |name: &str, shape: &[usize]| store.param(name, shape, Init::Normal(1.0));
         let per_head = |name: &str, start: f64| store.param(name, [1, heads, 1, 1], Init::Constant(start));
-        let pair = |on: bool, names: [&str; 2], shapes: [&[usize]; 2]| -> Result<Option<[Param; 2]>> {
-            if !on {
-                return Ok(None);
-            }
-            Ok(Some([normal(names[0], shapes[0])?, normal(names[1], shapes[1])?]))
-        };
         let temperature = match plan.temperature {
             Temperature::Fixed(_) => None,
             Temperature::Learned(start) => Some(LearnedTemperature {
@@ -122,23 +145,71 @@ impl Attention {
                 unit: Tensor::full([1], (dim_qk as f64).powf(-0.5), store.dtype(), store.device())?,
             }),
         };
-        // The gate starts almost open for any input.
-        let gate = (Init::Constant(0.0), Some(Init::Constant(1.0)));
-        let gate = || Linear::with_init(&store.at("to_v_gate"), plan.dim, width, gate.0, gate.1);
+        let gate = |init: Init, bias: Option<Init>| {
+            Linear::with_init(&store.at("to_v_gate"), plan.dim, width, init, bias).map(Some)
+        };
+        let (closed, open) = (Init::Constant(0.0), Init::Constant(1.0));
+        let to_v_gate = match plan.gate_values {
+            ValueGate::None => None,
+            // Starts almost open for any input.
+            ValueGate::Biased => gate(closed, Some(open))?,
+            ValueGate::Sigmoid | ValueGate::Silu => gate(closed, None)?,
+        };
+        let head_gate =
+            || Linear::with_init(&store.at("to_v_head_gate"), plan.dim, heads, closed, Some(Init::Constant(10.0)));
+        let mixes_values = plan.value_residual == ValueResidual::Learned;
+        let value_mix = || Linear::new(&store.at("to_value_residual_mix").at(0), plan.dim, heads);
         let (out_place, out_width) = if plan.on_attn { ("to_out.0", 2 * plan.dim) } else { ("to_out", plan.dim) };
+        let to_out = || Linear::output(&store.at(out_place), width, out_width, plan.out_bias, plan.zero_init);
         let kv_heads = plan.kv_heads;
-        let memory: [&[usize]; 2] = [&[kv_heads, plan.num_mem_kv, dim_qk], &[kv_heads, plan.num_mem_kv, plan.dim_head]];
-        let mixing: [&[usize]; 2] = [&[heads, heads], &[heads, heads]];
+        let memory = || -> Result<[Param; 2]> {
+            Ok([
+                normal("mem_k", &[kv_heads, plan.num_mem_kv, dim_qk])?,
+                normal("mem_v", &[kv_heads, plan.num_mem_kv, plan.dim_value])?,
+            ])
+        };
+        let talking = match plan.talking_heads {
+            TalkingHeads::None => [None, None],
+            TalkingHeads::Matrices => ["pre_softmax_proj", "post_softmax_proj"]
+                .map(|name| normal(name, &[heads, heads]).map(Some))
+                .into_iter()
+                .try_collect_vec()?
+                .try_into()
+                .unwrap_or_default(),
+            TalkingHeads::Convolutions([pre, post]) => [
+                pre.then(|| identity(&store.at("attend.pre_softmax_talking_heads"), heads)).transpose()?,
+                post.then(|| identity(&store.at("attend.post_softmax_talking_heads"), heads)).transpose()?,
+            ],
+        };
+        let scales = plan.qk_norm.is_some_and(|norm| norm.scales);
+        let qk_scale = |name: &str, heads: usize| {
+            store.param(name, [heads, 1, plan.dim_head], Init::Constant((plan.dim_head as f64).powf(0.25)))
+        };
+        let qk_scales = || -> Result<[Param; 2]> {
+            Ok([qk_scale("qk_norm_q_scale", heads)?, qk_scale("qk_norm_k_scale", kv_heads)?])
+        };
+        let gamma = |at: usize, name: &str, heads: usize, dim: usize| {
+            plan.rms_norms[at].then(|| store.at(name).param("gamma", [heads, 1, dim], closed)).transpose()
+        };
         Ok(Self {
-            to_q: biased("to_q", q_width)?,
-            to_k: biased("to_k", k_width)?,
-            to_v: biased("to_v", kv_width)?,
-            to_out: Linear::output(&store.at(out_place), width, out_width, plan.out_bias, plan.zero_init)?,
-            to_v_gate: plan.gate_values.then(gate).transpose()?,
+            to_q: linear("to_q", plan.dim, q_width)?,
+            to_k: linear("to_k", plan.dim_context, k_width)?,
+            to_v: linear("to_v", plan.dim_context, kv_width)?,
+            to_out: plan.project_out.then(to_out).transpose()?,
+            to_v_gate,
+            to_v_head_gate: plan.gate_heads.then(head_gate).transpose()?,
+            to_value_residual_mix: mixes_values.then(value_mix).transpose()?,
             collab_mixing: plan.shared.map(|shared| normal("collab_mixing", &[heads, shared])).transpose()?,
             temperature,
-            memory: pair(plan.num_mem_kv > 0, ["mem_k", "mem_v"], memory)?,
-            talking: pair(plan.talking_heads, ["pre_softmax_proj", "post_softmax_proj"], mixing)?,
+            qk_scales: scales.then(qk_scales).transpose()?,
+            rms_gammas: [
+                gamma(0, "q_rmsnorm", heads, plan.dim_head)?,
+                gamma(1, "k_rmsnorm", kv_heads, plan.dim_head)?,
+                gamma(2, "value_rmsnorm", heads, plan.dim_value)?,
+            ],
+            memory: (plan.num_mem_kv > 0).then(memory).transpose()?,
+            talking,
+            sink: plan.sink.then(|| store.at("attend").param("head_attn_sink", [heads], closed)).transpose()?,
             head_scale: plan.head_scale.then(|| per_head("head_scale_params", 1.0)).transpose()?,
             rotary: rotary.cloned(),
             plan: Arc::new(plan.clone()),
@@ -147,34 +218,45 @@ impl Attention {
 
     /// Returns the linear layers, for quantization.
     pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
-        let always = [&mut self.to_q, &mut self.to_k, &mut self.to_v, &mut self.to_out];
-        always.into_iter().chain(self.to_v_gate.as_mut())
+        let always = [&mut self.to_q, &mut self.to_k, &mut self.to_v];
+        always.into_iter().chain(self.to_out.as_mut()).chain(self.to_v_gate.as_mut())
     }
 
     /// Computes attention: `[b, i, dim] → [b, i, dim]`.
     ///
     /// Errors: shapes that do not match.
     pub fn forward(&self, x: &Tensor, input: &AttentionInput) -> Result<AttentionOutput> {
-        let operands = self.operands(x, input)?;
-        self.attend(x, &operands, input)
+        let (operands, values) = self.operands(x, input)?;
+        Ok(AttentionOutput { values, ..self.attend(x, &operands, input)? })
     }
 
     /// Computes the output for these operands, by the path that the call needs.
     fn attend(&self, x: &Tensor, [q, k, v]: &[Tensor; 3], input: &AttentionInput) -> Result<AttentionOutput> {
+        let input = &*self.with_zero_key(input)?;
         check_mask(input.attn_mask.as_ref(), q, k)?;
-        let (out, scores, attn) = match self.needs_scores(q, v, input) {
+        let empty = self.empty_rows(q, k, input)?;
+        let (mut out, scores, attn) = match self.needs_scores(q, v, input) {
             None => (self.fused(q, k, v, input)?, None, None),
             Some(_) => {
                 let [queries, keys] = [q.dim(2)?, k.dim(2)?];
-                let bias = input.bias.as_ref().map(|bias| bias.dense(queries, keys, q.dtype())).transpose()?;
+                let bias = match &input.bias {
+                    Some(bias) => Some(bias.dense(queries, keys, q.dtype())?),
+                    None => self.dense_bias(input)?,
+                };
                 self.explicit([q, k, v], input, bias, self.keep(q, keys, input)?)?
             }
         };
-        self.merge(x, out, scores, attn)
+        if let Some(empty) = &empty {
+            out = out.masked_fill(empty, 0.0)?;
+        }
+        self.merge(x, out, scores, attn, input)
     }
 
     /// Returns `Some(reason)` if this call needs the matrix of scores; otherwise the fused op computes it.
     fn needs_scores(&self, q: &Tensor, v: &Tensor, input: &AttentionInput) -> Option<&'static str> {
+        if input.return_scores {
+            return Some("the caller asked for scores");
+        }
         if input.return_attn {
             return Some("the caller requested attention maps");
         }
@@ -188,22 +270,62 @@ impl Attention {
     }
 
     /// Merges the heads' outputs into that of the layer.
-    fn merge(&self, x: &Tensor, out: Tensor, scores: Option<Tensor>, attn: Option<Tensor>) -> Result<AttentionOutput> {
-        let out = match &self.head_scale {
-            Some(scale) => out.mul(&scale.tensor())?,
+    fn merge(
+        &self,
+        x: &Tensor,
+        out: Tensor,
+        scores: Option<Tensor>,
+        attn: Option<Tensor>,
+        input: &AttentionInput,
+    ) -> Result<AttentionOutput> {
+        let mut out = match self.plan.laser {
+            Some(_) => floored(&out, 1e-20)?.ln()?,
             None => out,
         };
+        if let Some(scale) = &self.head_scale {
+            out = out.mul(&scale.tensor())?;
+        }
+        if let Some(gate) = &self.to_v_head_gate {
+            let gate = gate.forward(x).context("to_v_head_gate")?.sigmoid()?;
+            out = out.mul(&gate.transpose(1, 2)?.unsqueeze(-1)?)?;
+        }
         let mut out = out.transpose(1, 2)?.flatten(2, 3)?;
         if let Some(gate) = &self.to_v_gate {
-            out = out.mul(&gate.forward(x).context("to_v_gate")?.sigmoid()?)?;
+            let gate = gate.forward(x).context("to_v_gate")?;
+            let gate = if self.plan.gate_values == ValueGate::Silu { gate.silu()? } else { gate.sigmoid()? };
+            out = out.mul(&gate)?;
         }
-        let out = match self.plan.on_attn {
-            true => self.to_out.gated(&out, Activation::Sigmoid),
-            false => self.to_out.forward(&out),
-        };
-        let out = out.context("to_out")?;
-        Ok(AttentionOutput { out, scores, attn })
+        if let Some(to_out) = &self.to_out {
+            out = match self.plan.on_attn {
+                true => to_out.gated(&out, Activation::Sigmoid),
+                false => to_out.forward(&out),
+            }
+            .context("to_out")?;
+        }
+        out = out.dropout(self.plan.sublayer_dropout)?;
+        let out = self.without_padding(out, input)?;
+        Ok(AttentionOutput { out, scores, attn, values: None })
     }
+}
+
+/// Creates a convolution `[heads, heads, 1, 1]` that starts as the identity.
+fn identity(store: &ParamStore, heads: usize) -> Result<Param> {
+    let shape = [heads, heads, 1, 1];
+    let weight = store.param("weight", shape, Init::Constant(0.0))?;
+    let one = |index: usize| f64::from(u8::from(index / heads == index % heads));
+    weight.set(Tensor::generate(shape, store.dtype(), store.device(), one)?)?;
+    Ok(weight)
+}
+
+/// Replaces elements below a bound by it, without gradient.
+fn floored(x: &Tensor, least: f64) -> Result<Tensor> {
+    let bound = Tensor::full((), least, x.dtype(), x.device())?;
+    x.detach().lt(&bound)?.where_cond(&bound, x)
+}
+
+/// Computes `bound · tanh(x / bound)`.
+pub(super) fn soft_clamp(x: &Tensor, bound: f64) -> Result<Tensor> {
+    x.affine(1.0 / bound, 0.0)?.tanh()?.affine(bound, 0.0)
 }
 
 /// Checks the attention mask against the shape of the scores.

@@ -1,19 +1,23 @@
 //! Projections from the input of a layer to queries, keys and values.
 
-use super::{Attention, AttentionInput};
-use crate::{Error, Result, Tensor, error::ErrorContext};
+use super::{Attention, AttentionInput, soft_clamp};
+use crate::{Error, Result, Tensor, error::ErrorContext, nn::unit_length};
 
 impl Attention {
-    /// Returns the operands of the scores: queries `[b, heads, i, d]`, keys and values of `j` positions.
-    pub(super) fn operands(&self, x: &Tensor, input: &AttentionInput) -> Result<[Tensor; 3]> {
-        let [q, k, v] = self.project(x, input)?;
-        let [q, k, v] = self.rotate(q, k, v)?;
+    /// Returns the operands of the scores: queries `[b, heads, i, d]`, keys and values of `j` positions; also the values
+    /// as projected.
+    pub(super) fn operands(&self, x: &Tensor, input: &AttentionInput) -> Result<([Tensor; 3], Option<Tensor>)> {
+        let ([q, k, v], values) = self.project(x, input)?;
+        let [q, k, v] = self.rotate(q, k, v, input)?;
         let [k, v] = self.prepend_memory(k, v)?;
-        Ok([self.scale_queries(q)?, self.normalize_length(k)?, v])
+        let v = self.exponentials(v)?;
+        let [k, v] = if self.plan.zero_kv { [zero_first(&k)?, zero_first(&v)?] } else { [k, v] };
+        Ok(([self.scale_queries(q)?, self.normalize_length(k)?, v], values))
     }
 
-    /// Projects queries, keys and values of each head: `[b, heads, i, d]`, twice `[b, heads, j, d]`.
-    pub(super) fn project(&self, x: &Tensor, input: &AttentionInput) -> Result<[Tensor; 3]> {
+    /// Projects queries, keys and values of each head: `[b, heads, i, d]`, twice `[b, heads, j, d]`; also returns the
+    /// values before they are mixed with those of another layer.
+    pub(super) fn project(&self, x: &Tensor, input: &AttentionInput) -> Result<([Tensor; 3], Option<Tensor>)> {
         let source = input.context.as_ref().unwrap_or(x);
         let source = match &input.mem {
             Some(mem) => Tensor::cat(&[mem, source], 1).context("mems")?,
@@ -28,22 +32,93 @@ impl Attention {
         let q = self.to_q.forward(&queries).context("to_q")?;
         let k = self.to_k.forward(&keys).context("to_k")?;
         let v = self.to_v.forward(&source).context("to_v")?;
-        let k = if self.collab_mixing.is_some() { self.all_heads(&k.unsqueeze(1)?)? } else { self.split_heads(&k)? };
-        Ok([self.queries(&q)?, k, self.split_heads(&v)?])
+        let k = if self.collab_mixing.is_some() {
+            self.all_heads(&k.unsqueeze(1)?)?
+        } else {
+            self.split_heads(&k, self.plan.dim_head)?
+        };
+        let v = self.split_heads(&v, self.plan.dim_value)?;
+        let mixed = self.mix_values(x, &v, input)?;
+        let [q, k] = [self.norm_queries(self.queries(&q)?)?, self.norm_keys(k)?];
+        Ok(([q, k, self.norm_heads(mixed, 2)?], Some(v)))
+    }
+
+    /// Mixes values with those of the first layer (Zhou et al., <https://arxiv.org/abs/2410.17897>).
+    pub(super) fn mix_values(&self, x: &Tensor, v: &Tensor, input: &AttentionInput) -> Result<Tensor> {
+        let Some(first) = &input.value_residual else { return Ok(v.clone()) };
+        let difference = v.sub(first)?;
+        let mixed = match &self.to_value_residual_mix {
+            Some(mix) => {
+                let mix = mix.forward(x).context("to_value_residual_mix.0")?.sigmoid()?;
+                difference.mul(&mix.transpose(1, 2)?.unsqueeze(-1)?)?
+            }
+            None => difference.affine(0.5, 0.0)?,
+        };
+        first.add(&mixed)
+    }
+
+    /// Applies the L2 norm with its learned scale, and the RMS norm, to queries.
+    pub(super) fn norm_queries(&self, q: Tensor) -> Result<Tensor> {
+        let q = self.norm_groups(q)?;
+        let q = match &self.qk_scales {
+            Some([scale, _]) => q.mul(&scale.tensor())?,
+            None => q,
+        };
+        self.norm_heads(q, 0)
+    }
+
+    /// Applies the L2 norm with its learned scale, and the RMS norm, to keys.
+    pub(super) fn norm_keys(&self, k: Tensor) -> Result<Tensor> {
+        let k = self.scaled_keys(self.norm_groups(k)?)?;
+        self.norm_heads(k, 1)
+    }
+
+    fn scaled_keys(&self, k: Tensor) -> Result<Tensor> {
+        match &self.qk_scales {
+            Some([_, scale]) => k.mul(&scale.tensor()),
+            None => Ok(k),
+        }
+    }
+
+    /// Normalises parts of the heads to length 1.
+    fn norm_groups(&self, x: Tensor) -> Result<Tensor> {
+        let Some(norm) = self.plan.qk_norm else { return Ok(x) };
+        let mut shape = x.shape().to_vec();
+        let last = shape.len() - 1;
+        let width = shape[last] / norm.groups;
+        shape.splice(last.., [norm.groups, width]);
+        unit_length(&x.reshape(&shape[..])?)?.reshape(*x.shape())
+    }
+
+    /// Applies the RMS norm of queries (0), keys (1) or values (2) with a scale per head.
+    pub(super) fn norm_heads(&self, x: Tensor, at: usize) -> Result<Tensor> {
+        let Some(gamma) = &self.rms_gammas[at] else { return Ok(x) };
+        let dim = x.dim(-1)?;
+        let one = Tensor::ones([dim], x.dtype(), x.device())?;
+        x.clamped_rms_norm(&one, 1e-12 * (dim as f64).powf(-0.5))?.mul(&gamma.tensor().affine(1.0, 1.0)?)
+    }
+
+    /// Returns the exponentials of clamped values, of which LASER takes the mean (<https://arxiv.org/abs/2411.03493>).
+    pub(super) fn exponentials(&self, v: Tensor) -> Result<Tensor> {
+        match self.plan.laser {
+            Some(bound) => soft_clamp(&v, bound)?.exp(),
+            None => Ok(v),
+        }
     }
 
     /// Returns the queries of each head, mixed from shared ones: `[b, n, width] → [b, heads, n, d]`.
     pub(super) fn queries(&self, q: &Tensor) -> Result<Tensor> {
         match &self.collab_mixing {
-            None => self.split_heads(q),
+            None => self.split_heads(q, self.plan.dim_head),
             Some(mixing) => q.unsqueeze(1)?.mul(&mixing.tensor().unsqueeze(1)?),
         }
     }
 
-    /// Splits heads: `[b, n, heads · d] → [b, heads, n, d]`; keys and values have their own number of heads.
-    pub(super) fn split_heads(&self, x: &Tensor) -> Result<Tensor> {
+    /// Splits heads of `d` features: `[b, n, heads · d] → [b, heads, n, d]`; keys and values have their own number of
+    /// heads.
+    pub(super) fn split_heads(&self, x: &Tensor, d: usize) -> Result<Tensor> {
         let (b, n, width) = (x.dim(0)?, x.dim(1)?, x.dim(2)?);
-        x.reshape([b, n, width / self.plan.dim_head, self.plan.dim_head])?.transpose(1, 2)
+        x.reshape([b, n, width / d, d])?.transpose(1, 2)
     }
 
     /// Expands shared keys to all heads.
@@ -68,10 +143,21 @@ impl Attention {
         if rest == 0 { Ok(turned) } else { Tensor::cat(&[&turned, &x.narrow(-1, features, rest)?], axis) }
     }
 
-    /// Keys count from 0, memories included; queries are the last of them.
-    pub(super) fn rotate(&self, q: Tensor, k: Tensor, v: Tensor) -> Result<[Tensor; 3]> {
-        let (Some(frequencies), Some(plan)) = (&self.rotary, &self.plan.rotary) else { return Ok([q, k, v]) };
-        let frequencies = &frequencies.tensor();
+    /// Turns queries and keys, at explicit positions if they are given. Otherwise keys count from 0, memories included;
+    /// queries are the last of them.
+    pub(super) fn rotate(&self, q: Tensor, k: Tensor, v: Tensor, input: &AttentionInput) -> Result<[Tensor; 3]> {
+        if let Some(polar) = &input.polar {
+            return Ok([polar.queries(&q)?, polar.keys(&k)?, v]);
+        }
+        if let Some([of_queries, of_keys]) = &input.turns {
+            let (q, k) = (self.pairs_as_halves(q)?, self.pairs_as_halves(k)?);
+            return Ok([of_queries.apply(&q)?, of_keys.apply(&k)?, v]);
+        }
+        let (Some(rotation), Some(plan)) = (&self.rotary, &self.plan.rotary) else { return Ok([q, k, v]) };
+        if input.context.is_some() {
+            return Ok([q, k, v]);
+        }
+        let frequencies = &rotation.frequencies()?;
         let first = first_query(q.dim(2)?, k.dim(2)?)?;
         let v = if plan.values { v.rotary(frequencies, 0)? } else { v };
         let (q, k) = (self.pairs_as_halves(q)?, self.pairs_as_halves(k)?);
@@ -86,7 +172,8 @@ impl Attention {
             let shape = [batch, memory.dim(0)?, memory.dim(1)?, memory.dim(2)?];
             Tensor::cat(&[&memory.expand(shape)?, x], 2)
         };
-        Ok([prepend(self.pairs_as_halves(mem_k.tensor())?, &k)?, prepend(mem_v.tensor(), &v)?])
+        let mem_k = self.scaled_keys(self.norm_groups(mem_k.tensor())?)?;
+        Ok([prepend(self.pairs_as_halves(mem_k)?, &k)?, prepend(mem_v.tensor(), &v)?])
     }
 
     /// Divides the queries by the learned temperature, if there is one: there are fewer queries than scores.
@@ -105,6 +192,12 @@ impl Attention {
             None => Ok(x),
         }
     }
+}
+
+/// Puts a vector of zeros in front of those of each head.
+pub(super) fn zero_first(x: &Tensor) -> Result<Tensor> {
+    let zero = Tensor::zeros([x.dim(0)?, x.dim(1)?, 1, x.dim(3)?], x.dtype(), x.device())?;
+    Tensor::cat(&[&zero, x], 2)
 }
 
 /// Returns the position of the first of `queries`, which are the last of `keys`.

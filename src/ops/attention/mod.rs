@@ -27,6 +27,7 @@ use position::Position;
 
 pub use decode::{DecodeSpec, attention_decode};
 pub use position::PositionBias;
+pub(crate) use position::bucket as relative_bucket;
 pub(super) use position::bucket;
 pub use window::Window;
 

@@ -245,7 +245,7 @@ fn expect_weights(name: &str, weights: &Tensor, shape: &[usize], device: &Device
 
 /// Returns the T5 bucket of a distance `query − key`. The quotient is computed in f64: with the usual sizes, powers of
 /// two fall exactly on bucket edges.
-pub(in crate::ops) fn bucket(distance: i64, causal: bool, buckets: usize, max_distance: usize) -> usize {
+pub(crate) fn bucket(distance: i64, causal: bool, buckets: usize, max_distance: usize) -> usize {
     let (side, buckets, distance) = match (causal, distance < 0) {
         (true, _) => (0, buckets, distance.max(0) as usize),
         (false, behind) => (if behind { buckets / 2 } else { 0 }, buckets / 2, distance.unsigned_abs() as usize),

@@ -6,6 +6,7 @@ mod models;
 mod agreement;
 mod chat;
 mod folders;
+mod gguf_metadata;
 mod hostile;
 mod learned;
 mod sentence;

@@ -1,0 +1,236 @@
+//! Options of attention and feedforward to their plans.
+
+use super::{
+    AttentionConfig, AttentionLayersConfig, FeedForwardConfig, LayersKind, PerLayer, json::inherited, resolve::rotary,
+};
+use crate::{
+    Error, Result,
+    collect::CollectVec,
+    config::{
+        AttentionPlan, FeedForwardPlan, NormPlan, Normalize, PaddingPlan, QkNormPlan, RotaryPlan, ScoreResidual,
+        TalkingHeads, Temperature, ValueGate, ValueResidual, options::FeedForwardConfig as Widths,
+        resolve::feedforward,
+    },
+    error::ensure,
+    ops::{Activation, Window},
+};
+
+impl AttentionLayersConfig {
+    /// Returns the features per head that positions are resolved for: those of the first self-attention.
+    pub(super) fn dim_head(&self) -> usize {
+        match &self.attn {
+            PerLayer::All(all) => all.dim_head,
+            PerLayer::Each(each) => each.first().map_or(AttentionConfig::default().dim_head, |first| first.dim_head),
+        }
+    }
+}
+
+/// Returns the options of each of `count` sublayers.
+fn each<T: Clone>(options: &PerLayer<T>, count: usize, kind: &str) -> Result<Vec<T>> {
+    match options {
+        PerLayer::All(all) => Ok(vec![all.clone(); count]),
+        PerLayer::Each(each) => {
+            ensure!(
+                each.len() == count,
+                Error::option(kind, format_args!("arrays have {} values, and there are {count} sublayers", each.len()))
+            );
+            Ok(each.clone())
+        }
+    }
+}
+
+/// Returns the plans of all self-attentions and all cross-attentions.
+pub(super) fn attentions(
+    config: &AttentionLayersConfig,
+    causal: bool,
+    [own, cross]: [usize; 2],
+) -> Result<[Vec<AttentionPlan>; 2]> {
+    let inherited = PerLayer::All(inherited(&config.attn));
+    let cross_options = config.cross_attn.as_ref().unwrap_or(&inherited);
+    let own_options = if own == 0 { Vec::new() } else { each(&config.attn, own, "attn_*")? };
+    let cross_options = if cross == 0 { Vec::new() } else { each(cross_options, cross, "cross_attn_*")? };
+    ensure!(own > 0 || !config.residual_attn, Error::option("residual_attn", "needs self-attention"));
+    ensure!(cross > 0 || !config.cross_residual_attn, Error::option("cross_residual_attn", "needs cross-attention"));
+    let rotary = rotary(config, causal)?;
+    let residual = |on: bool| if on { ScoreResidual::Masked } else { ScoreResidual::None };
+    let own = own_options.iter().enumerate().map(|(index, options)| {
+        let value_residual = match (config.add_value_residual, config.learned_value_residual_mix && index > 0) {
+            (false, _) => ValueResidual::None,
+            (true, false) => ValueResidual::Half,
+            (true, true) => ValueResidual::Learned,
+        };
+        let plan = attention(config, options, rotary.as_ref(), "attn_")?;
+        let causal = causal && config.kind != LayersKind::PrefixDecoder;
+        let polar = config.polar_pos_emb;
+        ensure!(
+            !polar || plan.kv_heads == plan.heads && plan.num_mem_kv == 0 && plan.dim_head == config.dim_head(),
+            Error::option(
+                "polar_pos_emb",
+                "cannot be used with memory key/values, fewer key heads or heads of several widths, like x-transformers"
+            )
+        );
+        checked(AttentionPlan { causal, residual: residual(config.residual_attn), value_residual, polar, ..plan })
+    });
+    let own = own.try_collect_vec()?;
+    let cross = cross_options.iter().map(|options| {
+        let value_residual = if config.add_value_residual { ValueResidual::Half } else { ValueResidual::None };
+        let plan = attention(config, options, rotary.as_ref(), "cross_attn_")?;
+        let dim_context = options.dim_context.unwrap_or(config.dim);
+        let residual = residual(config.cross_residual_attn);
+        checked(AttentionPlan { dim_context, residual, value_residual, ..plan })
+    });
+    Ok([own, cross.try_collect_vec()?])
+}
+
+fn checked(plan: AttentionPlan) -> Result<AttentionPlan> {
+    ensure!(
+        !(plan.sink && plan.residual != ScoreResidual::None),
+        Error::option("attn_head_learned_sink", "cannot be used with residual attention, whose scores have no sink")
+    );
+    plan.check()?;
+    Ok(plan)
+}
+
+/// Returns the plan of one attention from its own options.
+pub(super) fn attention(
+    config: &AttentionLayersConfig,
+    options: &AttentionConfig,
+    rotary: Option<&RotaryPlan>,
+    prefix: &str,
+) -> Result<AttentionPlan> {
+    let error = |key: &str, why: String| Error::option(format!("{prefix}{key}"), why);
+    let (heads, dim_head) = (config.heads, options.dim_head);
+    ensure!(
+        !(options.one_kv_head && options.kv_heads.is_some()),
+        error("kv_heads", "cannot be used with `attn_one_kv_head`".to_string())
+    );
+    ensure!(
+        !(options.qk_rmsnorm && options.k_rmsnorm),
+        error("k_rmsnorm", "cannot be used with `attn_qk_rmsnorm`, which norms keys too".to_string())
+    );
+    let weights = [("hard", options.hard), ("sparse_topk", options.sparse_topk.is_some())];
+    ensure!(
+        weights.iter().filter(|(_, on)| *on).count() <= 1,
+        error("hard", "cannot be used with `attn_sparse_topk`".to_string())
+    );
+    ensure!(
+        options.gate_values || !options.swiglu_values,
+        error("swiglu_values", "needs `attn_gate_values` = true, which is off".to_string())
+    );
+    let scale = (dim_head as f64).powf(-0.5);
+    let qk_norm =
+        options.qk_norm.then_some(QkNormPlan { groups: options.qk_norm_groups, scales: options.qk_norm_dim_scale });
+    if let Some(norm) = qk_norm {
+        let groups = norm.groups;
+        ensure!(
+            groups > 0 && dim_head.is_multiple_of(groups) && dim_head / groups > 2,
+            error(
+                "qk_norm_groups",
+                format!("expected a divisor of {dim_head} with parts of more than 2, got {groups}")
+            )
+        );
+    }
+    for (key, on, bound) in [
+        ("logit_softclamp_value", options.softclamp_logits, options.logit_softclamp_value),
+        ("laser_softclamp_value", options.laser, options.laser_softclamp_value),
+    ] {
+        ensure!(
+            !on || bound > 0.0 && bound.is_finite(),
+            error(key, format!("expected a finite number above 0, got {bound}"))
+        );
+    }
+    let kv_heads = if options.one_kv_head { 1 } else { options.kv_heads.unwrap_or(heads) };
+    ensure!(
+        !options.value_rmsnorm || kv_heads == heads,
+        error("value_rmsnorm", "needs as many key/value heads as heads".to_string())
+    );
+    let dim_value = options.value_dim_head.unwrap_or(dim_head);
+    ensure!(
+        dim_value == dim_head || !(options.value_rmsnorm || options.num_mem_kv > 0),
+        error("value_dim_head", "cannot be used with `attn_num_mem_kv` or `attn_value_rmsnorm`".to_string())
+    );
+    let talks = [options.pre_talking_heads, options.post_talking_heads];
+    let temperature = if options.qk_norm && !options.qk_norm_dim_scale { options.qk_norm_scale } else { scale };
+    Ok(AttentionPlan {
+        kv_heads,
+        kv_interleaved: true,
+        out_bias: false,
+        project_out: heads > 1 || options.on_attn,
+        dim_value,
+        window: Window { max_attend_past: options.max_attend_past },
+        padding: if options.flash { PaddingPlan::OutputCausal } else { PaddingPlan::Output },
+        temperature: Temperature::Fixed(temperature),
+        qk_norm,
+        rms_norms: [options.qk_rmsnorm, options.qk_rmsnorm || options.k_rmsnorm, options.value_rmsnorm],
+        rotary: rotary.cloned(),
+        num_mem_kv: options.num_mem_kv,
+        zero_kv: options.add_zero_kv,
+        mem_kv_counted: false,
+        talking_heads: if talks == [false; 2] { TalkingHeads::None } else { TalkingHeads::Convolutions(talks) },
+        softclamp: options.softclamp_logits.then_some(options.logit_softclamp_value),
+        sink: options.head_learned_sink,
+        sparse_topk: options.sparse_topk,
+        straight_through: options.sparse_topk_straight_through,
+        normalize: if options.hard { Normalize::Hard } else { Normalize::Softmax },
+        dropout: options.dropout,
+        sublayer_dropout: options.sublayer_dropout,
+        laser: options.laser.then_some(options.laser_softclamp_value),
+        head_scale: options.head_scale,
+        gate_heads: options.gate_value_heads,
+        gate_values: match (options.gate_values, options.swiglu_values) {
+            (false, _) => ValueGate::None,
+            (true, false) => ValueGate::Sigmoid,
+            (true, true) => ValueGate::Silu,
+        },
+        on_attn: options.on_attn,
+        zero_init: options.zero_init_output || config.zero_init_branch_output,
+        ..AttentionPlan::new(config.dim, heads, dim_head)
+    })
+}
+
+/// Name of an activation.
+const TANH: &str = "tanh";
+
+/// Returns the plans of all feedforwards.
+pub(super) fn feedforwards(config: &AttentionLayersConfig, count: usize) -> Result<Vec<FeedForwardPlan>> {
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    let plan = |options: &FeedForwardConfig| {
+        let widths = Widths { mult: options.mult, dropout: options.dropout, ..Widths::default() };
+        let zero_init = options.zero_init_output || config.zero_init_branch_output;
+        let plan = FeedForwardPlan {
+            activation: activation(options)?,
+            tanh: options.custom_activation.as_deref() == Some(TANH),
+            glu: options.glu,
+            bias: [options.glu || !options.no_bias, !options.no_bias],
+            mult_bias: options.glu && options.glu_mult_bias,
+            norm: options.post_act_ln.then_some(NormPlan::Gamma { eps: 1e-5, offset: 0.0 }),
+            sublayer_dropout: options.sublayer_dropout,
+            place: ("ff", if options.post_act_ln { 3 } else { 2 }),
+            ..feedforward(config.dim, config.dim, &widths, zero_init)?
+        };
+        plan.check()?;
+        Ok(plan)
+    };
+    each(&config.ff, count, "ff_*")?.iter().map(plan).try_collect_vec()
+}
+
+/// Returns the activation; for tanh, which is none of the fused ones, any.
+fn activation(options: &FeedForwardConfig) -> Result<Activation> {
+    if options.custom_activation.as_deref() == Some(TANH) {
+        return Ok(Activation::Gelu);
+    }
+    if let Some(name) = &options.custom_activation {
+        let found = Activation::ALL.iter().find(|activation| activation.name() == name);
+        let names = || Activation::ALL.iter().map(|activation| activation.name()).collect_vec().join(", ");
+        let unknown =
+            || Error::option("ff_custom_activation", format_args!("expected one of {}, {TANH}, got `{name}`", names()));
+        return found.copied().ok_or_else(unknown);
+    }
+    Ok(match (options.relu_squared, options.swish) {
+        (true, _) => Activation::ReluSquared,
+        (false, true) => Activation::Silu,
+        (false, false) => Activation::Gelu,
+    })
+}
