@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::{Batch, TokenBatch, TrainOptions};
 use crate::{
     Error, ParamStore, Result, Tensor,
-    config::{AbsolutePositions, AttentionPlan, AutoregressivePlan, Config, ModelPlan},
+    config::{AbsolutePositions, AttentionPlan, AutoregressivePlan, BranchPlan, Config, ModelPlan},
     error::ensure,
     models::{AutoregressiveWrapper, ForwardOptions},
 };
@@ -85,22 +85,25 @@ impl TrainModel for AutoregressiveWrapper {
         if !options.document_mask {
             return Ok(());
         }
-        let net = plan(config)?.net;
+        let AutoregressivePlan { net, loss } = plan(config)?;
         let layers = || net.layers.layers.iter();
         let attention =
             |what: &dyn Fn(&AttentionPlan) -> bool| layers().any(|layer| layer.branch.attention().is_some_and(what));
+        let positions = &net.layers.positions;
         let wrong = [
             ("absolute positions; use rotary or relative ones", net.absolute_positions != AbsolutePositions::None),
-            ("infused positions; use rotary or relative ones", net.layers.positions.infused),
-            ("polar positions; use rotary or relative ones", net.layers.positions.polar.is_some()),
+            ("infused positions; use rotary or relative ones", positions.infused),
+            ("polar positions; use rotary or relative ones", positions.polar.is_some()),
             (
                 "rotated values; set `rotary_qk_only`",
                 attention(&|plan| plan.rotary.as_ref().is_some_and(|rotary| rotary.values)),
             ),
             ("memory tokens", net.num_memory_tokens > 0),
             ("class tokens", net.num_cls_tokens > 0),
-            ("memory keys and values", attention(&|plan| plan.num_mem_kv > 0)),
+            ("memory keys and values", attention(&|plan| plan.num_mem_kv > 0 || plan.zero_kv)),
             ("`shift_tokens`", layers().any(|layer| layer.wrap.shifts.is_some())),
+            ("custom branches", layers().any(|layer| layer.branch == BranchPlan::Custom)),
+            ("`mask_prob` and `add_attn_z_loss`", loss.mask_prob > 0.0 || loss.attn_z_loss),
         ];
         match wrong.into_iter().find(|(_, on)| *on) {
             Some((what, _)) => Err(Error::option("document_mask", format_args!("cannot be used with {what}"))),
