@@ -136,7 +136,7 @@ fn kind(value: &Value) -> &'static str {
 pub struct Split {
     /// Of each document.
     validation: Vec<bool>,
-    /// With too few documents for a tenth of them: the byte at which the last one is cut in two.
+    /// With too few documents for a tenth of the text: the byte at which the last one is cut in two.
     cut: Option<usize>,
 }
 
@@ -147,17 +147,19 @@ impl Split {
         let mut last = String::new();
         for document in documents.iter() {
             last = document?;
-            let length = last.len() as u64;
+            let (length, before) = (last.len() as u64, seen);
             seen += length;
-            let chosen = 10 * taken + 5 * length <= seen;
+            // Whenever the share is below a tenth, whatever the length, so that short documents are not preferred; a
+            // document that would make it half as much again is left out.
+            let chosen = 10 * taken < before && 20 * (taken + length) <= 3 * seen;
             taken += if chosen { length } else { 0 };
             validation.push(chosen);
         }
         if validation.is_empty() {
             return Err(Failure::new("there are no documents"));
         }
-        let cut = (taken == 0).then(|| {
-            let tail = (seen / 10).max(1).min(last.len() as u64 / 2) as usize;
+        let cut = (20 * taken < seen && validation.last() == Some(&false)).then(|| {
+            let tail = (seen / 10 - taken).max(1).min(last.len() as u64 / 2) as usize;
             let near = last.floor_char_boundary(last.len() - tail);
             // At the end of a line, if there is one in the second half.
             last[..near].rfind('\n').map(|at| at + 1).filter(|&at| at >= last.len() / 2).unwrap_or(near)
@@ -230,7 +232,11 @@ mod tests {
             chosen.map(|(text, _)| text.len()).sum()
         };
         let share = length(true) as f64 / (length(true) + length(false)) as f64;
-        assert!((0.095..0.105).contains(&share), "{share}");
+        assert!((0.09..0.11).contains(&share), "{share}");
+        // Documents are as long as the others.
+        let chosen = split.validation.iter().filter(|validation| **validation).count();
+        let (mean, of_all) = (length(true) / chosen, (length(true) + length(false)) / texts.len());
+        assert!(mean * 5 > of_all * 4 && mean * 4 < of_all * 5, "{mean} {of_all}");
         // In each quarter, not only at one end.
         for quarter in split.validation.chunks(50) {
             assert!((2..=9).contains(&quarter.iter().filter(|validation| **validation).count()));
