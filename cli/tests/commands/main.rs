@@ -4,6 +4,7 @@
 mod command;
 
 mod bench;
+mod convert;
 mod embed;
 mod generate;
 mod info;
@@ -13,5 +14,6 @@ mod refusals;
 mod run;
 mod texts;
 mod train;
+mod two;
 mod usage;
 mod verify;
