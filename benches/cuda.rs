@@ -15,7 +15,7 @@ use x_transformers::{
     DType, Device, Init, ParamStore, Result, Tape, Tensor,
     device::CudaDevice,
     ops::{Activation, AttentionSpec, DecodeSpec, SampleFilter, SampleSpec, attention, attention_decode},
-    train::{AdamW, AdamWOptions},
+    train::{AdamW, AdamWOptions, Optimizer},
 };
 
 /// Work of a launch, in the unit of the peak that limits it.

@@ -6,7 +6,7 @@ use x_transformers::{
     DType, Error, ParamStore, Result, Tape, Tensor,
     config::{AutoregressiveConfig, Config, SamplingConfig},
     models::{AutoregressiveWrapper, ForwardOptions, RecordedDecode, sample_tokens},
-    train::{AdamW, AdamWOptions, RecordedStep},
+    train::{AdamW, AdamWOptions, Optimizer, RecordedStep},
 };
 
 use super::{Bench, Work};

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use x_transformers::{
     DType, Device, Init, Param, ParamStore, Philox, Result, Tape, Tensor,
     ops::{AttentionSpec, attention},
-    train::{AdamW, AdamWOptions},
+    train::{AdamW, AdamWOptions, Optimizer},
 };
 
 /// Minimum time of a round.

@@ -9,7 +9,7 @@ use x_transformers::{
     DType, Device, ParamStore, Philox, Result, Tape, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     models::{AutoregressiveWrapper, ForwardOptions},
-    train::{AdamW, AdamWOptions},
+    train::{AdamW, AdamWOptions, Optimizer},
 };
 
 const NUM_TOKENS: usize = 256;

@@ -13,7 +13,7 @@ use x_transformers::{
     config::{Call, Config},
     models::{Model, RunOptions},
     profile::Profile,
-    train::{AdamW, AdamWOptions},
+    train::{AdamW, AdamWOptions, Optimizer},
 };
 
 /// A model and the size of its batch. The loss is the model's own, or the cross-entropy of its logits.

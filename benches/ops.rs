@@ -15,7 +15,7 @@ use peak::{Group, Work};
 use x_transformers::{
     DType, Device, Init, IntoShape, ParamStore, Philox, QuantType, Result, Tape, Tensor,
     ops::{Activation, NAMES, PackedMatrix, SampleFilter, SampleSpec, UNARY},
-    train::{AdamW, AdamWOptions},
+    train::{AdamW, AdamWOptions, Optimizer},
 };
 
 /// Ops whose benchmarks count operations, each in a separate file.

@@ -11,7 +11,7 @@ use x_transformers::{
     DType, Device, ParamMap, ParamStore, Philox, Result, Tape, Tensor,
     config::{AttentionPath, BranchPlan, Config, LayersPlan},
     models::{AutoregressiveWrapper, ForwardOptions},
-    train::{AdamW, AdamWOptions},
+    train::{AdamW, AdamWOptions, Optimizer},
 };
 
 /// Sizes of the model in the table, or of one that only shows that every option runs.

@@ -10,7 +10,7 @@ use x_transformers::{
     },
     io::{read_safetensors, write_safetensors},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions, ViTransformerWrapper},
-    train::{AdamW, AdamWOptions},
+    train::{AdamW, AdamWOptions, Optimizer},
 };
 
 const SIDE: usize = 16;

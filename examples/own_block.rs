@@ -14,7 +14,7 @@ use x_transformers::{
     config::{AttentionLayersConfig, BranchPlan, SamplingConfig, TransformerWrapperConfig},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions, TransformerWrapper},
     nn::{Branch, Linear, Past},
-    train::{AdamW, AdamWOptions},
+    train::{AdamW, AdamWOptions, Optimizer},
 };
 
 /// Positions that the convolution sees, its own among them.

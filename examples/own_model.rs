@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use x_transformers::{
     DType, Device, Error, ErrorKind, Init, ParamStore, Result, Tensor,
     nn::{Embedding, Linear},
-    train::{ByteText, TrainModel, TrainOptions, Trainer},
+    train::{ByteText, TokenBatch, TrainModel, TrainOptions, Trainer},
 };
 use x_transformers_parity::{Bounds, Case};
 
@@ -35,6 +35,7 @@ struct ByteModel {
 
 impl TrainModel for ByteModel {
     type Config = Config;
+    type Batch = TokenBatch;
 
     fn build(&Config { dim, hidden }: &Config, store: &ParamStore) -> Result<Self> {
         Ok(Self {
@@ -44,7 +45,7 @@ impl TrainModel for ByteModel {
         })
     }
 
-    fn loss(&self, tokens: &Tensor) -> Result<Tensor> {
+    fn loss(&self, TokenBatch { tokens, .. }: &TokenBatch) -> Result<Tensor> {
         // Each row has one prediction per byte after the first three.
         let predictions = tokens.dim(1)? - CONTEXT;
         let embedded = self.embedding.forward(tokens)?;
@@ -166,7 +167,9 @@ fn main() -> Result<()> {
     let case = case(&whole)?;
     let build =
         |config: &Value, store: &ParamStore| ByteModel::build(&ByteModel::config_from_json(config.clone())?, store);
-    let actual = case.run_with(DType::F64, &Device::Cpu, build, |model, inputs| model.loss(&inputs["tokens"]))?;
+    let actual = case.run_with(DType::F64, &Device::Cpu, build, |model, inputs| {
+        model.loss(&TokenBatch::new(inputs["tokens"].clone())?)
+    })?;
     let comparison = case.compare(&actual, &Bounds::of(DType::F32))?;
     println!("verified: {:.1e} off at most, in {}", comparison.error, comparison.tensor);
     check(comparison.passed(), &comparison.wrong.join(", "))

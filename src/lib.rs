@@ -45,7 +45,7 @@
 //! | [`nn`] | linear layers, norms, attention, feedforward, the layer loop |
 //! | [`models`] | wrappers, generation, sentence encoders |
 //! | [`pretrained`] | BERT, ALBERT, Llama, Mistral and Qwen 2 from the files of `transformers` and llama.cpp |
-//! | [`train`] | optimizer, schedule, data, trainer, checkpoints |
+//! | [`train`] | optimizers, schedule, data, trainer, checkpoints |
 //! | [`io`] | safetensors, GGUF and PyTorch files |
 //! | [`ops`] | ops with arguments of their own, such as [`ops::attention`] |
 //! | [`device`] | processors and GPUs: memory, precision, kernels |
@@ -63,7 +63,7 @@
 //! | `model.train()`, `torch.no_grad()` | [`Tape::train`]; without a tape nothing is recorded |
 //! | `nn.Linear`, `nn.Embedding`, `nn.LayerNorm` | [`nn::Linear`], [`nn::Embedding`], [`nn::Norm`] |
 //! | `model.state_dict()`, `load_state_dict` | [`ParamMap::state_dict`], [`ParamMap::load`] |
-//! | `torch.optim.AdamW`, `clip_grad_norm_` | [`train::AdamW`], its `clip` argument |
+//! | `torch.optim`, `clip_grad_norm_` | [`train::Optimizer`], the `clip` argument of its steps |
 //! | `torch.load`, `safetensors.torch.load_file` | [`io::TensorFile`], [`io::read_safetensors`] |
 //! | `AutoModel.from_pretrained` | [`pretrained::Pretrained::open`] |
 //! | `x_transformers.TransformerWrapper(…)` | [`models::TransformerWrapper::new`] with [`config::TransformerWrapperConfig`] |
@@ -145,7 +145,7 @@ pub mod prelude {
         },
         ops::Activation,
         pretrained::Pretrained,
-        train::{AdamW, AdamWOptions, ByteText, TrainOptions, Trainer},
+        train::{AdamW, AdamWOptions, ByteText, Optimizer, TrainOptions, Trainer},
     };
 }
 
@@ -173,6 +173,7 @@ mod book {
         quantised: "../docs/src/quantised.md",
         pytorch: "../docs/src/pytorch.md",
         training: "../docs/src/training.md",
+        tokens: "../docs/src/tokens.md",
         generation: "../docs/src/generation.md",
         gpu: "../docs/src/gpu.md",
         embedding: "../docs/src/embedding.md",

@@ -119,7 +119,7 @@ impl<K: Ord, V> OrderedMap<K, V> {
             keys.push(key);
             values.push(value);
         }
-        let order = order(keys.len(), &|a, b| keys[a].cmp(&keys[b]));
+        let order = order(keys.len(), |a, b| keys[a].cmp(&keys[b]));
         match order.windows(2).find(|two| keys[two[0]] == keys[two[1]]) {
             Some(two) => Err(keys.swap_remove(two[0])),
             None => Ok(Self { keys: select(keys, &order), values: select(values, &order) }),
@@ -152,7 +152,7 @@ impl<K: Ord, V> OrderedMap<K, V> {
     /// Once for each type of map, and not for each iterator.
     #[inline(never)]
     fn of(keys: Vec<K>, values: Vec<V>) -> Self {
-        let mut order = order(keys.len(), &|a, b| keys[a].cmp(&keys[b]));
+        let mut order = order(keys.len(), |a, b| keys[a].cmp(&keys[b]));
         order.reverse();
         order.dedup_by(|a, b| keys[*a] == keys[*b]);
         order.reverse();

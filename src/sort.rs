@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 
 /// Sorts by a comparison; equal elements keep their order.
 pub(crate) fn sort_by<T>(items: &mut [T], compare: impl Fn(&T, &T) -> Ordering) {
-    let mut from = order(items.len(), &|a, b| compare(&items[a], &items[b]));
+    let mut from = order(items.len(), |a, b| compare(&items[a], &items[b]));
     // Along each cycle of the permutation, by swaps.
     for start in 0..items.len() {
         let mut to = start;
@@ -24,9 +24,24 @@ pub(crate) fn sort<T: Ord>(items: &mut [T]) {
 }
 
 /// Indices of `count` elements in the order of a comparison; equal ones ascend.
-pub(crate) fn order(count: usize, compare: &dyn Fn(usize, usize) -> Ordering) -> Vec<usize> {
+pub(crate) fn order(count: usize, compare: impl Fn(usize, usize) -> Ordering) -> Vec<usize> {
+    order_dyn(count, &compare)
+}
+
+/// A comparison behind a pointer: a table of one method, while that of `dyn Fn` compiles each closure twice.
+trait Compare {
+    fn call(&self, a: usize, b: usize) -> Ordering;
+}
+
+impl<F: Fn(usize, usize) -> Ordering> Compare for F {
+    fn call(&self, a: usize, b: usize) -> Ordering {
+        self(a, b)
+    }
+}
+
+fn order_dyn(count: usize, compare: &dyn Compare) -> Vec<usize> {
     let mut order: Vec<usize> = (0..count).collect();
-    order.sort_by(|&a, &b| compare(a, b));
+    order.sort_by(|&a, &b| compare.call(a, b));
     order
 }
 

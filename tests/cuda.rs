@@ -17,7 +17,7 @@ use x_transformers::{
     device::{Precision, set_float32_matmul_precision},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions, RecordedDecode, sample_tokens},
     ops::{AttentionSpec, DecodeSpec, attention, attention_decode},
-    train::{AdamW, AdamWOptions, RecordedInfo, RecordedStep},
+    train::{AdamW, AdamWOptions, Optimizer, ParamGroup, RecordedInfo, RecordedStep},
 };
 
 /// A decoder whose parts have constants of their own: rotary positions, a T5 bias, mem-kv, GLU.
@@ -360,7 +360,7 @@ fn a_recorded_training_step_gives_the_same_bits() -> Result<()> {
     Ok(())
 }
 
-/// Loss, gradients, clipping and AdamW in one graph, with another rate and another scale of the loss in each step.
+/// Loss, gradients, clipping and AdamW with groups in one graph, with another rate and another scale of the loss in each step.
 #[test]
 fn a_recorded_optimizer_step_gives_the_same_bits() -> Result<()> {
     let Some(gpu) = gpu("a_recorded_optimizer_step_gives_the_same_bits") else { return Ok(()) };
@@ -373,7 +373,9 @@ fn a_recorded_optimizer_step_gives_the_same_bits() -> Result<()> {
     let run = |dtype: DType, recorded: bool| -> Result<Run> {
         let (model, params) = model(&gpu, dtype, 0.0)?;
         let loss = |inputs: &[Tensor]| model.loss(&inputs[0], &ForwardOptions::default());
-        let mut optimizer = AdamW::new(AdamWOptions::default())?;
+        let logits = ParamGroup { lr: Some(0.3), beta2: Some(0.9), ..ParamGroup::new("*to_logits*") };
+        let groups = [logits, ParamGroup::vectors_without_decay()];
+        let mut optimizer = AdamW::with_groups(AdamWOptions::default(), &groups, &params)?;
         let (mut losses, mut norms) = (Vec::new(), Vec::new());
         // The graph goes on from where the optimizer is.
         let eager = |optimizer: &mut AdamW, losses: &mut Vec<f64>, norms: &mut Vec<f64>, step: i64| -> Result<()> {

@@ -5,7 +5,9 @@
 
 use std::time::{Duration, Instant};
 
-use x_transformers::{DType, Device, Init, ParamStore, Result, Tape, Tensor, train::AdamW, train::AdamWOptions};
+use x_transformers::{
+    DType, Device, Init, ParamStore, Result, Tape, Tensor, train::AdamW, train::AdamWOptions, train::Optimizer,
+};
 
 /// Products, an elementwise op and a step of training, all large enough for several threads.
 fn compute(tape: Option<Tape>) -> Result<Vec<f64>> {

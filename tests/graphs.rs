@@ -23,7 +23,7 @@ use x_transformers::{
     config::{AttentionLayersConfig, SamplingConfig, TransformerWrapperConfig},
     models::{DecodeCache, ForwardOptions, RecordedDecode, TransformerWrapper, sample_tokens},
     nn::{Branch, Past},
-    train::{AdamW, AdamWOptions, RecordedStep},
+    train::{AdamW, AdamWOptions, Optimizer, RecordedStep},
 };
 
 fn full(n: usize, value: f64, gpu: &Gpu) -> Result<Tensor> {

@@ -12,7 +12,7 @@ use x_transformers::{
     models::{AutoregressiveWrapper, ForwardOptions},
     ops::{AttentionSpec, attention},
     record,
-    train::{AdamW, AdamWOptions},
+    train::{AdamW, AdamWOptions, Optimizer},
 };
 
 const CPU: Device = Device::Cpu;

@@ -8,7 +8,7 @@ use x_transformers::{
     config::{AutoregressiveConfig, Config},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions},
     profile::{OpProfile, Phase, Profile, Report},
-    train::{AdamW, AdamWOptions, ByteText, Ema, TrainOptions, Trainer},
+    train::{AdamW, AdamWOptions, ByteText, Ema, Optimizer, TrainOptions, Trainer},
 };
 
 mod common;

@@ -23,7 +23,7 @@ use x_transformers::{
     discrete, io,
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions},
     record,
-    train::{AdamW, AdamWOptions},
+    train::{AdamW, AdamWOptions, Optimizer},
 };
 
 /// Table of the public types that are `Send` and `Sync`, from the book's page on embedding, checked by the compiler.
@@ -74,8 +74,10 @@ mod table {
             Residual, AttentionInput, AttentionOutput, LayersOutput, PositionBias, RelativePositionBias, AbsolutePositionalEmbedding,
             PackedMatrix, Config);
         types!(table, has Send, has Sync: DecodeCache, LayersCache, TokenStream);
-        types!(table, has Send, has Sync: AdamW, Ema, Swapped, GradScaler, Checkpoint, ByteText, Schedule,
+        types!(table, has Send, has Sync: AdamW, Sgd, Lion, Adafactor, Muon, Ema, Swapped, GradScaler, Checkpoint, Schedule,
             TrainOptions, StepReport);
+        types!(table, has Send, has Sync: ByteText, TokenBatch, TokenData, TokenFile, TokenWriter, Sequences,
+            Mixture<TokenBatch>);
         types!(table, has Send, has Sync: TensorFile, Pretrained, Report);
         types!(table, has Send, lacks Sync: Trainer);
         types!(table, lacks Send, lacks Sync: Tape, Profile);

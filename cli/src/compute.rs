@@ -11,7 +11,7 @@ use clap::{
     Args,
     builder::{PossibleValuesParser, TypedValueParser},
 };
-use x_transformers::{DType, Device};
+use x_transformers::{DType, Device, train::OptimizerKind};
 
 use crate::failure::{self, Failure};
 
@@ -73,6 +73,11 @@ pub fn dtypes<const N: usize>(allowed: [DType; N]) -> impl TypedValueParser<Valu
         let named = |dtype: &DType| dtype.name() == name;
         allowed.into_iter().find(named).ok_or_else(|| format!("unknown dtype {name}"))
     })
+}
+
+/// Takes the names of optimizers.
+pub fn optimizers() -> impl TypedValueParser<Value = OptimizerKind> {
+    PossibleValuesParser::new(OptimizerKind::ALL.map(OptimizerKind::name)).try_map(|name| name.parse::<OptimizerKind>())
 }
 
 /// A number that is neither infinite nor NaN.

@@ -62,6 +62,11 @@ impl Run {
         self.dir.join(CHECKPOINT)
     }
 
+    /// The checkpoint of the step with the lowest validation loss.
+    pub fn best(&self) -> PathBuf {
+        self.dir.join("best")
+    }
+
     pub fn metrics(&self) -> PathBuf {
         self.dir.join("metrics.csv")
     }

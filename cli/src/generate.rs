@@ -32,13 +32,13 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "PATH")]
     checkpoint: PathBuf,
 
-    /// Path of a pretrained model's tokenizer: its folder, or a .json, .model or .txt file in it [default: beside the
-    /// weights]
+    /// Path of the tokenizer: its folder, or a .json, .model or .txt file in it [default: that of the checkpoint]
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
 
-    /// Text to continue; repeat it to continue several texts independently [default: a newline]
-    #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true, value_parser = some_text)]
+    /// Text to continue; repeat it to continue several texts independently [default: a newline, or the start of a document
+    /// if `xt train` taught the model documents]
+    #[arg(long, value_name = "TEXT", value_parser = some_text)]
     prompt: Vec<String>,
 
     /// Format the prompt as a user message with the chat template of the pretrained model
@@ -49,7 +49,7 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "TEXT", requires = "chat", value_parser = some_text)]
     system: Option<String>,
 
-    /// Maximum number of tokens to generate; models of `xt train` have one token per byte
+    /// Maximum number of tokens to generate; models of `xt train` without a tokenizer have one token per byte
     #[arg(long, value_name = "N", default_value_t = 256)]
     length: usize,
 
@@ -247,7 +247,14 @@ impl GenerateArgs {
     fn prompts(&self, source: &Source) -> Result<(Vec<Prompt>, usize)> {
         let mut length = self.length;
         let mut prompts = Vec::new();
-        for text in &self.prompt {
+        let nothing = ["\n".to_string()];
+        if self.prompt.is_empty()
+            && !self.chat
+            && let Some(begin) = source.language.begin()
+        {
+            return Ok((vec![Prompt { shown: String::new(), tokens: vec![begin] }], length));
+        }
+        for text in if self.prompt.is_empty() { &nothing[..] } else { &self.prompt } {
             let (shown, tokens) = if self.chat {
                 (String::new(), source.language.chat(self.system.as_deref(), text)?)
             } else {

@@ -27,6 +27,11 @@ impl KeywordArgs {
         Ok(config)
     }
 
+    /// Returns `true` if this option is set.
+    pub fn sets(&self, key: &str) -> bool {
+        self.set.iter().any(|(name, _)| name == key)
+    }
+
     /// Returns `true` if there is nothing to change.
     pub fn is_empty(&self) -> bool {
         self.set.is_empty()

@@ -8,6 +8,7 @@ use x_transformers::{
 use crate::{
     failure::{Failure, Result},
     text::{self, Decoder},
+    tokenize,
     tokenizer::{self, TextStream, Tokenizer},
 };
 
@@ -15,16 +16,41 @@ use crate::{
 pub enum Language {
     /// A byte each, as `xt train` has it.
     Bytes,
-    /// Pieces of texts, as a pretrained model was taught.
-    Pieces(Box<Tokenizer>),
+    /// Pieces of texts, as a model was taught.
+    Pieces {
+        tokenizer: Box<Tokenizer>,
+        /// Token before every text, for models of `xt train`; the tokenizer of a pretrained model has its own.
+        begin: Option<i64>,
+    },
 }
 
 impl Language {
+    /// The language of a pretrained model.
+    pub fn pretrained(tokenizer: Tokenizer) -> Self {
+        Self::Pieces { tokenizer: Box::new(tokenizer), begin: None }
+    }
+
+    /// The language of a model of `xt train`, whose documents begin with a token.
+    pub fn own(tokenizer: Tokenizer) -> Self {
+        Self::Pieces { begin: tokenize::begin(&tokenizer).ok(), tokenizer: Box::new(tokenizer) }
+    }
+
+    /// The token before every text, with which a text that is continued from nothing begins.
+    pub fn begin(&self) -> Option<i64> {
+        match self {
+            Self::Bytes => None,
+            Self::Pieces { begin, .. } => *begin,
+        }
+    }
+
     /// Tokens of a text, with those that the model expects around it.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
         match self {
             Self::Bytes => Ok(text.bytes().map(i64::from).collect()),
-            Self::Pieces(tokenizer) => Ok(tokenizer.encode(text)?),
+            Self::Pieces { tokenizer, begin: None } => Ok(tokenizer.encode(text)?),
+            Self::Pieces { tokenizer, begin: Some(begin) } => {
+                Ok([&[*begin][..], &tokenizer.encode_plain(text)?].concat())
+            }
         }
     }
 
@@ -35,7 +61,7 @@ impl Language {
             Self::Bytes => {
                 Err(Failure::new("`--chat` requires a pretrained model; models of `xt train` continue bytes"))
             }
-            Self::Pieces(tokenizer) => {
+            Self::Pieces { tokenizer, .. } => {
                 let tokens = tokenizer::chat(tokenizer, system, question);
                 tokens.map_err(|why| if tokenizer.has_chat_template() { why } else { why.advising("omit `--chat`") })
             }
@@ -44,20 +70,20 @@ impl Language {
 
     /// Returns `true` if chats are in a form that the model's files do not state.
     pub fn assumes_chat_form(&self) -> bool {
-        matches!(self, Self::Pieces(tokenizer) if !tokenizer.has_chat_template())
+        matches!(self, Self::Pieces { tokenizer, .. } if !tokenizer.has_chat_template())
     }
 
     /// The token that ends a turn of a chat, if the tokenizer's files name one.
     pub fn end_of_turn(&self) -> Option<i64> {
         match self {
             Self::Bytes => None,
-            Self::Pieces(tokenizer) => tokenizer.end_token(),
+            Self::Pieces { tokenizer, .. } => tokenizer.end_token(),
         }
     }
 
     /// The token that a stop string spells, if it is one that texts do not show, such as `</s>`.
     pub fn hidden_token(&self, stop: &str) -> Result<Option<i64>> {
-        let Self::Pieces(tokenizer) = self else { return Ok(None) };
+        let Self::Pieces { tokenizer, .. } = self else { return Ok(None) };
         match tokenizer.token(stop) {
             Some(token) if tokenizer.decode(&[token])?.is_empty() => Ok(Some(token)),
             _ => Ok(None),
@@ -68,7 +94,7 @@ impl Language {
     pub fn length(&self, token: i64) -> Result<usize> {
         match self {
             Self::Bytes => Ok(1),
-            Self::Pieces(tokenizer) => Ok(tokenizer.decode(&[token])?.len()),
+            Self::Pieces { tokenizer, .. } => Ok(tokenizer.decode(&[token])?.len()),
         }
     }
 
@@ -81,7 +107,7 @@ impl Language {
             |prompt: &&[i64]| match self {
                 Self::Bytes => Ok(Box::new(ByteEnd { decoder: Decoder::default(), matcher: StopMatcher::new(stops)? })
                     as Box<dyn RowEnd>),
-                Self::Pieces(tokenizer) => tokenizer::stop_end(tokenizer, stops, prompt),
+                Self::Pieces { tokenizer, .. } => tokenizer::stop_end(tokenizer, stops, prompt),
             };
         prompts.iter().map(end).collect()
     }
@@ -90,7 +116,7 @@ impl Language {
     pub fn shown(&self, prompt: &[i64], ends: &[i64], stops: &[String]) -> Result<Shown<'_>> {
         let text = match self {
             Self::Bytes => Text::Bytes(Decoder::default()),
-            Self::Pieces(tokenizer) => Text::Pieces(Box::new(tokenizer.stream(prompt))),
+            Self::Pieces { tokenizer, .. } => Text::Pieces(Box::new(tokenizer.stream(prompt))),
         };
         Ok(Shown { text, ends: ends.to_vec(), matcher: StopMatcher::new(stops)?, tokens: 0, ended: false })
     }

@@ -10,6 +10,7 @@ mod corpus;
 mod cost;
 mod describe;
 mod devices;
+mod documents;
 mod embed;
 mod failure;
 mod files;
@@ -29,7 +30,9 @@ mod replacement;
 mod run;
 mod sample;
 mod source;
+mod stored;
 mod text;
+mod tokenize;
 mod tokenizer;
 mod train;
 mod typed;
@@ -61,8 +64,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Train a byte-level language model on text
-    Train(train::TrainArgs),
+    /// Train a language model on text, as bytes or tokens
+    Train(Box<train::TrainArgs>),
+    /// Learn a vocabulary, and turn texts into token files
+    Tokenize(tokenize::TokenizeArgs),
     /// Generate text with a trained or pretrained model
     Generate(generate::GenerateArgs),
     /// Quantize the weights of a GGUF file
@@ -97,7 +102,8 @@ impl Command {
             _ => compute::start_threads(None)?,
         }
         match self {
-            Self::Train(args) => train::run(args),
+            Self::Train(args) => train::run(*args),
+            Self::Tokenize(args) => tokenize::run(args),
             Self::Generate(args) => generate::run(args),
             Self::Quantize(args) => quantize::run(args),
             Self::Convert(args) => convert::run(args),

@@ -15,13 +15,15 @@ const HEADER: &str = "step,split,loss,bits_per_byte,lr,tokens_per_second";
 /// The table, and the curves that it holds.
 ///
 /// A `train` row holds the loss that step computed before its update, steps counting from 0; a `validation` row holds
-/// the loss after `step` updates. Losses are in nats per byte.
+/// the loss after `step` updates. Losses are in nats per token; a column has them in bits per byte of text, if those are
+/// known.
 pub struct Metrics {
     path: PathBuf,
+    unit: Unit,
     rows: Rows,
-    /// `(step, bits per byte)` of every train row, with the digits that the row has.
+    /// `(step, loss)` of every train row in the unit of curves, with the digits that the row has.
     pub train: Vec<(u64, f64)>,
-    /// `(step, bits per byte)` of every validation row, with the digits that the row has.
+    /// `(step, loss)` of every validation row, likewise.
     pub validation: Vec<(u64, f64)>,
 }
 
@@ -32,25 +34,69 @@ enum Rows {
     Held(String),
 }
 
-/// Nats as bits.
-pub fn bits(nats: f64) -> f64 {
-    nats / std::f64::consts::LN_2
+/// Unit that losses are shown in.
+#[derive(Clone, Copy)]
+pub struct Unit {
+    /// Bytes of text per token, if known.
+    pub bytes_per_token: Option<f64>,
+}
+
+impl Unit {
+    /// Bits per byte of a loss in nats per token, if the bytes are known.
+    pub fn bits(self, nats: f64) -> Option<f64> {
+        self.bytes_per_token.map(|bytes| nats / bytes / std::f64::consts::LN_2)
+    }
+
+    /// The name of the unit of curves.
+    pub fn name(self) -> &'static str {
+        if self.bytes_per_token.is_some() { "bits per byte" } else { "nats per token" }
+    }
+
+    /// A loss as text.
+    pub fn show(self, nats: f64) -> String {
+        match self.bits(nats) {
+            Some(bits) => format!("{nats:.4}  {bits:.3} bits/byte"),
+            None => format!("{nats:.4}"),
+        }
+    }
+
+    /// A value of a curve as text.
+    pub fn short(self, value: f64) -> String {
+        let unit = if self.bytes_per_token.is_some() { "bits/byte" } else { "nats/token" };
+        format!("{value:.3} {unit}")
+    }
+
+    /// The two columns of a loss.
+    fn columns(self, nats: f64) -> String {
+        match self.bits(nats) {
+            Some(bits) => format!("{nats:.6},{bits:.6}"),
+            None => format!("{nats:.6},"),
+        }
+    }
+
+    /// Split, step and value of the curve of a row.
+    fn parse(self, line: &str) -> Option<(&str, u64, f64)> {
+        let fields: Vec<&str> = line.split(',').collect();
+        let [step, split, loss, bits, _, _] = fields[..] else { return None };
+        let value = if self.bytes_per_token.is_some() { bits } else { loss };
+        Some((split, step.parse().ok()?, value.parse().ok()?))
+    }
 }
 
 impl Metrics {
     /// An empty table, replacing an earlier one at once.
-    pub fn create(path: &Path) -> Result<Self> {
-        Self::start(path, &format!("{HEADER}\n"))
+    pub fn create(path: &Path, unit: Unit) -> Result<Self> {
+        Self::start(path, unit, &format!("{HEADER}\n"))
     }
 
     /// An empty table that replaces an earlier one when [`Metrics::place`] is called.
-    pub fn hold(path: &Path) -> Self {
+    pub fn hold(path: &Path, unit: Unit) -> Self {
         let rows = Rows::Held(format!("{HEADER}\n"));
-        Self { path: path.into(), rows, train: Vec::new(), validation: Vec::new() }
+        Self { path: path.into(), unit, rows, train: Vec::new(), validation: Vec::new() }
     }
 
     /// Goes on with the table of an interrupted run, without the rows of steps that will be done again.
-    pub fn resume(path: &Path, done: u64) -> Result<Self> {
+    pub fn resume(path: &Path, unit: Unit, done: u64) -> Result<Self> {
         let text = match fs::metadata(path) {
             // Looked at before it is read: a pipe would wait for a writer.
             Ok(found) if found.is_file() => fs::read_to_string(path),
@@ -63,7 +109,7 @@ impl Metrics {
         let mut kept = format!("{HEADER}\n");
         for line in text.lines() {
             // A row that was cut off is not a row.
-            let Some((split, step, value)) = parse(line) else { continue };
+            let Some((split, step, value)) = unit.parse(line) else { continue };
             let curve = match split {
                 "train" if step < done => &mut train,
                 "validation" if step <= done => &mut validation,
@@ -73,13 +119,13 @@ impl Metrics {
             kept.push_str(line);
             kept.push('\n');
         }
-        Ok(Self { train, validation, ..Self::start(path, &kept)? })
+        Ok(Self { train, validation, ..Self::start(path, unit, &kept)? })
     }
 
-    fn start(path: &Path, text: &str) -> Result<Self> {
+    fn start(path: &Path, unit: Unit, text: &str) -> Result<Self> {
         write_atomically(path, |file| file.write_all(text.as_bytes()))?;
         let file = OpenOptions::new().append(true).open(path).map_err(|error| Failure::io(path, &error))?;
-        Ok(Self { path: path.into(), rows: Rows::File(file), train: Vec::new(), validation: Vec::new() })
+        Ok(Self { path: path.into(), unit, rows: Rows::File(file), train: Vec::new(), validation: Vec::new() })
     }
 
     /// The rows, if the table has not replaced the earlier one yet.
@@ -93,7 +139,7 @@ impl Metrics {
     /// Replaces the earlier table; rows are written at once from now on.
     pub fn place(&mut self) -> Result<()> {
         if let Some(rows) = self.held() {
-            self.rows = Self::start(&self.path, rows)?.rows;
+            self.rows = Self::start(&self.path, self.unit, rows)?.rows;
         }
         Ok(())
     }
@@ -110,17 +156,19 @@ impl Metrics {
 
     /// Adds the row of a training step.
     pub fn train(&mut self, step: u64, loss: f64, lr: f64, tokens_per_second: f64) -> Result<()> {
-        self.write(&format!("{step},train,{loss:.6},{:.6},{lr:.6e},{tokens_per_second:.0}", bits(loss)))
+        let loss = self.unit.columns(loss);
+        self.write(&format!("{step},train,{loss},{lr:.6e},{tokens_per_second:.0}"))
     }
 
     /// Adds the row of a validation.
     pub fn validation(&mut self, step: u64, loss: f64) -> Result<()> {
-        self.write(&format!("{step},validation,{loss:.6},{:.6},,", bits(loss)))
+        let loss = self.unit.columns(loss);
+        self.write(&format!("{step},validation,{loss},,"))
     }
 
     fn write(&mut self, row: &str) -> Result<()> {
         // Read back from the row, so that a resumed run draws the same curves.
-        match parse(row) {
+        match self.unit.parse(row) {
             Some(("train", step, value)) => self.train.push((step, value)),
             Some((_, step, value)) => self.validation.push((step, value)),
             None => {}
@@ -135,22 +183,17 @@ impl Metrics {
     }
 }
 
-/// Split, step and bits per byte of a row.
-fn parse(line: &str) -> Option<(&str, u64, f64)> {
-    let fields: Vec<&str> = line.split(',').collect();
-    let [step, split, _, bits, _, _] = fields[..] else { return None };
-    Some((split, step.parse().ok()?, bits.parse().ok()?))
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{HEADER, Metrics};
+    use super::{HEADER, Metrics, Unit};
+
+    const BYTES: Unit = Unit { bytes_per_token: Some(1.0) };
 
     #[test]
     fn resuming_drops_what_will_be_done_again() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("metrics.csv");
-        let mut metrics = Metrics::create(&path).expect("create");
+        let mut metrics = Metrics::create(&path, BYTES).expect("create");
         metrics.validation(0, 5.5).expect("row");
         for step in 0..6 {
             metrics.train(step, 5.0 - step as f64, 1e-3, 100.0).expect("row");
@@ -161,7 +204,7 @@ mod tests {
         metrics.write("6,tra").expect("a row that was cut off");
         drop(metrics);
 
-        let mut metrics = Metrics::resume(&path, 4).expect("resume");
+        let mut metrics = Metrics::resume(&path, BYTES, 4).expect("resume");
         assert_eq!(metrics.train.len(), 4);
         assert_eq!(metrics.validation.len(), 2);
         metrics.train(4, 1.0, 1e-3, 100.0).expect("row");
@@ -169,5 +212,23 @@ mod tests {
         let steps: Vec<&str> = text.lines().map(|line| &line[..line.len().min(7)]).collect();
         assert_eq!(steps, [&HEADER[..7], "0,valid", "0,train", "1,train", "2,train", "3,train", "4,valid", "4,train"]);
         assert!(text.ends_with("4,train,1.000000,1.442695,1.000000e-3,100\n"), "{text}");
+    }
+
+    #[test]
+    fn tokens_without_bytes_have_no_bits() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("metrics.csv");
+        let unit = Unit { bytes_per_token: None };
+        let mut metrics = Metrics::create(&path, unit).expect("create");
+        metrics.validation(0, 5.5).expect("row");
+        metrics.train(0, 4.25, 1e-3, 100.0).expect("row");
+        drop(metrics);
+        let metrics = Metrics::resume(&path, unit, 1).expect("resume");
+        assert_eq!((metrics.train, metrics.validation), (vec![(0, 4.25)], vec![(0, 5.5)]));
+        let text = std::fs::read_to_string(&path).expect("read");
+        assert!(text.ends_with("0,validation,5.500000,,,\n0,train,4.250000,,1.000000e-3,100\n"), "{text}");
+        // Four bytes a token.
+        let four = Unit { bytes_per_token: Some(4.0) };
+        assert_eq!((four.bits(4.0 * std::f64::consts::LN_2), four.name()), (Some(1.0), "bits per byte"));
     }
 }

@@ -2,8 +2,10 @@
 
 use std::fmt::Write;
 
-/// Data of a chart; all values in bits per byte.
+/// Data of a chart; all values in one unit.
 pub struct Chart<'a> {
+    /// Name of the unit.
+    pub unit: &'a str,
     /// `(step, value)` of every training step.
     pub train: &'a [(u64, f64)],
     /// `(step, value)` of every validation.
@@ -42,7 +44,7 @@ impl Chart<'_> {
         let (low, high) = if low <= high { (low, high) } else { (0.0, 8.0) };
         let y = Axis::new(low, high, true, (BOTTOM, TOP));
 
-        let mut svg = frame(&x, &y);
+        let mut svg = frame(&x, &y, self.unit);
         if let Some((_, value)) = reference {
             let at = y.place(value);
             let _ = writeln!(
@@ -92,11 +94,11 @@ impl Chart<'_> {
 }
 
 /// The opening tag, background, title, grid, ticks and labels.
-fn frame(x: &Axis, y: &Axis) -> String {
+fn frame(x: &Axis, y: &Axis, unit: &str) -> String {
     let mut svg = format!(
         r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" font-family="system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif" font-size="13" fill="#374151">
 <rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>
-<text x="{LEFT}" y="32" font-size="17" font-weight="600" fill="#111827">Loss in bits per byte</text>
+<text x="{LEFT}" y="32" font-size="17" font-weight="600" fill="#111827">Loss in {unit}</text>
 "##
     );
     for (value, label) in y.ticks() {
@@ -230,7 +232,13 @@ mod tests {
                 last.1 = f64::NAN;
             }
             let validation: Vec<_> = points[..count].iter().step_by(100).copied().collect();
-            let svg = Chart { train: &train, validation: &validation, reference: Some(("order <2>", 3.0)) }.svg();
+            let svg = Chart {
+                unit: "bits per byte",
+                train: &train,
+                validation: &validation,
+                reference: Some(("order <2>", 3.0)),
+            }
+            .svg();
             assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));
             assert!(svg.contains("order &lt;2&gt;"));
             let drawn = svg.replace(">NaN</text>", "");

@@ -11,7 +11,7 @@ use x_transformers::Device;
 
 use crate::{
     failure::{Failure, print},
-    metrics::bits,
+    metrics::Unit,
 };
 
 /// A display of the steps from `first` to `steps`.
@@ -23,6 +23,7 @@ pub struct Progress {
     interval: u64,
     started: Instant,
     device: Device,
+    unit: Unit,
     /// Nobody reads standard output any more.
     deaf: bool,
     /// A line could not be written, which was said.
@@ -31,7 +32,7 @@ pub struct Progress {
 
 impl Progress {
     /// Starts the clock. `every` is the number of steps between validations, `first` how many were done before.
-    pub fn start(first: u64, steps: u64, every: u64, device: &Device) -> Self {
+    pub fn start(first: u64, steps: u64, every: u64, device: &Device, unit: Unit) -> Self {
         let bar = (stdout().is_terminal() && stderr().is_terminal())
             .then(|| ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr()))
             .filter(|bar| !bar.is_hidden());
@@ -48,6 +49,7 @@ impl Progress {
             interval: (every / 10).max(1),
             started: Instant::now(),
             device: device.clone(),
+            unit,
             deaf: false,
             warned: false,
         }
@@ -58,7 +60,7 @@ impl Progress {
         if self.bar.is_none() && !done.is_multiple_of(self.interval) && done != self.steps {
             return;
         }
-        let figures = format!("loss {loss:.4}  {:.3} bits/byte  {} tokens/s", bits(loss), Short(tokens_per_second),);
+        let figures = format!("loss {}  {} tokens/s", self.unit.show(loss), Short(tokens_per_second));
         let left = duration(self.left(done));
         let peak = bytes(peak_memory(&self.device));
         match &self.bar {
@@ -129,7 +131,7 @@ impl Drop for Progress {
 }
 
 /// The most memory that this process has held on the CPU, or tensors on another device.
-fn peak_memory(device: &Device) -> u64 {
+pub fn peak_memory(device: &Device) -> u64 {
     let tensors = device.memory().peak as u64;
     match device {
         Device::Cpu => resident_peak().unwrap_or(tensors),

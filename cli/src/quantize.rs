@@ -15,7 +15,7 @@ use crate::{
     describe,
     failure::{Failure, Result, print},
     files,
-    tokenizer::Tokenizer,
+    tokenizer::{self, Tokenizer},
 };
 
 #[derive(Args)]
@@ -87,7 +87,8 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
         let folder = files::checkpoint(&args.model);
         let (config, values) = Checkpoint::load_averaged(&folder)?;
         let Config::AutoregressiveWrapper(config) = config else {
-            return Err(Failure::new("expected an AutoregressiveWrapper, as `xt train` writes it").within(&folder));
+            let why = "expected an AutoregressiveWrapper of version 0.22, as `xt train` writes it";
+            return Err(Failure::new(why).within(&folder));
         };
         let parameter = |name: &str| -> x_transformers::Result<Tensor> {
             let value = values.get(&format!("net.{name}")).cloned();
@@ -95,7 +96,24 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
                 Error::new(ErrorKind::File { path: folder.clone(), why: format!("has no `net.{name}`") })
             })
         };
-        let metadata = Tokenizer::gguf_metadata_of_bytes(config.net.num_tokens);
+        let num_tokens = config.net.num_tokens;
+        let training = Checkpoint::load_training(&folder).ok();
+        let name = training.as_ref().and_then(|training| training.tokenizer.as_ref());
+        let metadata = match name {
+            Some(name) => {
+                let path = folder.join(name);
+                let end = tokenizer::open(&path)?.end_token();
+                Tokenizer::gguf_metadata_of_file(&path, num_tokens, end)?
+            }
+            // A folder with only a config and weights is a model of bytes.
+            None if training.as_ref().is_none_or(|training| training.data.kind == "text") => {
+                Tokenizer::gguf_metadata_of_bytes(num_tokens)
+            }
+            None => {
+                let why = "is a model of tokens whose run had no tokenizer, without which llama.cpp cannot read texts";
+                return Err(Failure::new(why).within(&folder));
+            }
+        };
         write_quantized(out, &config.net, kind, &metadata, parameter)?;
     }
     print(format_args!("{}\n", describe::types(&TensorFile::open(out)?)))

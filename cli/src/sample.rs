@@ -39,13 +39,14 @@ pub fn stream(
 /// A sample in a block of its own, for a look at what a model has learned.
 pub fn block(
     model: &AutoregressiveWrapper,
+    language: &Language,
     length: usize,
     options: &GenerateOptions,
     device: &Device,
 ) -> Result<String> {
     let mut text = String::new();
-    let prompt = [i64::from(b'\n')];
-    let shown = Language::Bytes.shown(&prompt, &options.eos_tokens, &[])?;
+    let prompt = [language.begin().unwrap_or(i64::from(b'\n'))];
+    let shown = language.shown(&prompt, &options.eos_tokens, &[])?;
     stream(model, shown, &prompt, length, options, device, |piece| {
         text.push_str(piece);
         Ok(())

@@ -20,7 +20,7 @@ use crate::{
     failure::{Failure, Result},
     files,
     language::Language,
-    tokenizer::Tokenizer,
+    tokenizer::{self, Tokenizer},
     unused::StrictArgs,
 };
 
@@ -128,14 +128,10 @@ impl Source {
                 );
                 return Err(Failure::new(why).within(path));
             }
-            let language = Language::Pieces(Box::new(Tokenizer::of(&pretrained, tokenizer)?));
+            let language = Language::pretrained(Tokenizer::of(&pretrained, tokenizer)?);
             drop(pretrained.take_metadata());
             allocator::trim();
             return Ok(Self { language, kind: Kind::Pretrained(Box::new(pretrained)), path: path.to_path_buf() });
-        }
-        if tokenizer.is_some() {
-            let why = "`--tokenizer` requires a pretrained model; models of `xt train` continue bytes";
-            return Err(Failure::new(why).within(path));
         }
         let path = files::checkpoint(path);
         let (config, values) = Checkpoint::load_averaged(&path)?;
@@ -144,13 +140,14 @@ impl Source {
             let why = "expected an AutoregressiveWrapper; name a folder that `xt train` wrote";
             return Err(Failure::new(why).within(&path));
         };
-        Ok(Self { language: Language::Bytes, kind: Kind::Trained(Box::new(plan), values), path })
+        let language = language(&path, tokenizer, plan.net.num_tokens)?;
+        Ok(Self { language, kind: Kind::Trained(Box::new(plan), values), path })
     }
 
     /// The tokens that end a text, or a turn of a chat, as the files name them.
     pub fn ends(&self, chat: bool) -> Vec<i64> {
         let mut ends = match &self.kind {
-            Kind::Trained(..) => Vec::new(),
+            Kind::Trained(..) => self.language.begin().into_iter().collect(),
             Kind::Pretrained(pretrained) => pretrained.end_tokens().to_vec(),
         };
         let of_turns = self.language.end_of_turn().filter(|&end| chat && (end as usize) < self.vocabulary());
@@ -219,4 +216,27 @@ impl Source {
         }
         Ok(model)
     }
+}
+
+/// The language of a model of `xt train`: that of its tokenizer, or bytes.
+fn language(checkpoint: &Path, given: Option<&Path>, num_tokens: usize) -> Result<Language> {
+    let training = Checkpoint::load_training(checkpoint).ok();
+    let own = training.as_ref().and_then(|training| Some(checkpoint.join(training.tokenizer.as_ref()?)));
+    let Some(path) = given.or(own.as_deref()) else {
+        // A folder with only a config and weights is a model of bytes.
+        return match training.is_none_or(|training| training.data.kind == "text") {
+            true => Ok(Language::Bytes),
+            false => {
+                let why = "is a model of tokens whose run had no tokenizer; name one with `--tokenizer`";
+                Err(Failure::new(why).within(checkpoint))
+            }
+        };
+    };
+    let tokenizer = tokenizer::open(path)?;
+    let count = tokenizer.num_tokens();
+    if count > num_tokens {
+        let why = format!("has a vocabulary of {count} tokens, but the model has {num_tokens}");
+        return Err(Failure::new(why).within(path));
+    }
+    Ok(Language::own(tokenizer))
 }

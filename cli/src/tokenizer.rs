@@ -1,12 +1,14 @@
-//! The tokenizer of a pretrained model, or what stands in for it in a build without tokenizers.
+//! The tokenizer of a model, or what stands in for it in a build without tokenizers.
 
 #[cfg(feature = "tokenizers")]
 pub use x_transformers_tokenizers::{Prompt, SentencePipeline, TextStream, Tokenizer};
 
 #[cfg(feature = "tokenizers")]
 mod with {
-    use x_transformers::models::RowEnd;
-    use x_transformers_tokenizers::{ChatOptions, Message, Tokenizer};
+    use std::path::Path;
+
+    use x_transformers::{models::RowEnd, pretrained::Family};
+    use x_transformers_tokenizers::{ChatOptions, Message, Tokenizer, learn_byte_level_bpe};
 
     use crate::failure::Result;
 
@@ -16,13 +18,28 @@ mod with {
         Ok(tokenizer.chat(&turns, &ChatOptions::default())?)
     }
 
+    /// The tokenizer in a folder or a file, of a model of `xt train`.
+    pub fn open(path: &Path) -> Result<Tokenizer> {
+        // A folder that names no class of tokenizers is read like those of this family.
+        Ok(Tokenizer::open(path, Family::Llama)?)
+    }
+
+    /// Learns a byte-level BPE vocabulary, and gives its `tokenizer.json`.
+    pub fn learn(
+        documents: impl Iterator<Item = Result<String>> + Send,
+        num_tokens: usize,
+        special: &str,
+    ) -> Result<String> {
+        learn_byte_level_bpe(documents, num_tokens, &[special])
+    }
+
     /// The end of a row at a stop string.
     pub fn stop_end(tokenizer: &Tokenizer, stops: &[String], prompt: &[i64]) -> Result<Box<dyn RowEnd>> {
         Ok(Box::new(tokenizer.stop_strings(stops, prompt)?))
     }
 }
 #[cfg(feature = "tokenizers")]
-pub use with::{chat, stop_end};
+pub use with::{chat, learn, open, stop_end};
 
 #[cfg(not(feature = "tokenizers"))]
 mod without {
@@ -104,11 +121,23 @@ mod without {
             if pretrained.file().format() == Format::Gguf { Ok(BTreeMap::new()) } else { Err(missing()) }
         }
 
+        pub fn gguf_metadata_of_file(_: &Path, _: usize, _: Option<i64>) -> Result<BTreeMap<String, Metadata>> {
+            Err(missing())
+        }
+
         pub fn gguf_metadata_of_bytes(_: usize) -> BTreeMap<String, Metadata> {
             BTreeMap::new()
         }
 
         pub fn encode(&self, _: &str) -> Result<Vec<i64>> {
+            match self.0 {}
+        }
+
+        pub fn encode_plain(&self, _: &str) -> Result<Vec<i64>> {
+            match self.0 {}
+        }
+
+        pub fn num_tokens(&self) -> usize {
             match self.0 {}
         }
 
@@ -133,6 +162,14 @@ mod without {
         }
     }
 
+    pub fn open(_: &Path) -> Result<Tokenizer> {
+        Err(missing())
+    }
+
+    pub fn learn(_: impl Iterator<Item = Result<String>> + Send, _: usize, _: &str) -> Result<String> {
+        Err(missing())
+    }
+
     pub fn chat(tokenizer: &Tokenizer, _: Option<&str>, _: &str) -> Result<Vec<i64>> {
         match tokenizer.0 {}
     }
@@ -142,4 +179,4 @@ mod without {
     }
 }
 #[cfg(not(feature = "tokenizers"))]
-pub use without::{Prompt, SentencePipeline, TextStream, Tokenizer, chat, stop_end};
+pub use without::{Prompt, SentencePipeline, TextStream, Tokenizer, chat, learn, open, stop_end};

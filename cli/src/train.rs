@@ -1,36 +1,40 @@
-//! `xt train`: a byte-level language model from text, with checkpoints, curves and samples.
+//! `xt train`: a language model from text or tokens, with checkpoints, curves and samples.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     io::{Write, stderr},
-    path::PathBuf,
-    time::{Duration, Instant},
+    path::{Path, PathBuf},
 };
 
 use clap::{Args, value_parser};
-use indicatif::HumanCount;
 use x_transformers::{
-    DType, Device, Error,
+    DType, Device, Error, Tensor,
     config::{
         AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, ModelPlan, TransformerWrapperConfig, v2,
     },
-    io::write_atomically,
-    models::{AutoregressiveWrapper, GenerateOptions},
-    train::{ByteText, Checkpoint, TrainModel, TrainOptions, Trainer},
+    models::AutoregressiveWrapper,
+    pretrained::Pretrained,
+    train::{ByteText, Checkpoint, OptimizerKind, TrainModel, TrainOptions, Trainer},
 };
 
+mod data;
+mod interrupt;
+mod rehearsal;
+mod training;
+
+use self::{
+    data::{Data, DataArgs},
+    training::Training,
+};
 use crate::{
-    compute::{dtypes, fraction},
-    corpus,
+    compute::{dtypes, fraction, optimizers},
     failure::{Failure, Result},
-    files::{self, Run, quoted},
+    files::{self, Run},
     keywords::KeywordArgs,
-    markov::Markov,
-    metrics::{Metrics, bits},
-    plot::Chart,
+    metrics::{Metrics, Unit},
     profiler::{ProfileArgs, Profiler},
-    progress::{Progress, bytes, duration},
-    replacement, sample, typed,
+    progress::Progress,
 };
 
 /// Defaults of a run without arguments; all other options have the library's defaults.
@@ -44,24 +48,19 @@ mod defaults {
     pub const DIM_HEAD: usize = 32;
 }
 
-/// Bytes of the samples along the way, and of the last one.
-const SAMPLE: usize = 96;
-const LAST_SAMPLE: usize = 384;
-
-/// The name of the baseline.
-const ORDER_2: &str = "order-2 model";
-
 #[derive(Args)]
 pub struct TrainArgs {
-    /// Paths of text files or folders; the first 90% of the bytes are for training, the rest for validation [default:
-    /// eight plays of Shakespeare, built into this program]
-    #[arg(long, value_name = "FILE|DIR", num_args = 1..)]
-    text: Vec<PathBuf>,
+    #[command(flatten)]
+    data: DataArgs,
 
     /// Path of the JSON config of the model to train, an AutoregressiveWrapper or a TransformerWrapper [default: a
     /// plain decoder]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["dim", "depth", "heads", "resume"])]
     config: Option<PathBuf>,
+
+    /// Path of a checkpoint of `xt train` to continue from: its weights, model and tokenizer, with new data and options
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "dim", "depth", "heads", "set", "resume"])]
+    from: Option<PathBuf>,
 
     #[command(flatten)]
     model: ModelArgs,
@@ -84,15 +83,20 @@ pub struct TrainArgs {
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
 
-    /// Folder of a run to resume, with its model and all its options; requires the same --text. --steps and --every
-    /// override those of the run; --device, --profile and --trace are not saved with it
+    /// Folder of a run to resume, with its model, its tokenizer and all its options; requires the same data: --text,
+    /// --tokens with --validation, or --jsonl, with the same --field and --separator. --steps and --every override those of
+    /// the run; --device, --profile and --trace are not saved with it
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
 
-    /// Number of steps between checkpoints, each with a validation and a sample [default: 100, with --resume that of
-    /// the run]
+    /// Number of steps between checkpoints, each with a validation and a sample; the first validations come after 1, 2, 5,
+    /// 10, 20 and 50 steps too [default: 100, with --resume that of the run]
     #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
     every: Option<u64>,
+
+    /// Run a few steps, print parameters, memory and time of the whole run, and write nothing
+    #[arg(long, conflicts_with = "resume")]
+    dry_run: bool,
 
     #[command(flatten)]
     profile: ProfileArgs,
@@ -116,7 +120,7 @@ struct ModelArgs {
 }
 
 impl ModelArgs {
-    fn layers(&self) -> AttentionLayersConfig {
+    fn layers(&self, document_mask: bool) -> AttentionLayersConfig {
         let Self { dim, depth, heads } = *self;
         let plain = AttentionLayersConfig {
             heads: heads.unwrap_or(defaults::HEADS),
@@ -126,13 +130,14 @@ impl ModelArgs {
             return plain;
         }
         let attn = AttentionConfig { dim_head: defaults::DIM_HEAD, ..plain.attn };
-        AttentionLayersConfig { rotary_pos_emb: true, attn, ..plain }
+        // Rotated values know where a row begins, which documents in it must not.
+        AttentionLayersConfig { rotary_pos_emb: true, rotary_qk_only: document_mask, attn, ..plain }
     }
 }
 
 #[derive(Args)]
 struct OptionArgs {
-    /// Context length, in bytes [default: 256, or the config's max_seq_len if that is smaller]
+    /// Context length, in tokens [default: 256, or the config's max_seq_len if that is smaller]
     #[arg(long, value_name = "N", conflicts_with = "resume")]
     seq_len: Option<usize>,
 
@@ -143,6 +148,14 @@ struct OptionArgs {
     /// Number of micro-batches per step, whose gradients are averaged (gradient accumulation)
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().accumulate, conflicts_with = "resume")]
     accumulate: usize,
+
+    /// Take the windows of the data in a random order, each once an epoch, instead of at random offsets
+    #[arg(long, conflicts_with = "resume")]
+    shuffle: bool,
+
+    /// Keep attention within documents; requires tokens, and a model with rotary or relative positions
+    #[arg(long, conflicts_with = "resume")]
+    document_mask: bool,
 
     /// Number of training steps; with --resume, the new total, to which the learning rate schedule adapts [default:
     /// 600, with --resume that of the run]
@@ -161,14 +174,34 @@ struct OptionArgs {
     #[arg(long, value_name = "X", default_value_t = TrainOptions::default().clip, conflicts_with = "resume")]
     clip: f64,
 
-    /// Weight decay of AdamW
+    /// Optimizer; Muon trains the matrices of the layers, and AdamW embeddings, logits and vectors
+    #[arg(long, default_value = "adamw", value_parser = optimizers(), conflicts_with = "resume")]
+    optimizer: OptimizerKind,
+
+    /// Momentum of SGD and Muon [default: 0.9 for SGD, 0.95 for Muon]
+    #[arg(long, value_name = "X", conflicts_with = "resume")]
+    momentum: Option<f64>,
+
+    /// Weight decay; parameters of fewer than two dimensions, such as biases, do not decay
     #[arg(long, value_name = "X", default_value_t = TrainOptions::default().weight_decay, conflicts_with = "resume")]
     weight_decay: f64,
+
+    /// Apply weight decay to parameters of fewer than two dimensions too, as PyTorch does by default
+    #[arg(long, conflicts_with = "resume")]
+    decay_all: bool,
 
     /// Decay of an exponential moving average of the weights, from 0 to 1, for validation and samples [default: no
     /// average]
     #[arg(long, value_name = "DECAY", value_parser = fraction, conflicts_with = "resume")]
     ema: Option<f64>,
+
+    /// Stop after N validations in a row without a lower loss, at the next checkpoint; implies --keep-best
+    #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..), conflicts_with = "resume")]
+    patience: Option<u64>,
+
+    /// Keep the checkpoint with the lowest validation loss in the folder `best`
+    #[arg(long, conflicts_with = "resume")]
+    keep_best: bool,
 
     /// Seed of the initial weights, the batches and dropout
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().seed, conflicts_with = "resume")]
@@ -193,11 +226,18 @@ impl OptionArgs {
                 defaults.seq_len.min(max_seq_len)
             }),
             accumulate: self.accumulate,
+            shuffle: self.shuffle,
+            document_mask: self.document_mask,
             lr: self.lr,
             warmup: self.warmup,
             clip: self.clip,
+            optimizer: self.optimizer,
+            momentum: self.momentum,
             weight_decay: self.weight_decay,
+            decay_all: self.decay_all,
             ema_decay: self.ema,
+            patience: self.patience,
+            keep_best: self.keep_best || self.patience.is_some(),
             seed: self.seed,
             dtype: self.dtype,
             ..defaults
@@ -212,12 +252,18 @@ impl TrainArgs {
         TrainOptions { every: self.every.unwrap_or(options.every), ..options }
     }
 
-    /// The model to train.
-    fn config(&self) -> Result<Config> {
+    /// The model to train, by default with a vocabulary of this size.
+    fn config(&self, num_tokens: Option<usize>) -> Result<Config> {
         let Some(path) = &self.config else {
+            let Some(num_tokens) = num_tokens.or(self.keywords.sets("num_tokens").then_some(1)) else {
+                return Err(Failure::new(
+                    "the token files do not say the size of their vocabulary; give `--tokenizer`, or the size with `--set \
+                     num_tokens=N` (50304 for GPT-2's tokens)",
+                ));
+            };
             let max_seq_len = self.options.seq_len.unwrap_or(TrainOptions::default().seq_len);
-            let attn_layers = self.model.layers();
-            let net = TransformerWrapperConfig { num_tokens: 256, max_seq_len, attn_layers, ..Default::default() };
+            let attn_layers = self.model.layers(self.options.document_mask);
+            let net = TransformerWrapperConfig { num_tokens, max_seq_len, attn_layers, ..Default::default() };
             return self.changed(AutoregressiveConfig { net, ..Default::default() }.into());
         };
         let text = files::config(path)?;
@@ -257,58 +303,99 @@ fn longest(config: &Config) -> usize {
 
 pub fn run(args: TrainArgs) -> Result<()> {
     let device = Device::parse(&args.device)?;
-    let text = match &args.text[..] {
-        [] => ByteText::from_bytes(corpus::PLAYS)?,
-        paths => ByteText::from_paths(paths)?,
-    };
-    warn_of_skipped(&text);
-    // Counted before the text is the trainer's; takes a moment even for large texts.
-    let baseline = Markov::new(text.train()).bits_per_byte(text.validation());
-    let size = |bytes_: &[u8]| bytes(bytes_.len() as u64);
-    let source = if args.text.is_empty() { "eight plays of Shakespeare".into() } else { size(text.bytes()) };
-    let sizes = format!("{source}: {} to train on, {} to validate", size(text.train()), size(text.validation()));
-
-    let (run, trainer, metrics) = match &args.resume {
-        Some(_) if !args.keywords.is_empty() => {
-            return Err(Failure::new("`--set` cannot change the model of a resumed run; start a new run"));
+    if args.resume.is_some() && !args.keywords.is_empty() {
+        return Err(Failure::new("`--set` cannot change the model of a resumed run; start a new run"));
+    }
+    let resumed = args.resume.as_deref().map(Run::find).transpose()?;
+    let own = match &resumed {
+        Some(run) if !run.is_begun() && run.metrics().is_file() => {
+            let why = "the run was interrupted before its first checkpoint; start it again without `--resume`";
+            return Err(Failure::new(why).within(&run.dir));
         }
-        Some(dir) => {
-            let run = Run::find(dir)?;
-            if !run.is_begun() && run.metrics().is_file() {
-                let why = "the run was interrupted before its first checkpoint; start it again without `--resume`";
-                return Err(Failure::new(why).within(&run.dir));
-            }
-            let mut trainer = Trainer::resume(run.checkpoint(), text, &device)?;
+        Some(run) => Checkpoint::load_training(run.checkpoint())?.tokenizer.map(|name| run.checkpoint().join(name)),
+        None => None,
+    };
+    let start = args.from.as_deref().map(Start::open).transpose()?;
+    let own = own.or_else(|| start.as_ref().and_then(|start| start.tokenizer.clone()));
+    let Data { source, language, num_tokens, tokenizer, baseline, bytes_per_token, about } =
+        args.data.open(own.as_deref())?;
+    let unit = Unit { bytes_per_token };
+    let (run, trainer, metrics) = match resumed {
+        Some(run) => {
+            let mut trainer = Trainer::resume(run.checkpoint(), source, &device)?;
             args.options.steps.map_or(Ok(()), |steps| trainer.set_steps(steps))?;
             args.every.map_or(Ok(()), |every| trainer.set_every(every))?;
-            let metrics = Metrics::resume(&run.metrics(), trainer.steps_done())?;
+            let metrics = Metrics::resume(&run.metrics(), unit, trainer.steps_done())?;
             (run, trainer, metrics)
         }
         None => {
-            let config = args.config()?;
-            let trainer = Trainer::new(config.clone(), args.train_options(longest(&config)), text, &device)?;
+            let mut trainer = match start {
+                Some(Start { config, weights, .. }) => {
+                    let options = args.train_options(longest(&config));
+                    Trainer::start_from(config, &weights, options, source, &device)?
+                }
+                None => {
+                    let config = args.config(num_tokens)?;
+                    let options = args.train_options(longest(&config));
+                    Trainer::new(config, options, source, &device)?
+                }
+            };
+            if args.dry_run {
+                return rehearsal::run(trainer, &device, &about);
+            }
             let run = Run::create(&args.out, args.overwrite)?;
+            if let Some(tokenizer) = &tokenizer {
+                // Its name is that of its content: a run that is replaced keeps its own until the first save.
+                tokenizer.write(&run.checkpoint().join(tokenizer.name()))?;
+                trainer.set_tokenizer(Some(tokenizer.name()));
+            }
             let table = run.metrics();
-            let metrics = if run.is_begun() { Metrics::hold(&table) } else { Metrics::create(&table)? };
+            let metrics = if run.is_begun() { Metrics::hold(&table, unit) } else { Metrics::create(&table, unit)? };
             (run, trainer, metrics)
         }
     };
+    interrupt::listen();
     let TrainOptions { steps, every, .. } = *trainer.options();
-    let progress = Progress::start(trainer.steps_done(), steps, every, &device);
+    let progress = Progress::start(trainer.steps_done(), steps, every, &device, unit);
     let profiler = Profiler::new(&args.profile);
-    let mut training = Training { run, trainer, metrics, progress, device, baseline, profiler };
+    let mut training = Training { run, trainer, metrics, progress, device, language, unit, baseline, profiler };
     if training.metrics.held().is_none() {
         // A run that is resumed may have been killed after the checkpoint and before the picture. The one of a new run
         // is empty, and not that of an earlier one.
         training.draw().map_err(|failure| training.unsaved(failure))?;
     }
-    training.introduce(&sizes);
+    training.introduce(&about);
     training.all_steps()?;
     training.conclude()
 }
 
+/// A model of `xt train` whose weights a new run starts with.
+struct Start {
+    config: Config,
+    weights: BTreeMap<String, Tensor>,
+    /// Folder of its tokenizer.
+    tokenizer: Option<PathBuf>,
+}
+
+impl Start {
+    fn open(path: &Path) -> Result<Self> {
+        if Pretrained::is_one(path) {
+            let why = "is a pretrained model; `--from` continues models of `xt train`";
+            return Err(Failure::new(why).within(path));
+        }
+        let folder = files::checkpoint(path);
+        let (config, weights) = Checkpoint::load_averaged(&folder)?;
+        if !matches!(config.plan().map_err(|error| Failure::from(error).within(path))?, ModelPlan::Autoregressive(_)) {
+            let why = "expected an AutoregressiveWrapper; name a folder that `xt train` wrote";
+            return Err(Failure::new(why).within(path));
+        }
+        let tokenizer = Checkpoint::load_training(&folder).ok().and_then(|training| training.tokenizer);
+        Ok(Self { config, weights, tokenizer: tokenizer.map(|name| folder.join(name)) })
+    }
+}
+
 /// Names the files below the folders of `--text` that could not be read.
-fn warn_of_skipped(text: &ByteText) {
+pub fn warn_of_skipped(text: &ByteText) {
     /// Files that are named; the rest is counted.
     const NAMED: usize = 10;
     let skipped = text.skipped();
@@ -319,156 +406,6 @@ fn warn_of_skipped(text: &ByteText) {
     }
     if skipped.len() > NAMED {
         warn(format_args!("skipped {} more unreadable files", skipped.len() - NAMED));
-    }
-}
-
-/// A run and everything that is written about it.
-struct Training<'a> {
-    run: Run,
-    trainer: Trainer,
-    metrics: Metrics,
-    progress: Progress,
-    device: Device,
-    /// Bits per byte of the order-2 model.
-    baseline: f64,
-    /// Watches the steps; what is between them is validation and samples.
-    profiler: Profiler<'a>,
-}
-
-impl Training<'_> {
-    fn introduce(&mut self, text: &str) {
-        let options = self.trainer.options().clone();
-        let layers = &self.trainer.model().net.plan().layers;
-        let attention = layers.layers.iter().find_map(|layer| layer.branch.attention());
-        let attention = attention.map_or(String::new(), |plan| format!(", {plan}"));
-        let parameters = HumanCount(self.trainer.params().numel() as u64);
-        let model =
-            format!("{parameters} parameters, {} sublayers of width {}{attention}", layers.layers.len(), layers.dim);
-        let batch = options.batch_size * options.accumulate;
-        let done = match self.trainer.steps_done() {
-            0 => String::new(),
-            done => format!(", {done} already done"),
-        };
-        self.progress.say(format_args!("model       {model}"));
-        self.progress.say(format_args!("text        {text}"));
-        self.progress.say(format_args!("baseline    {:.3} bits/byte, {ORDER_2}", self.baseline));
-        self.progress.say(format_args!("device      {}, {}", self.device, options.dtype));
-        self.progress
-            .say(format_args!("steps       {}{done}, each {batch} x {} bytes", options.steps, options.seq_len));
-        self.progress.say(format_args!("folder      {}\n", self.run.dir.display()));
-    }
-
-    fn all_steps(&mut self) -> Result<()> {
-        let TrainOptions { steps, every, .. } = *self.trainer.options();
-        if self.trainer.steps_done() == 0 {
-            self.milestone(steps == 0)?;
-        }
-        while self.trainer.steps_done() < steps {
-            let clock = Instant::now();
-            let report = self.profiler.watch(|| self.trainer.step())??;
-            let speed = report.tokens as f64 / clock.elapsed().max(Duration::from_nanos(1)).as_secs_f64();
-            let written = self.metrics.train(report.step, report.loss, report.lr, speed);
-            written.map_err(|failure| self.unsaved(failure))?;
-            let done = self.trainer.steps_done();
-            self.progress.step(done, report.loss, speed);
-            if let (true, Some(scaler)) = (report.skipped, self.trainer.grad_scaler()) {
-                let scale = scaler.scale();
-                self.progress
-                    .say(format_args!("step {done}/{steps}  skipped: gradients overflow; loss scale now {scale}"));
-            }
-            if done.is_multiple_of(every) || done == steps {
-                self.milestone(true)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Validates and, if there is something new, samples and saves.
-    fn milestone(&mut self, save: bool) -> Result<()> {
-        let done = self.trainer.steps_done();
-        let loss = self.trainer.validate()?;
-        let written = self.metrics.validation(done, loss);
-        written.map_err(|failure| self.unsaved(failure))?;
-        let steps = self.trainer.options().steps;
-        let line = format!("step {done}/{steps}  validation loss {loss:.4}  {:.3} bits/byte", bits(loss));
-        if !save {
-            self.progress.say(line);
-            return Ok(());
-        }
-        self.save().map_err(|failure| self.unsaved(failure))?;
-        let sample = if done < steps { format!("\n{}", self.sample(SAMPLE)?) } else { String::new() };
-        self.progress.say(format_args!("{line}  saved{sample}"));
-        Ok(())
-    }
-
-    /// Saves the checkpoint, with the rows up to it on the disk, and draws the picture.
-    fn save(&mut self) -> Result<()> {
-        let checkpoint = self.run.checkpoint();
-        match self.metrics.held() {
-            None => {
-                self.metrics.sync()?;
-                self.trainer.save(checkpoint)?;
-            }
-            Some(rows) => {
-                let saved = replacement::announce(&self.run, &self.trainer.state(), rows)
-                    .and_then(|()| Ok(self.trainer.save(checkpoint)?));
-                if let Err(failure) = saved {
-                    // The first error counts; who opens the folder next settles it too.
-                    let _ = replacement::settle(&self.run);
-                    return Err(failure);
-                }
-                self.metrics.place()?;
-                replacement::remove(&self.run)?;
-            }
-        }
-        self.draw()
-    }
-
-    /// Adds the remedy to the failure of a save.
-    fn unsaved(&self, failure: Failure) -> Failure {
-        if Checkpoint::load_training(self.run.checkpoint()).is_err() {
-            return failure;
-        }
-        let dir = quoted(&self.run.dir);
-        failure.advising(format_args!(
-            "the last checkpoint is intact; `{} train --resume {dir}` continues from it",
-            typed::program()
-        ))
-    }
-
-    fn draw(&self) -> Result<()> {
-        let reference = Some((ORDER_2, self.baseline));
-        let chart = Chart { train: &self.metrics.train, validation: &self.metrics.validation, reference };
-        let svg = chart.svg();
-        Ok(write_atomically(self.run.plot(), |file| file.write_all(svg.as_bytes()))?)
-    }
-
-    fn sample(&self, length: usize) -> Result<String> {
-        let options = GenerateOptions { seed: self.trainer.options().seed, ..Default::default() };
-        self.trainer.evaluate(|model| Ok(sample::block(model, length, &options, &self.device)))?
-    }
-
-    fn conclude(mut self) -> Result<()> {
-        self.progress.finish();
-        let took = duration(self.progress.elapsed());
-        let bits = self.metrics.validation.last().map_or(f64::NAN, |&(_, bits)| bits);
-        let sample = self.sample(LAST_SAMPLE)?;
-        self.progress.say(format_args!("\nvalidation  {bits:.3} bits/byte after {took}"));
-        self.progress.say(format_args!("baseline    {:.3} bits/byte, {ORDER_2} on the same text", self.baseline));
-        if let Some(scaler) = self.trainer.grad_scaler() {
-            let (scale, skipped) = (scaler.scale(), scaler.skipped());
-            self.progress.say(format_args!("loss scale  {scale} at the end, {skipped} steps skipped for overflow"));
-        }
-        self.progress.say(format_args!("sample\n{sample}"));
-        let (checkpoint, metrics, plot) = (self.run.checkpoint(), self.run.metrics(), self.run.plot());
-        let files = [&checkpoint, &metrics, &plot].map(|path: &PathBuf| path.display().to_string()).join("  ");
-        self.progress.say(format_args!("wrote       {files}"));
-        if let Some(report) = self.profiler.finish()? {
-            self.progress.say(format_args!("profile of the steps\n{report}"));
-        }
-        let (xt, dir) = (typed::program(), quoted(&self.run.dir));
-        self.progress.say(format_args!("try         {xt} generate --checkpoint {dir} --prompt \"The \" --length 400"));
-        Ok(())
     }
 }
 
@@ -495,7 +432,7 @@ mod tests {
         Changeable(&'static str),
         /// It is not part of the run; the help of `--resume` says so.
         NotSaved(&'static str),
-        /// It says where the run is, as `--resume` does.
+        /// It says where the run is, as `--resume` does, or where its tokenizer comes from, which the checkpoint keeps.
         Folder(&'static str),
     }
     use Kept::{Changeable, Folder, NotSaved, Saved};
@@ -507,7 +444,7 @@ mod tests {
 
     /// The model and the options of a new run.
     fn run_of(args: &TrainArgs) -> serde_json::Value {
-        let config = args.config().expect("a config");
+        let config = args.config(Some(256)).expect("a config");
         json!([args.train_options(longest(&config)), config.to_value()])
     }
 
@@ -521,6 +458,14 @@ mod tests {
         fs::write(&config, json).expect("write");
         let table = BTreeMap::from([
             ("text", NotSaved("file")),
+            ("tokens", NotSaved("file")),
+            ("validation", NotSaved("file")),
+            ("jsonl", NotSaved("file")),
+            ("field", NotSaved("name")),
+            ("separator", NotSaved("|")),
+            ("tokenizer", Folder("file")),
+            ("shuffle", Saved("")),
+            ("document_mask", Saved("")),
             ("config", Saved("config.json")),
             ("dim", Saved("24")),
             ("depth", Saved("3")),
@@ -533,8 +478,15 @@ mod tests {
             ("lr", Saved("0.5")),
             ("warmup", Saved("3")),
             ("clip", Saved("0.5")),
+            ("optimizer", Saved("lion")),
+            ("momentum", Saved("0.5")),
             ("weight_decay", Saved("0.5")),
+            ("decay_all", Saved("")),
             ("ema", Saved("0.5")),
+            ("patience", Saved("3")),
+            ("keep_best", Saved("")),
+            ("from", Folder("file")),
+            ("dry_run", Folder("")),
             ("seed", Saved("7")),
             ("dtype", Saved("bf16")),
             ("device", NotSaved("cpu")),
@@ -558,12 +510,18 @@ mod tests {
                 Saved("config.json") => config.to_str().expect("UTF-8"),
                 Saved(value) | Changeable(value) | NotSaved(value) | Folder(value) => value,
             };
-            let given: Vec<&str> = [name.as_str(), value].into_iter().filter(|part| !part.is_empty()).collect();
+            let needs: &[&str] = match id {
+                "validation" => &["--tokens", "file"],
+                "field" => &["--jsonl", "file"],
+                _ => &[],
+            };
+            let own = [name.as_str(), value].into_iter().filter(|part| !part.is_empty());
+            let given: Vec<&str> = needs.iter().copied().chain(own).collect();
             let resumed = parse(&[&["--resume", "folder"], &given[..]].concat());
             let begun = parse(&given).map(|args| run_of(&args));
             match kept {
                 Saved(_) if id == "set" => {
-                    let message = run(TrainArgs { text: vec![config.clone()], ..resumed.expect("parsed") });
+                    let message = run(resumed.expect("parsed"));
                     assert!(message.is_err_and(|failure| failure.to_string().contains("--set")));
                     assert_ne!(begun, Ok(default.clone()));
                 }

@@ -7,7 +7,7 @@ use x_transformers::{
     DType, Device, ParamStore, Philox, Result, Tape, Tensor,
     config::{Call, Config, GenerateCall, LayersPlan, ModelPlan, VisionHead},
     models::{Model, RunOptions},
-    train::{AdamW, AdamWOptions},
+    train::{AdamW, AdamWOptions, Optimizer},
 };
 
 use crate::cost::{Cost, Sizes};

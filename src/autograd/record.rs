@@ -30,8 +30,16 @@ pub fn record<B: Backward + 'static>(
     record_rule(op, output, inputs, &mut once(backward))
 }
 
-/// Returns the rule for an output, once.
-type MakeRule<'a> = dyn FnMut(&Tensor) -> Option<Box<dyn Backward>> + 'a;
+/// Returns the rule for an output, once. A table of one method, while that of `dyn FnMut` compiles each closure twice.
+trait MakeRule {
+    fn call(&mut self, output: &Tensor) -> Option<Box<dyn Backward>>;
+}
+
+impl<F: FnMut(&Tensor) -> Option<Box<dyn Backward>>> MakeRule for F {
+    fn call(&mut self, output: &Tensor) -> Option<Box<dyn Backward>> {
+        self(output)
+    }
+}
 
 fn once<B: Backward + 'static>(
     backward: impl FnOnce(&Tensor) -> B,
@@ -41,7 +49,7 @@ fn once<B: Backward + 'static>(
 }
 
 /// Not generic, so that recording is compiled once and not per op.
-fn record_rule(op: &'static str, output: Tensor, inputs: &[&Tensor], rule: &mut MakeRule) -> Result<Tensor> {
+fn record_rule(op: &'static str, output: Tensor, inputs: &[&Tensor], rule: &mut dyn MakeRule) -> Result<Tensor> {
     let cost = profiled_cost(op, &output, inputs)?;
     record_with(cost, op, output, inputs, rule)
 }
@@ -79,13 +87,13 @@ fn record_with(
     op: &'static str,
     output: Tensor,
     inputs: &[&Tensor],
-    rule: &mut MakeRule,
+    rule: &mut dyn MakeRule,
 ) -> Result<Tensor> {
     Ok(match place(op, output, inputs)? {
         Place::None(output) => output,
         Place::Tape { output, discard } => {
             // Outside of the borrow: the closure may compute the values that it saves.
-            let rule = if discard { None } else { rule(&output) };
+            let rule = if discard { None } else { rule.call(&output) };
             put(output, inputs, rule, cost)
         }
     })
@@ -159,13 +167,13 @@ fn with_recipe(
     op: &'static str,
     output: Tensor,
     inputs: &[&Tensor],
-    rule: &mut MakeRule,
+    rule: &mut dyn MakeRule,
     recipe: impl FnOnce() -> Recompute,
 ) -> Result<Tensor> {
     let mut kept = false;
-    let mut output = record_rule(op, output, inputs, &mut |output| {
+    let mut output = record_rule(op, output, inputs, &mut |output: &Tensor| {
         kept = true;
-        rule(output)
+        rule.call(output)
     })?;
     // Without a rule that holds the inputs, a recipe would extend their lifetimes.
     output.set_recipe(kept.then(recipe));

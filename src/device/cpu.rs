@@ -72,9 +72,20 @@ pub fn for_rows<T: Send>(out: &mut [T], width: usize, cost: usize, body: impl Fn
     for_rows_dyn(out, width, cost, &body);
 }
 
+/// Body of [`for_rows`] behind a pointer: a table of one method, while that of `dyn Fn` compiles each closure twice.
+trait OfRows<T>: Sync {
+    fn call(&self, first: usize, rows: &mut [T]);
+}
+
+impl<T, F: Fn(usize, &mut [T]) + Sync> OfRows<T> for F {
+    fn call(&self, first: usize, rows: &mut [T]) {
+        self(first, rows);
+    }
+}
+
 /// Once for each type of element, and not for each body.
 #[inline(never)]
-fn for_rows_dyn<T: Send>(out: &mut [T], width: usize, cost: usize, body: &(dyn Fn(usize, &mut [T]) + Sync)) {
+fn for_rows_dyn<T: Send>(out: &mut [T], width: usize, cost: usize, body: &dyn OfRows<T>) {
     if out.is_empty() || width == 0 {
         return;
     }
@@ -82,19 +93,40 @@ fn for_rows_dyn<T: Send>(out: &mut [T], width: usize, cost: usize, body: &(dyn F
     let parts = Parts::new(out, rows * width);
     run(parts.count(), &|task| {
         // SAFETY: every task is run once, and its part is its own.
-        body(task * rows, unsafe { parts.get(task) });
+        body.call(task * rows, unsafe { parts.get(task) });
     });
 }
 
 /// Like [`for_rows`], but with two outputs, whose rows have `widths` elements.
-#[allow(clippy::type_complexity)]
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn for_rows2<A: Send, B: Send>(
     a: &mut [A],
     b: &mut [B],
     widths: (usize, usize),
     cost: usize,
-    body: &(dyn Fn(usize, &mut [A], &mut [B]) + Sync),
+    body: &(impl Fn(usize, &mut [A], &mut [B]) + Sync),
+) {
+    for_rows2_dyn(a, b, widths, cost, body);
+}
+
+/// See [`OfRows`].
+trait OfRows2<A, B>: Sync {
+    fn call(&self, first: usize, a: &mut [A], b: &mut [B]);
+}
+
+impl<A, B, F: Fn(usize, &mut [A], &mut [B]) + Sync> OfRows2<A, B> for F {
+    fn call(&self, first: usize, a: &mut [A], b: &mut [B]) {
+        self(first, a, b);
+    }
+}
+
+#[inline(never)]
+fn for_rows2_dyn<A: Send, B: Send>(
+    a: &mut [A],
+    b: &mut [B],
+    widths: (usize, usize),
+    cost: usize,
+    body: &dyn OfRows2<A, B>,
 ) {
     if a.is_empty() || widths.0 == 0 || widths.1 == 0 {
         return;
@@ -103,7 +135,7 @@ pub(crate) fn for_rows2<A: Send, B: Send>(
     let (a, b) = (Parts::new(a, rows * widths.0), Parts::new(b, rows * widths.1));
     run(a.count().min(b.count()), &|task| {
         // SAFETY: every task is run once, and its parts are its own.
-        body(task * rows, unsafe { a.get(task) }, unsafe { b.get(task) });
+        body.call(task * rows, unsafe { a.get(task) }, unsafe { b.get(task) });
     });
 }
 
@@ -171,21 +203,26 @@ pub(crate) fn for_strided<T: Send, const N: usize>(
     body: impl Fn(&mut [T], [usize; N], [usize; N]) + Sync,
 ) {
     let parts = Parts::new(out, 1);
-    for_runs(parts.len, shape, inputs, &|start, len, offsets, steps| {
+    for_runs(parts.len, shape, inputs, &|start: usize, len: usize, offsets: [usize; N], steps: [usize; N]| {
         // SAFETY: runs are within the output and do not overlap.
         body(unsafe { parts.range(start, len) }, offsets, steps);
     });
 }
 
-/// Once for each number of inputs: calls `run` with the start and the length of each run of the output.
-#[allow(clippy::type_complexity)]
+/// Called with the start and the length of a run of the output, and the positions and steps of the inputs; see [`OfRows`].
+trait OfRun<const N: usize>: Sync {
+    fn call(&self, start: usize, len: usize, offsets: [usize; N], steps: [usize; N]);
+}
+
+impl<const N: usize, F: Fn(usize, usize, [usize; N], [usize; N]) + Sync> OfRun<N> for F {
+    fn call(&self, start: usize, len: usize, offsets: [usize; N], steps: [usize; N]) {
+        self(start, len, offsets, steps);
+    }
+}
+
+/// Once for each number of inputs: calls `run` for each run of the output.
 #[inline(never)]
-fn for_runs<const N: usize>(
-    len: usize,
-    shape: &Shape,
-    inputs: [&TensorLayout; N],
-    run: &(dyn Fn(usize, usize, [usize; N], [usize; N]) + Sync),
-) {
+fn for_runs<const N: usize>(len: usize, shape: &Shape, inputs: [&TensorLayout; N], run: &dyn OfRun<N>) {
     let (shape, strides) = collapse(shape, inputs.map(TensorLayout::strides));
     let inner = shape.last().copied().unwrap_or(1);
     let steps = strides.map(|strides| shape.rank().checked_sub(1).map_or(0, |last| strides[last]));
@@ -206,7 +243,7 @@ fn for_runs<const N: usize>(
             for n in 0..N {
                 offsets[n] += column * steps[n];
             }
-            run(at, count, offsets, steps);
+            run.call(at, count, offsets, steps);
             at += count;
         }
     });

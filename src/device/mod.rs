@@ -11,6 +11,7 @@ mod amx;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub(crate) mod f16_rows;
 #[cfg(feature = "cuda")]
 mod faults;
 mod gpu;

@@ -1,16 +1,30 @@
 //! Free ranges of addresses, found by their place and by their size.
 
-use std::collections::BTreeSet;
-
-/// Ranges of addresses that do not touch each other.
+/// Ranges of addresses that do not touch each other: lists in ascending order, which are short.
 #[derive(Default)]
 pub(super) struct Ranges {
     /// Starts and sizes.
-    by_start: BTreeSet<(usize, usize)>,
+    by_start: Vec<(usize, usize)>,
     /// Sizes and starts.
-    by_size: BTreeSet<(usize, usize)>,
+    by_size: Vec<(usize, usize)>,
     /// Of all ranges together.
     pub bytes: usize,
+}
+
+/// Number of pairs before this one.
+fn before(list: &[(usize, usize)], pair: (usize, usize)) -> usize {
+    list.partition_point(|at| *at < pair)
+}
+
+fn insert(list: &mut Vec<(usize, usize)>, pair: (usize, usize)) {
+    list.insert(before(list, pair), pair);
+}
+
+fn remove(list: &mut Vec<(usize, usize)>, pair: (usize, usize)) {
+    let at = before(list, pair);
+    if list.get(at) == Some(&pair) {
+        list.remove(at);
+    }
 }
 
 impl Ranges {
@@ -27,37 +41,38 @@ impl Ranges {
             self.remove(start + bytes);
             bytes += len;
         }
-        self.by_start.insert((start, bytes));
-        self.by_size.insert((bytes, start));
+        insert(&mut self.by_start, (start, bytes));
+        insert(&mut self.by_size, (bytes, start));
         self.bytes += bytes;
     }
 
     pub fn remove(&mut self, start: usize) {
         if let Some(bytes) = self.starting_at(start) {
-            self.by_start.remove(&(start, bytes));
-            self.by_size.remove(&(bytes, start));
+            remove(&mut self.by_start, (start, bytes));
+            remove(&mut self.by_size, (bytes, start));
             self.bytes -= bytes;
         }
     }
 
     /// Returns the smallest range of at least this many bytes; of equal ones that at the lowest address.
     pub fn smallest(&self, bytes: usize) -> Option<(usize, usize)> {
-        self.by_size.range((bytes, 0)..).next().map(|&(len, start)| (start, len))
+        self.by_size.get(before(&self.by_size, (bytes, 0))).map(|&(len, start)| (start, len))
     }
 
     pub fn starting_at(&self, start: usize) -> Option<usize> {
-        let &(found, len) = self.by_start.range((start, 0)..).next()?;
+        let &(found, len) = self.by_start.get(before(&self.by_start, (start, 0)))?;
         (found == start).then_some(len)
     }
 
     pub fn ending_at(&self, end: usize) -> Option<(usize, usize)> {
-        let &(start, len) = self.by_start.range(..(end, 0)).next_back()?;
+        let &(start, len) = self.by_start[..before(&self.by_start, (end, 0))].last()?;
         (start + len == end).then_some((start, len))
     }
 
     /// The range with this address.
     pub fn containing(&self, address: usize) -> Option<(usize, usize)> {
-        let &(start, len) = self.by_start.range(..=(address, usize::MAX)).next_back()?;
+        let end = self.by_start.partition_point(|range| range.0 <= address);
+        let &(start, len) = self.by_start[..end].last()?;
         (address - start < len).then_some((start, len))
     }
 

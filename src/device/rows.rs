@@ -220,9 +220,17 @@ fn convert<A: Float, B: Float>(from: &[A], to: &mut [B]) {
     if same::<A, B>() {
         to.copy_from_slice(bytemuck::cast_slice(from));
     } else if same::<A, f32>() {
-        narrow::<B>(bytemuck::cast_slice(from), to);
+        if same::<B, f16>() {
+            super::f16_rows::narrow(bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to));
+        } else {
+            narrow::<B>(bytemuck::cast_slice(from), to);
+        }
     } else if same::<B, f32>() {
-        widen::<A>(from, bytemuck::cast_slice_mut(to));
+        if same::<A, f16>() {
+            super::f16_rows::widen(bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to));
+        } else {
+            widen::<A>(from, bytemuck::cast_slice_mut(to));
+        }
     } else {
         to.iter_mut().zip(from).for_each(|(to, from)| *to = B::from_f64(from.to_acc().to_f64()));
     }
@@ -378,8 +386,17 @@ const PIECE: usize = 4 * 1024;
 /// Maximum number of inputs, and of outputs.
 const OPERANDS: usize = 5;
 
-/// Function of a first row, outputs, inputs and sums.
-type Body<'a, R> = dyn Fn(usize, &mut [&mut [R]], &[&[R]], &mut [R]) + Sync + 'a;
+/// Function of a first row, outputs, inputs and sums. A table of one method, while that of `dyn Fn` compiles each closure
+/// twice.
+trait Body<R>: Sync {
+    fn call(&self, first: usize, outs: &mut [&mut [R]], ins: &[&[R]], sums: &mut [R]);
+}
+
+impl<R, F: Fn(usize, &mut [&mut [R]], &[&[R]], &mut [R]) + Sync> Body<R> for F {
+    fn call(&self, first: usize, outs: &mut [&mut [R]], ins: &[&[R]], sums: &mut [R]) {
+        self(first, outs, ins, sums);
+    }
+}
 
 /// Calls `body(first_row, outputs, inputs, sums)` for parts of some rows each, in parallel.
 ///
@@ -391,10 +408,10 @@ pub(crate) fn for_rows_of<R: Real, const O: usize, const I: usize>(
     ins: [In<'_>; I],
     sums: Sums<'_, R>,
     cost: usize,
-    body: &(dyn Fn(usize, [&mut [R]; O], [&[R]; I], &mut [R]) + Sync),
+    body: &(impl Fn(usize, [&mut [R]; O], [&[R]; I], &mut [R]) + Sync),
 ) {
     const { assert!(O <= OPERANDS && I <= OPERANDS) };
-    rows_of(&outs, &ins, sums, cost, &|first, outs, ins, sums| {
+    rows_of(&outs, &ins, sums, cost, &|first: usize, outs: &mut [&mut [R]], ins: &[&[R]], sums: &mut [R]| {
         let (mut outs, mut ins) = (outs.iter_mut(), ins.iter());
         let outs = std::array::from_fn(|_| outs.next().map(std::mem::take).unwrap_or_default());
         body(first, outs, std::array::from_fn(|_| ins.next().copied().unwrap_or_default()), sums);
@@ -402,7 +419,7 @@ pub(crate) fn for_rows_of<R: Real, const O: usize, const I: usize>(
 }
 
 /// Once for each type of numbers, whatever the number of operands.
-fn rows_of<R: Real>(outs: &[Out], ins: &[In], sums: Sums<R>, cost: usize, body: &Body<R>) {
+fn rows_of<R: Real>(outs: &[Out], ins: &[In], sums: Sums<R>, cost: usize, body: &dyn Body<R>) {
     let Some(first) = outs.first().filter(|out| out.width > 0) else { return };
     let rows = first.len.div_ceil(first.width);
     let block = if sums.len > 0 { sums.block } else { 1 };
@@ -426,7 +443,7 @@ fn rows_of<R: Real>(outs: &[Out], ins: &[In], sums: Sums<R>, cost: usize, body: 
 struct Work<'a, R> {
     outs: &'a [Out<'a>],
     ins: &'a [In<'a>],
-    body: &'a Body<'a, R>,
+    body: &'a dyn Body<R>,
 }
 
 impl<R: Real> Work<'_, R> {
@@ -487,7 +504,7 @@ impl<R: Real> Work<'_, R> {
                 source.range(range).read(given);
             }
         }
-        (self.body)(rows.start, &mut outs[..self.outs.len()], &ins[..self.ins.len()], sums);
+        self.body.call(rows.start, &mut outs[..self.outs.len()], &ins[..self.ins.len()], sums);
         let mut rest = &*results;
         for out in self.outs.iter().filter(|out| out.dtype != R::DTYPE) {
             let (from, others) = rest.split_at(converted(out));

@@ -109,6 +109,13 @@ macro_rules! vectorized {
             #[allow(clippy::too_many_arguments)]
             fn body<const FUSED: bool $(, $($T: $bound),+)?> ($($arg: $ty),*) $(-> $ret)? $body
 
+            // Once, and not in each function that calls this one.
+            #[inline(never)]
+            #[allow(clippy::too_many_arguments)]
+            fn portable $(<$($T: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
+                body::<false $(, $($T),+)?>($($arg),*)
+            }
+
             #[cfg(target_arch = "x86_64")]
             if const { $crate::device::simd::has_levels(&[$($(size_of::<$T>()),+)?]) } {
                 #[target_feature(enable = "avx2,fma,f16c")]
@@ -131,7 +138,7 @@ macro_rules! vectorized {
                     return unsafe { avx2 $(::<$($T),+>)? ($($arg),*) };
                 }
             }
-            body::<false $(, $($T),+)?>($($arg),*)
+            portable $(::<$($T),+>)? ($($arg),*)
         }
     };
 }

@@ -18,12 +18,27 @@ use std::{
 };
 
 /// Calls `body(task)` once for every task in `0..tasks`.
-///
+pub(super) fn run(tasks: usize, body: &(impl Fn(usize) + Sync)) {
+    run_dyn(tasks, body);
+}
+
+/// A closure behind a pointer, by the one method that is called. `dyn Fn` has that of `FnOnce` too: another copy of the
+/// body of every closure.
+trait Body: Sync {
+    fn call(&self, task: usize);
+}
+
+impl<F: Fn(usize) + Sync> Body for F {
+    fn call(&self, task: usize) {
+        self(task);
+    }
+}
+
 /// Not generic, so that the machinery is compiled once and not per op.
-pub(super) fn run(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
+fn run_dyn(tasks: usize, body: &dyn Body) {
     match tasks {
         0 => {}
-        1 => body(0),
+        1 => body.call(0),
         _ => with_helpers(tasks, body),
     }
 }
@@ -65,7 +80,7 @@ const YIELDS: usize = 200;
 
 /// State shared by a caller and its helpers. Helpers may come late: the state outlives the call, `body` does not.
 struct Work {
-    body: *const (dyn Fn(usize) + Sync),
+    body: *const dyn Body,
     tasks: usize,
     /// Tasks that somebody has taken; more than there are once all are.
     taken: AtomicUsize,
@@ -91,7 +106,7 @@ impl Work {
             let index = self.ends[end].fetch_add(1, Ordering::Relaxed);
             let task = if end == 0 { index } else { self.tasks - 1 - index };
             // SAFETY: the caller is in its call, or waits there for this helper.
-            unsafe { (*self.body)(task) };
+            unsafe { (*self.body).call(task) };
         }
     }
 
@@ -132,15 +147,14 @@ impl Drop for Wait<'_> {
     }
 }
 
-fn with_helpers(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
+fn with_helpers(tasks: usize, body: &dyn Body) {
     let helpers = rayon::current_num_threads().min(tasks) - 1;
     if helpers == 0 || forked() {
-        return (0..tasks).for_each(body);
+        return (0..tasks).for_each(|task| body.call(task));
     }
-    let body: *const (dyn Fn(usize) + Sync + '_) = body;
+    let body: *const (dyn Body + '_) = body;
     // SAFETY: only the lifetime changes. `Wait` keeps the caller here until nobody uses the body any more.
-    let body =
-        unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync)>(body) };
+    let body = unsafe { std::mem::transmute::<*const (dyn Body + '_), *const dyn Body>(body) };
     let work = Arc::new(Work {
         body,
         tasks,

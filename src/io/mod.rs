@@ -35,5 +35,6 @@ pub(crate) use self::{
     layout::{Layout, Renamed},
     mistaken::mistaken,
     safetensors::{pack, read_with_metadata},
+    source::Source,
     tensor_file::holds_gguf,
 };

@@ -184,7 +184,7 @@ impl<'de> Deserialize<'de> for Header {
                     let info = map.next_value().map_err(|why| A::Error::custom(format!("tensor `{name}`: {why}")))?;
                     tensors.push((name, info));
                 }
-                let names = order(tensors.len(), &|a, b| tensors[a].0.cmp(&tensors[b].0));
+                let names = order(tensors.len(), |a, b| tensors[a].0.cmp(&tensors[b].0));
                 match names.windows(2).find(|two| tensors[two[0]].0 == tensors[two[1]].0) {
                     Some(twice) => Err(A::Error::custom(format!("tensor `{}` occurs twice", tensors[twice[0]].0))),
                     None => Ok(Header { tensors, metadata }),

@@ -21,7 +21,7 @@ pub(super) const MAX_HEADER: usize = 100_000_000;
 const TICK: Duration = Duration::from_millis(12);
 
 /// A file or bytes in memory, read at any position by any number of threads.
-pub(super) struct Source {
+pub(crate) struct Source {
     path: PathBuf,
     content: Content,
 }
@@ -120,7 +120,7 @@ impl Source {
     /// Returns a copy of a part that describes tensors, `what`.
     ///
     /// Errors: a part of more than [`MAX_HEADER`] bytes; as [`Source::read_at`].
-    pub fn part(&self, range: Range<usize>, what: &str) -> Reading<Vec<u8>> {
+    pub(super) fn part(&self, range: Range<usize>, what: &str) -> Reading<Vec<u8>> {
         let len = range.len();
         if len > MAX_HEADER {
             return Err(format!("has {what} of {len} bytes, expected at most {MAX_HEADER}").into());

@@ -91,6 +91,34 @@ impl AutoregressiveWrapper {
     /// Errors: fewer than two tokens, options that request more than the output, and those of
     /// [`TransformerWrapper::forward`].
     pub fn loss(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
+        self.loss_where(tokens, None, options)
+    }
+
+    /// Computes [`AutoregressiveWrapper::loss`] over those tokens alone that a mask marks as targets with `true`,
+    /// `[b, n + 1]` Bool, whose first column does not matter: the answers of a chat, for instance.
+    ///
+    /// Errors: those of [`AutoregressiveWrapper::loss`]; a mask of another shape.
+    pub fn masked_loss(&self, tokens: &Tensor, targets: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
+        ensure!(
+            targets.shape() == tokens.shape(),
+            Error::shape(
+                "masked_loss",
+                format_args!("expected a mask {:?} like the tokens, got {:?}", tokens.shape(), targets.shape())
+            )
+        );
+        self.loss_where(tokens, Some(targets), options)
+    }
+
+    /// Returns `tokens[:, 1:]`, with `ignore_index` where a mask has no target.
+    fn targets(&self, tokens: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+        let n = tokens.dim(1)? - 1;
+        let targets = tokens.narrow(1, 1, n)?;
+        let Some(mask) = mask else { return Ok(targets) };
+        let ignored = Tensor::full((), self.loss.ignore_index as f64, DType::I64, tokens.device())?;
+        mask.narrow(1, 1, n)?.where_cond(&targets, &ignored)
+    }
+
+    fn loss_where(&self, tokens: &Tensor, mask: Option<&Tensor>, options: &ForwardOptions) -> Result<Tensor> {
         ensure!(
             tokens.rank() == 2 && tokens.shape()[1] >= 2,
             Error::shape(
@@ -100,9 +128,10 @@ impl AutoregressiveWrapper {
         );
         options.check_output_only("loss")?;
         if self.loss.reads_all {
-            return self.loss_of_all(tokens, options);
+            return self.loss_of_all(tokens, mask, options);
         }
         let n = tokens.shape()[1] - 1;
+        let targets = self.targets(tokens, mask)?;
         let mut options = options.clone();
         if let Some(mask) = options.mask.take() {
             let full = mask.rank() == 2 && mask.shape()[1] == n + 1;
@@ -110,11 +139,11 @@ impl AutoregressiveWrapper {
         }
         options.return_embeddings = true;
         let Output { out, .. } = self.net.forward(&tokens.narrow(1, 0, n)?, &options).context("net")?;
-        self.net.cross_entropy(&out, &tokens.narrow(1, 1, n)?, self.loss.ignore_index).context("net")
+        self.net.cross_entropy(&out, &targets, self.loss.ignore_index).context("net")
     }
 
     /// Computes the loss of a model that reads the last token too.
-    fn loss_of_all(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
+    fn loss_of_all(&self, tokens: &Tensor, mask: Option<&Tensor>, options: &ForwardOptions) -> Result<Tensor> {
         let LossPlan { ignore_index, pad_value, .. } = self.loss;
         let constant = |value: i64| Tensor::full((), value as f64, DType::I64, tokens.device());
         let n = tokens.dim(1)?;
@@ -132,7 +161,7 @@ impl AutoregressiveWrapper {
             options.self_attn_kv_mask = Some(drawn_mask(&read, self.loss.mask_prob, draws)?);
         }
         let Output { out, scores, .. } = self.net.forward(&read, &options).context("net")?;
-        let (out, targets) = (out.narrow(1, 0, n - 1)?, tokens.narrow(1, 1, n - 1)?);
+        let (out, targets) = (out.narrow(1, 0, n - 1)?, self.targets(&tokens, mask)?);
         let loss = self.net.cross_entropy(&out, &targets, ignore_index).context("net")?;
         match self.loss.attn_z_loss {
             true => loss.add(&z_loss(&scores)?.to_dtype(loss.dtype())?),
@@ -146,6 +175,11 @@ impl AutoregressiveWrapper {
     #[doc(alias = "quantize_dynamic")]
     pub fn quantize(&mut self, kind: QuantType) -> Result<()> {
         self.net.quantize(kind).context("net")
+    }
+
+    /// Returns how many tokens of a row of this many the model reads to compute the loss.
+    pub(crate) fn tokens_read(&self, row: usize) -> usize {
+        if self.loss.reads_all { row } else { row - 1 }
     }
 
     /// Returns the token that fills a row after its end.

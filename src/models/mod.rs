@@ -12,6 +12,7 @@ mod embeddings;
 mod encoder_decoder;
 mod ends;
 mod generate;
+mod lora;
 mod model;
 mod model_inputs;
 mod pool;
@@ -35,6 +36,8 @@ pub use continuous_autoregressive::ContinuousAutoregressiveWrapper;
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
 pub use ends::{RowEnd, StopMatcher};
 pub use generate::{GenerateOptions, TokenStream};
+pub(crate) use lora::LoraTarget;
+pub use lora::{LoraAdapter, LoraOptions};
 pub use model::{Model, RunOptions};
 pub use pool::AttentionPool;
 #[cfg(feature = "cuda")]

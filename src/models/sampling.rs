@@ -201,7 +201,7 @@ fn only_mass(row: &[f64], enough: &dyn Fn(f64) -> bool) -> Vec<f64> {
     let probabilities = softmax(row);
     let mut before = 0.0;
     // Ties in the order of tokens.
-    let order = order(row.len(), &|a, b| row[b].total_cmp(&row[a]));
+    let order = order(row.len(), |a, b| row[b].total_cmp(&row[a]));
     let kept = order.into_iter().enumerate().take_while(|&(rank, token)| {
         let stays = rank == 0 || !enough(before);
         before += probabilities[token];

@@ -233,9 +233,14 @@ impl TransformerWrapper {
     /// Replaces weights by packed ones: those of linear layers, and the table of token embeddings.
     pub(crate) fn pack(&mut self, packer: Packer) -> Result<()> {
         self.token_emb.pack(packer).context("token_emb")?;
-        self.attn_layers.pack(packer).context("attn_layers")?;
-        self.project_emb.iter_mut().try_for_each(|linear| linear.pack(packer)).context("project_emb")?;
+        self.for_linears(&mut |linear| linear.pack(packer))?;
         self.to_logits.iter_mut().try_for_each(|linear| linear.pack(packer)).context("to_logits")
+    }
+
+    /// Calls `f` with each linear layer but that of the logits.
+    pub(super) fn for_linears(&mut self, f: &mut dyn FnMut(&mut Linear) -> Result<()>) -> Result<()> {
+        self.attn_layers.for_linears(f).context("attn_layers")?;
+        self.project_emb.iter_mut().try_for_each(f).context("project_emb")
     }
 
     /// Returns the layers.

@@ -3,7 +3,7 @@
 use std::{borrow::Cow, sync::Arc};
 
 use super::{
-    Attention, AttentionInput, Branch, FeedForward, Norm, Packer, Past, Residual, Rotation, cache::Decode,
+    Attention, AttentionInput, Branch, FeedForward, Linear, Norm, Past, Residual, Rotation, cache::Decode,
     residual::Stream, wrap::Wrap,
 };
 use crate::{
@@ -29,7 +29,7 @@ pub(super) struct Layer {
 #[derive(Clone, Debug)]
 enum Function {
     Attention(Box<Attention>),
-    FeedForward(FeedForward),
+    FeedForward(Box<FeedForward>),
     Custom(Arc<dyn Branch>),
 }
 
@@ -66,7 +66,7 @@ impl Layer {
                 let rotary = rotary.filter(|_| plan.rotary.is_some());
                 Function::Attention(Box::new(Attention::new(plan, rotary, &place)?))
             }
-            (None, BranchPlan::FeedForward(plan)) => Function::FeedForward(FeedForward::new(plan, &place)?),
+            (None, BranchPlan::FeedForward(plan)) => Function::FeedForward(Box::new(FeedForward::new(plan, &place)?)),
             (None, BranchPlan::Custom) => {
                 return Err(Error::argument("layers", "a custom branch requires `AttentionLayers::with_branches`"));
             }
@@ -83,11 +83,11 @@ impl Layer {
         }
     }
 
-    /// Replaces weights of linear layers by packed ones; a custom branch is unchanged.
-    pub fn pack(&mut self, packer: Packer) -> Result<()> {
+    /// Calls `f` with each linear layer; those of a custom branch are not known.
+    pub fn for_linears(&mut self, f: &mut dyn FnMut(&mut Linear) -> Result<()>) -> Result<()> {
         match &mut self.function {
-            Function::Attention(attention) => attention.linears_mut().try_for_each(|linear| linear.pack(packer)),
-            Function::FeedForward(feedforward) => feedforward.linears_mut().try_for_each(|linear| linear.pack(packer)),
+            Function::Attention(attention) => attention.linears_mut().try_for_each(f),
+            Function::FeedForward(feedforward) => feedforward.linears_mut().try_for_each(f),
             Function::Custom(_) => Ok(()),
         }
     }

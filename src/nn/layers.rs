@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    AttentionInput, Branch, ForwardOptions, LayersCache, Linear, Norm, Packer, RelativePositionBias, Rotation,
+    AttentionInput, Branch, ForwardOptions, LayersCache, Linear, Norm, RelativePositionBias, Rotation,
     attention::{causal_mask, soft_clamp},
     cache::{Decode, LayerCache},
     layer::Layer,
@@ -139,10 +139,10 @@ impl AttentionLayers {
         Ok(Self { plan, layers, bias, rotary, infused, polar, adaptive_mlp: network, stream_emb, final_norm })
     }
 
-    /// Replaces weights of linear layers by packed ones; norms, gates and custom branches are unchanged.
-    pub(crate) fn pack(&mut self, packer: Packer) -> Result<()> {
+    /// Calls `f` with each linear layer of the branches; those of norms, gates and custom branches are not among them.
+    pub(crate) fn for_linears(&mut self, f: &mut dyn FnMut(&mut Linear) -> Result<()>) -> Result<()> {
         let mut layers = self.layers.iter_mut().enumerate();
-        layers.try_for_each(|(index, layer)| layer.pack(packer).context(format_args!("layers.{index}")))
+        layers.try_for_each(|(index, layer)| layer.for_linears(f).context(format_args!("layers.{index}")))
     }
 
     /// Returns the plan of the layers, in which custom branches are [`BranchPlan::Custom`].

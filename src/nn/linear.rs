@@ -1,7 +1,8 @@
 //! Linear layers and embedding tables.
 
+use super::lora::Lora;
 use crate::{
-    DType, Device, Init, Param, ParamStore, Result, Tensor,
+    DType, Device, Error, Init, LeafId, Param, ParamStore, Result, Tensor,
     ops::{Activation, PackedMatrix},
 };
 
@@ -13,6 +14,8 @@ enum Weight {
         matrix: PackedMatrix,
         /// Type of the parameter before.
         dtype: DType,
+        /// Its identity.
+        leaf: LeafId,
     },
 }
 
@@ -24,8 +27,8 @@ impl Weight {
     fn pack(&mut self, packer: Packer) -> Result<()> {
         let Self::Param(param) = self else { return Ok(()) };
         if let Some(matrix) = packer(param)? {
-            let dtype = param.tensor().dtype();
-            *self = Self::Packed { matrix, dtype };
+            let (dtype, leaf) = (param.tensor().dtype(), param.leaf());
+            *self = Self::Packed { matrix, dtype, leaf };
         }
         Ok(())
     }
@@ -40,7 +43,24 @@ impl Weight {
     fn floats(&self) -> Result<Tensor> {
         match self {
             Self::Param(weight) => Ok(weight.tensor()),
-            Self::Packed { matrix, dtype } => matrix.dequantize(*dtype),
+            Self::Packed { matrix, dtype, .. } => matrix.dequantize(*dtype),
+        }
+    }
+
+    fn leaf(&self) -> LeafId {
+        match self {
+            Self::Param(param) => param.leaf(),
+            Self::Packed { leaf, .. } => *leaf,
+        }
+    }
+
+    fn shape(&self) -> [usize; 2] {
+        match self {
+            Self::Param(param) => {
+                let tensor = param.tensor();
+                [tensor.shape()[0], tensor.shape()[1]]
+            }
+            Self::Packed { matrix, .. } => matrix.shape(),
         }
     }
 }
@@ -61,6 +81,7 @@ impl Weight {
 pub struct Linear {
     weight: Weight,
     bias: Option<Param>,
+    lora: Option<Box<Lora>>,
 }
 
 impl Linear {
@@ -99,12 +120,65 @@ impl Linear {
         Ok(Self {
             weight: Weight::Param(store.param("weight", [fan_out, fan_in], weight)?),
             bias: bias.map(|bias| store.param("bias", [fan_out], bias)).transpose()?,
+            lora: None,
         })
     }
 
     /// Computes the layer: `[.., in] → [.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.weight.linear(x, self.bias.as_ref().map(Param::tensor).as_ref())
+        let bias = self.bias.as_ref().map(Param::tensor);
+        match (&self.lora, bias) {
+            (None, bias) => self.weight.linear(x, bias.as_ref()),
+            (Some(_), None) => self.product(x),
+            (Some(_), Some(bias)) => self.product(x)?.add(&bias),
+        }
+    }
+
+    /// Computes the layer without bias.
+    fn product(&self, x: &Tensor) -> Result<Tensor> {
+        let y = self.weight.linear(x, None)?;
+        match &self.lora {
+            None => Ok(y),
+            Some(lora) => lora.apply(self, x, y),
+        }
+    }
+
+    /// Returns the identity of the weight, which a packed one keeps.
+    pub(crate) fn leaf(&self) -> LeafId {
+        self.weight.leaf()
+    }
+
+    /// Returns the sizes of the weight, `[out, in]`.
+    pub(crate) fn sizes(&self) -> [usize; 2] {
+        self.weight.shape()
+    }
+
+    /// Returns the weight, `[out, in]`; a packed one is dequantised.
+    pub(crate) fn values(&self) -> Result<Tensor> {
+        self.weight.floats()
+    }
+
+    /// Returns `true` if there is a low-rank update.
+    pub(crate) fn has_lora(&self) -> bool {
+        self.lora.is_some()
+    }
+
+    /// Sets the low-rank update.
+    pub(crate) fn set_lora(&mut self, lora: Option<Lora>) {
+        self.lora = lora.map(Box::new);
+    }
+
+    /// Adds the low-rank update to the weight and removes it; a packed weight is replaced by what it is dequantised to.
+    pub(crate) fn merge_lora(&mut self) -> Result<()> {
+        let Some(lora) = &self.lora else { return Ok(()) };
+        match &self.weight {
+            Weight::Param(param) => param.set(lora.merged(&param.tensor())?)?,
+            Weight::Packed { .. } => {
+                return Err(Error::argument("merge_lora", "weights are quantised; merge into the dequantised model"));
+            }
+        }
+        self.lora = None;
+        Ok(())
     }
 
     /// Returns the weight, `[out, in]`; a packed one is dequantised.
@@ -120,7 +194,7 @@ impl Linear {
     /// Computes `activation(x Wᵀ + b)`, with the bias fused into the activation.
     pub fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let Some(bias) = &self.bias else { return activation.of(&self.forward(x)?) };
-        self.weight.linear(x, None)?.add_activation(&bias.tensor(), activation)
+        self.product(x)?.add_activation(&bias.tensor(), activation)
     }
 
     /// Computes the mean cross-entropy of the outputs, see [`Tensor::linear_cross_entropy`].
@@ -132,7 +206,7 @@ impl Linear {
     /// Like [`Linear::activated`], but with a gated unit: `[.., in] → [.., out / 2]`, see [`Tensor::glu`].
     pub fn gated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let Some(bias) = &self.bias else { return self.forward(x)?.glu(activation) };
-        self.weight.linear(x, None)?.add_glu(&bias.tensor(), activation)
+        self.product(x)?.add_glu(&bias.tensor(), activation)
     }
 }
 
@@ -176,7 +250,7 @@ impl Embedding {
     pub fn forward(&self, indices: &Tensor) -> Result<Tensor> {
         match &self.weight {
             Weight::Param(table) => table.tensor().embedding(indices),
-            Weight::Packed { matrix, dtype } => matrix.embedding(indices, *dtype),
+            Weight::Packed { matrix, dtype, .. } => matrix.embedding(indices, *dtype),
         }
     }
 

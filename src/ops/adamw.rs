@@ -1,4 +1,4 @@
-//! Training steps over all parameters at once: gradient norm, AdamW update, moving average.
+//! Training steps over all parameters at once: gradient norm, update by an optimizer's rule, moving average.
 //!
 //! Tensors are cut into chunks of a fixed size and every chunk of every tensor is a task of one parallel loop, or a
 //! block of one launch, so that many small parameters keep all threads as busy as one large one. The chunks depend only
@@ -6,7 +6,10 @@
 
 use std::{ops::Range, sync::Mutex};
 
-use super::many::{Group, Table, by_device};
+use super::{
+    many::{Group, Table, by_device},
+    momentum::{Lion, Sgd, lion_chunk, sgd_chunk},
+};
 use crate::{
     DType, Device, Error, Result, Tensor,
     collect::CollectVec,
@@ -141,23 +144,42 @@ vectorized! {
     }
 }
 
-/// One parameter of an AdamW step. All tensors are packed, of one shape, and the written ones uniquely owned.
+/// One parameter of a step. All tensors are packed, of one shape, and the written ones uniquely owned.
 pub(crate) struct Update<'a> {
     pub value: &'a mut Tensor,
     /// Gradient, in the dtype of the parameter or of its state.
     pub grad: &'a Tensor,
-    /// Running mean of the gradient; like that of its square below, f64 for an f64 parameter and f32 otherwise.
-    pub exp_avg: &'a mut Tensor,
-    pub exp_avg_sq: &'a mut Tensor,
+    /// Running mean of the gradient, and of its square, where the rule has them; f64 for an f64 parameter and f32
+    /// otherwise.
+    pub means: [Option<&'a mut Tensor>; 2],
     /// The parameter in f32, from which a half-precision value is rounded.
     pub master: Option<&'a mut Tensor>,
-    /// Number of updates of this parameter, including this one.
-    pub step: u64,
+    pub rule: Rule,
 }
 
-/// Settings shared by all parameters of an AdamW step.
-#[derive(Clone, Copy)]
+/// Rule of a parameter's update, with its numbers for this step.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Rule {
+    AdamW(Settings),
+    Sgd(Sgd),
+    Lion(Lion),
+}
+
+impl Rule {
+    pub fn kernel(&self) -> &'static str {
+        match self {
+            Self::AdamW(_) => "adamw_step",
+            Self::Sgd(_) => "momentum_sgd",
+            Self::Lion(_) => "momentum_lion",
+        }
+    }
+}
+
+/// Settings of an AdamW step.
+#[derive(Clone, Copy, PartialEq)]
 pub(crate) struct Settings {
+    /// Number of updates of the parameter, including this one.
+    pub step: u64,
     pub lr: f64,
     pub beta1: f64,
     pub beta2: f64,
@@ -168,67 +190,69 @@ pub(crate) struct Settings {
 }
 
 fn check(updates: &[Update<'_>]) -> Result<()> {
-    for Update { value, grad, .. } in updates {
-        ensure!(
-            value.shape() == grad.shape() && value.device() == grad.device(),
-            Error::shape(
-                "adamw",
-                format_args!(
-                    "the parameter is {:?} {}, but its gradient is {:?} {}",
-                    value.shape(),
-                    value.device(),
-                    grad.shape(),
-                    grad.device()
-                )
+    updates.iter().try_for_each(|Update { value, grad, .. }| check_gradient(value, grad))
+}
+
+/// Checks that a gradient belongs to a parameter.
+pub(crate) fn check_gradient(value: &Tensor, grad: &Tensor) -> Result<()> {
+    ensure!(
+        value.shape() == grad.shape() && value.device() == grad.device(),
+        Error::shape(
+            "optimizer",
+            format_args!(
+                "the parameter is {:?} {}, but its gradient is {:?} {}",
+                value.shape(),
+                value.device(),
+                grad.shape(),
+                grad.device()
             )
-        );
-        ensure!(
-            [value.dtype(), value.dtype().accumulator()].contains(&grad.dtype()),
-            Error::dtype(
-                "adamw",
-                format_args!("the parameter is {}, but its gradient is {}", value.dtype(), grad.dtype())
-            )
-        );
-    }
+        )
+    );
+    ensure!(
+        [value.dtype(), value.dtype().accumulator()].contains(&grad.dtype()),
+        Error::dtype(
+            "optimizer",
+            format_args!("the parameter is {}, but its gradient is {}", value.dtype(), grad.dtype())
+        )
+    );
     Ok(())
 }
 
-/// Compiles the kernel of a step for parameters and gradients of these kinds, unless it is there already.
+/// Compiles these kernels for parameters and gradients of these dtypes, unless they are there already.
 ///
 /// A first compilation takes seconds: nobody should wait for it on a parameter's lock.
-pub(crate) fn compile(kernel: &'static str, kinds: impl Iterator<Item = (Device, DType, DType)>) -> Result<()> {
-    for Group { gpu, key: [dtype, of_grad], .. } in
-        by_device(kinds, |(device, dtype, of_grad)| (device.clone(), [*dtype, *of_grad])).1
-    {
+pub(crate) fn compile(kinds: impl Iterator<Item = (&'static str, Device, [DType; 2])>) -> Result<()> {
+    let (_, groups) = by_device(kinds, |(kernel, device, dtypes)| (device.clone(), (*kernel, *dtypes)));
+    for Group { gpu, key: (kernel, [dtype, of_grad]), .. } in groups {
         gpu.kernel(kernel, &[("DTYPE", dtype.name()), ("GRAD", of_grad.name())])?;
     }
     Ok(())
 }
 
-/// Performs one AdamW step on all parameters.
+/// Updates all parameters, each by its rule: on a GPU one launch for all that share rule, numbers and dtypes.
 ///
 /// Errors, before anything is changed: a gradient of a dtype that is neither the parameter's nor its state's, of
 /// another shape or on another device.
-pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> {
+pub(crate) fn update(updates: Vec<Update<'_>>) -> Result<()> {
     check(&updates)?;
     let (on_cpu, groups) = by_device(updates, |update| {
-        (update.value.device().clone(), (update.value.dtype(), update.grad.dtype(), update.step))
+        (update.value.device().clone(), ([update.value.dtype(), update.grad.dtype()], update.rule))
     });
-    for (index, Group { gpu, key: (dtype, of_grad, step), items }) in groups.into_iter().enumerate() {
-        adamw_cuda(gpu, &format!("adamw {index}"), [dtype, of_grad], items, Factors::<f64>::new(settings, step))?;
+    for (index, Group { gpu, key: (dtypes, rule), items }) in groups.into_iter().enumerate() {
+        launch(gpu, &format!("update {index}"), dtypes, rule, items)?;
     }
     let mut tasks = Vec::new();
     for update in on_cpu {
-        dispatch_real!(update.value.dtype(), R, cut::<R>(update, settings, &mut tasks)?);
+        dispatch_real!(update.value.dtype(), R, cut::<R>(update, &mut tasks)?);
     }
     run(tasks);
     Ok(())
 }
 
-/// Like [`adamw`], but reads its numbers on the device when it runs, and does nothing if `grad_scale`, a scalar there,
+/// Performs an AdamW step like [`update`], but reads its numbers on the device when it runs, and does nothing if `grad_scale`, a scalar there,
 /// is NaN. `factors`: addresses of the seven [`Settings::factors`] of each update.
 ///
-/// Errors: those of [`adamw`], or parameters that are not all on one GPU.
+/// Errors: those of [`update`], or parameters that are not all on one GPU.
 #[cfg(feature = "cuda")]
 pub(crate) fn adamw_recorded(updates: Vec<Update<'_>>, factors: &[Address], grad_scale: &Tensor) -> Result<()> {
     check(&updates)?;
@@ -252,28 +276,47 @@ pub(crate) fn adamw_recorded(updates: Vec<Update<'_>>, factors: &[Address], grad
     Ok(())
 }
 
-/// Returns a parameter's row in the kernel's table.
+/// Returns a parameter's row in the kernels' tables: value, gradient, both means, master.
 fn row(update: Update<'_>) -> Result<([Address; 5], usize)> {
-    let master = update.master.map_or(Ok(Address::NULL), Tensor::address_mut)?;
-    let state = [update.exp_avg.address_mut()?, update.exp_avg_sq.address_mut()?];
-    let (value, grad) = (update.value.address_mut()?, update.grad.address()?);
-    Ok(([value, grad, state[0], state[1], master], update.grad.numel()))
+    let address = |tensor: Option<&mut Tensor>| tensor.map_or(Ok(Address::NULL), Tensor::address_mut);
+    let [mean, square] = update.means;
+    let (mean, square, master) = (address(mean)?, address(square)?, address(update.master)?);
+    Ok(([update.value.address_mut()?, update.grad.address()?, mean, square, master], update.grad.numel()))
 }
 
-/// Performs one step, in one launch, on parameters with the same dtype and number of updates.
-fn adamw_cuda(
+/// Performs one step, in one launch, on parameters with the same dtypes and rule.
+fn launch(
     gpu: &'static dyn Gpu,
     name: &str,
     [dtype, of_grad]: [DType; 2],
+    rule: Rule,
     updates: Vec<Update<'_>>,
-    factors: Factors<f64>,
 ) -> Result<()> {
-    let table = Table::new(gpu, name, updates.into_iter().map(row))?;
-    let Factors { grad_scale, decay, mean, beta2, square, rate, correction, eps } = factors;
-    gpu.kernel("adamw_step", &[("DTYPE", dtype.name()), ("GRAD", of_grad.name())])?.launch(
-        table.grid(),
-        args![&table.rows, table.tensors as u32, grad_scale, decay, mean, beta2, square, rate, correction, eps],
-    )
+    let rows = updates.into_iter().map(row);
+    let table = match rule {
+        Rule::AdamW(_) => Table::new(gpu, name, rows)?,
+        // The kernels of at most one mean.
+        _ => Table::new(
+            gpu,
+            name,
+            rows.map(|row| row.map(|([value, grad, mean, _, master], numel)| ([value, grad, mean, master], numel))),
+        )?,
+    };
+    let kernel = gpu.kernel(rule.kernel(), &[("DTYPE", dtype.name()), ("GRAD", of_grad.name())])?;
+    let (rows, tensors, grid) = (&table.rows, table.tensors as u32, table.grid());
+    match rule {
+        Rule::AdamW(settings) => {
+            let factors = Factors::<f64>::new(settings);
+            let Factors { grad_scale, decay, mean, beta2, square, rate, correction, eps } = factors;
+            kernel.launch(grid, args![rows, tensors, grad_scale, decay, mean, beta2, square, rate, correction, eps])
+        }
+        Rule::Sgd(Sgd { scale, couple, momentum, gain, own, mix, decay, rate }) => {
+            kernel.launch(grid, args![rows, tensors, scale, couple, momentum, gain, own, mix, decay, rate])
+        }
+        Rule::Lion(Lion { scale, beta1, mean1, beta2, mean2, decay, rate }) => {
+            kernel.launch(grid, args![rows, tensors, scale, beta1, mean1, beta2, mean2, decay, rate])
+        }
+    }
 }
 
 /// Work on one chunk.
@@ -289,25 +332,35 @@ fn run(tasks: Vec<Task<'_>>) {
     });
 }
 
-fn cut<'a, R: Real>(update: Update<'a>, settings: Settings, tasks: &mut Vec<Task<'a>>) -> Result<()> {
-    const OP: &str = "adamw";
-    let factors = Factors::<R>::new(settings, update.step);
+fn cut<'a, R: Real>(update: Update<'a>, tasks: &mut Vec<Task<'a>>) -> Result<()> {
+    const OP: &str = "optimizer";
+    let factors = match update.rule {
+        Rule::AdamW(settings) => RuleOf::AdamW(Factors::<R>::new(settings)),
+        Rule::Sgd(factors) => RuleOf::Sgd(factors.cast()),
+        Rule::Lion(factors) => RuleOf::Lion(factors.cast()),
+    };
     let grad = update.grad.floats(OP)?;
-    let mut masters = update.master.map(|master| Ok(master.values_mut::<R>()?.chunks_mut(CHUNK))).transpose()?;
-    let chunks = update
-        .value
-        .floats_mut(OP)?
-        .chunks(CHUNK)
-        .into_iter()
-        .zip(update.exp_avg.values_mut::<R>()?.chunks_mut(CHUNK))
-        .zip(update.exp_avg_sq.values_mut::<R>()?.chunks_mut(CHUNK));
-    for (index, ((value, mean), square)) in chunks.enumerate() {
+    let chunks =
+        |tensor: Option<&'a mut Tensor>| tensor.map(|at| Ok(at.values_mut::<R>()?.chunks_mut(CHUNK))).transpose();
+    let [mean, square] = update.means;
+    let (mut means, mut squares, mut masters) = (chunks(mean)?, chunks(square)?, chunks(update.master)?);
+    for (index, value) in update.value.floats_mut(OP)?.chunks(CHUNK).into_iter().enumerate() {
         let grad = grad.range(index * CHUNK..grad.len().min((index + 1) * CHUNK));
-        let master = masters.as_mut().and_then(Iterator::next);
-        let mut chunk = Chunk { value, master, grad, mean, square, factors };
+        let [mean, square, master] =
+            [&mut means, &mut squares, &mut masters].map(|chunks| chunks.as_mut().and_then(Iterator::next));
+        let mut chunk =
+            Chunk { value, master, grad, mean: mean.unwrap_or_default(), square: square.unwrap_or_default(), factors };
         tasks.push(Box::new(move || chunk.step()));
     }
     Ok(())
+}
+
+/// Rule with its numbers in the state's type.
+#[derive(Clone, Copy)]
+enum RuleOf<R> {
+    AdamW(Factors<R>),
+    Sgd(Sgd<R>),
+    Lion(Lion<R>),
 }
 
 /// Part of one parameter, updated by one task.
@@ -315,9 +368,10 @@ struct Chunk<'a, R> {
     value: FloatsMut<'a>,
     master: Option<&'a mut [R]>,
     grad: Floats<'a>,
+    /// Running means, empty if the rule has none.
     mean: &'a mut [R],
     square: &'a mut [R],
-    factors: Factors<R>,
+    factors: RuleOf<R>,
 }
 
 impl<R: Real> Chunk<'_, R> {
@@ -326,23 +380,33 @@ impl<R: Real> Chunk<'_, R> {
         let (mut gradients, mut weights) = (Vec::new(), Vec::new());
         for tile in tiles(grad.len()) {
             let grad = grad.range(tile.clone()).to_slice(&mut gradients);
-            let (mean, square) = (&mut mean[tile.clone()], &mut square[tile.clone()]);
+            let (mean, square) = (part(mean, &tile), part(square, &tile));
             let mut value = value.part(tile.clone());
+            let mut step = |weights: &mut [R]| match *factors {
+                RuleOf::AdamW(factors) => step_chunk(weights, grad, mean, square, factors),
+                RuleOf::Sgd(factors) => sgd_chunk(weights, grad, mean, factors),
+                RuleOf::Lion(factors) => lion_chunk(weights, grad, mean, factors),
+            };
             if let Some(master) = master.as_mut().map(|master| &mut master[tile]) {
                 // A value that differs from the rounded master was set elsewhere since, and takes precedence.
                 value.replace_unless_rounded(master);
-                step_chunk(master, grad, mean, square, *factors);
+                step(master);
                 value.write(master);
             } else if let Some(value) = value.direct_mut::<R>() {
-                step_chunk(value, grad, mean, square, *factors);
+                step(value);
             } else {
                 weights.resize(grad.len(), R::ZERO);
                 value.values().read(&mut weights);
-                step_chunk(&mut weights, grad, mean, square, *factors);
+                step(&mut weights);
                 value.write(&weights);
             }
         }
     }
+}
+
+/// Returns a part of a running mean, which is empty if there is none.
+fn part<'a, R>(mean: &'a mut [R], tile: &Range<usize>) -> &'a mut [R] {
+    mean.get_mut(tile.clone()).unwrap_or_default()
 }
 
 /// Numbers of an AdamW step in the state's type, computed in f64 as in PyTorch.
@@ -367,15 +431,15 @@ impl Settings {
     /// Returns the numbers of a parameter's step that the kernel reads from memory: decay, `1 − β₁`, `β₂`, `1 − β₂`,
     /// rate, correction, eps.
     #[cfg(feature = "cuda")]
-    pub fn factors(self, step: u64) -> [f64; 7] {
-        let Factors { decay, mean, beta2, square, rate, correction, eps, .. } = Factors::<f64>::new(self, step);
+    pub fn factors(self) -> [f64; 7] {
+        let Factors { decay, mean, beta2, square, rate, correction, eps, .. } = Factors::<f64>::new(self);
         [decay, mean, beta2, square, rate, correction, eps]
     }
 }
 
 impl<A: Real> Factors<A> {
-    fn new(settings: Settings, step: u64) -> Self {
-        let Settings { lr, beta1, beta2, eps, weight_decay, grad_scale } = settings;
+    fn new(settings: Settings) -> Self {
+        let Settings { step, lr, beta1, beta2, eps, weight_decay, grad_scale } = settings;
         let correction = |beta: f64| 1.0 - libm::pow(beta, step as f64);
         Self {
             grad_scale: A::from_f64(grad_scale),

@@ -5,7 +5,11 @@ use bytemuck::{Pod, Zeroable};
 use crate::{
     DType, Device, Error, Result, Shape, Tensor,
     autograd::{Backward, InputGrads, computed, needs, record},
-    device::{Gpu, Grid, args, cpu, simd::vectorized},
+    device::{
+        Gpu, Grid, args, cpu,
+        f16_rows::{in_f32, is_f16},
+        simd::vectorized,
+    },
     dtype::{Float, Real, dispatch_float},
     error::ensure,
     shape::{Layout, collapse_layouts},
@@ -65,9 +69,9 @@ macro_rules! binary {
             }
 
             #[inline(always)]
-            fn zip<T: Float>(self, y: &mut [T], pairs: Pairs<T>) {
+            fn zip<T: Float>(self, y: &mut [T], a: &[T], b: &[T]) {
                 match self {
-                    $(Self::$Type => zip_with::<T, $Type>(y, pairs),)*
+                    $(Self::$Type => zip_with::<T, $Type>(y, a, b),)*
                 }
             }
 
@@ -161,7 +165,7 @@ fn binary(f: Function, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         Device::Cpu => dispatch_float!(op, a.dtype(), T, {
             let layouts = [&a.layout().expand(shape), &b.layout().expand(shape)];
             let operands = [a.storage::<T>()?, b.storage::<T>()?];
-            for_pairs::<T, T>(y.values_mut::<T>()?, &shape, layouts, operands, &|y, pairs| zip(f, y, pairs));
+            for_pairs::<T, T>(y.values_mut::<T>()?, &shape, layouts, operands, &|y, a, b| zip(f, y, a, b));
             Ok(())
         })?,
         Device::Gpu(gpu) => launch_binary(*gpu, op, &mut y, a, b)?,
@@ -188,52 +192,50 @@ pub(super) fn launch_binary(gpu: &dyn Gpu, function: &str, y: &mut Tensor, a: &T
         .launch(Grid::packets(n, a.dtype()), args![y, Storage(a), Storage(b), &layouts[0], &layouts[1], n as i64])
 }
 
-/// Runs of two operands: one number per result, or one for all of them. Half types are read in place: going through
-/// rows in f32, a sum would take twice the time.
-#[derive(Clone, Copy)]
-pub(super) struct Pairs<'a, T> {
-    pub a: &'a [T],
-    pub b: &'a [T],
-}
-
 /// Number of results computed at a time where operands are gathered first.
 const PIECE: usize = 256;
 
-/// Calls `body` with runs of the output and of both operands, which broadcast to its shape.
+/// Calls `body` with runs of the output and of both operands, which broadcast to its shape: one number per result, or one
+/// for all of them. bf16 is read in place: going through rows in f32, a sum would take twice the time.
 #[allow(clippy::type_complexity)]
 pub(super) fn for_pairs<T: Pod + Sync, Y: Send>(
     y: &mut [Y],
     shape: &Shape,
     layouts: [&Layout; 2],
     operands: [&[T]; 2],
-    body: &(dyn Fn(&mut [Y], Pairs<T>) + Sync),
+    body: &(impl Fn(&mut [Y], &[T], &[T]) + Sync),
 ) {
+    let body: &dyn OfPairs<T, Y> = body;
     cpu::for_strided(y, shape, layouts, |y, at, steps| {
         if steps.iter().any(|&step| step > 1) {
             return in_pieces(y, operands, at, steps, body);
         }
         let operand = |of: usize| &operands[of][at[of]..at[of] + if steps[of] == 0 { 1 } else { y.len() }];
-        let pairs = Pairs { a: operand(0), b: operand(1) };
-        body(y, pairs);
+        body.call(y, operand(0), operand(1));
     });
+}
+
+/// Body of [`for_pairs`] behind a pointer: a table of one method, while that of `dyn Fn` compiles each closure twice.
+trait OfPairs<T, Y>: Sync {
+    fn call(&self, y: &mut [Y], a: &[T], b: &[T]);
+}
+
+impl<T, Y, F: Fn(&mut [Y], &[T], &[T]) + Sync> OfPairs<T, Y> for F {
+    fn call(&self, y: &mut [Y], a: &[T], b: &[T]) {
+        self(y, a, b);
+    }
 }
 
 /// Like [`for_pairs`], but for a run whose operands are gathered first.
 #[allow(clippy::type_complexity)]
 #[inline(never)]
-fn in_pieces<T: Pod, Y>(
-    y: &mut [Y],
-    operands: [&[T]; 2],
-    at: [usize; 2],
-    steps: [usize; 2],
-    body: &(dyn Fn(&mut [Y], Pairs<T>) + Sync),
-) {
+fn in_pieces<T: Pod, Y>(y: &mut [Y], operands: [&[T]; 2], at: [usize; 2], steps: [usize; 2], body: &dyn OfPairs<T, Y>) {
     let [mut of_a, mut of_b] = [[T::zeroed(); PIECE]; 2];
     for (index, y) in y.chunks_mut(PIECE).enumerate() {
         let at = |operand: usize| at[operand] + index * PIECE * steps[operand];
         let a = run(operands[0], at(0), steps[0], y.len(), &mut of_a);
         let b = run(operands[1], at(1), steps[1], y.len(), &mut of_b);
-        body(y, Pairs { a, b });
+        body.call(y, a, b);
     }
 }
 
@@ -247,35 +249,26 @@ fn run<'a, T: Pod>(x: &'a [T], at: usize, step: usize, len: usize, memory: &'a m
     &memory[..len]
 }
 
+fn zip<T: Float>(f: Function, y: &mut [T], a: &[T], b: &[T]) {
+    if const { is_f16::<T>() } {
+        in_f32(y, false, [a, b], |y, [a, b]| zip_where_they_lie(f, y, a, b));
+    } else {
+        zip_where_they_lie(f, y, a, b);
+    }
+}
+
 vectorized! {
-    fn zip<T: Float>(f: Function, y: &mut [T], pairs: Pairs<'_, T>) {
-        f.zip(y, pairs);
+    fn zip_where_they_lie<T: Float>(f: Function, y: &mut [T], a: &[T], b: &[T]) {
+        f.zip(y, a, b);
     }
 }
 
 #[inline(always)]
-fn zip_with<T: Float, F: Binary>(y: &mut [T], Pairs { a, b }: Pairs<T>) {
+fn zip_with<T: Float, F: Binary>(y: &mut [T], a: &[T], b: &[T]) {
     let value = |a: T, b: T| T::from_acc(F::value(a.to_acc(), b.to_acc()));
     // Both repeated, or one result.
     if let (&[a], &[b]) = (a, b) {
         return y.fill(value(a, b));
-    }
-    if T::DTYPE == DType::F16 {
-        // Conversions are most of the code and of the time: one loop, with a repeated operand written out.
-        let mut repeated = [T::zeroed(); PIECE];
-        let mut step = y.len();
-        if let (&[x], _) | (_, &[x]) = (a, b) {
-            step = PIECE;
-            repeated[..y.len().min(PIECE)].fill(x);
-        }
-        for (index, y) in y.chunks_mut(step).enumerate() {
-            let range = index * step..index * step + y.len();
-            let (a, b) = (a.get(range.clone()).unwrap_or(&repeated), b.get(range).unwrap_or(&repeated));
-            for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
-                *y = value(*a, *b);
-            }
-        }
-        return;
     }
     match (a, b) {
         (a, &[b]) => {
@@ -355,7 +348,7 @@ fn by_divisor(g: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
                     let g = run(g, at(0), steps[0], y.len(), of_g);
                     let a = run(a, at(1), steps[1], y.len(), of_a);
                     let b = run(b, at(2), steps[2], y.len(), of_b);
-                    zip_by_divisor(y, g, a, b);
+                    quotients(y, g, a, b);
                 }
             });
             Ok(())
@@ -370,6 +363,14 @@ fn by_divisor(g: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         }
     }
     Ok(y)
+}
+
+fn quotients<T: Float>(y: &mut [T], g: &[T], a: &[T], b: &[T]) {
+    if const { is_f16::<T>() } {
+        in_f32(y, false, [g, a, b], |y, [g, a, b]| zip_by_divisor(y, g, a, b));
+    } else {
+        zip_by_divisor(y, g, a, b);
+    }
 }
 
 vectorized! {

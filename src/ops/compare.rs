@@ -79,8 +79,8 @@ fn compare(op: &'static str, operands: [&Tensor; 2], [a, b]: [&Tensor; 2], kind:
                         _ => ([a, b].map(|x| x.storage::<f16>().map(bytemuck::cast_slice)), f16::INFINITY.to_bits()),
                     };
                     let [a, b] = operands;
-                    for_pairs::<u16, u8>(to, &shape, layouts, [a?, b?], &|y, pairs| {
-                        zip_halves(kind, not, infinity, y, pairs.a, pairs.b);
+                    for_pairs::<u16, u8>(to, &shape, layouts, [a?, b?], &|y, a, b| {
+                        zip_halves(kind, not, infinity, y, a, b);
                     });
                 }
             }
@@ -99,7 +99,7 @@ fn compare_as<E: Stored>(
     not: bool,
     y: &mut [u8],
 ) {
-    for_pairs::<E, u8>(y, shape, layouts, operands, &|y, pairs| zip(kind, not, y, pairs.a, pairs.b));
+    for_pairs::<E, u8>(y, shape, layouts, operands, &|y, a, b| zip(kind, not, y, a, b));
 }
 
 /// Stored value that is compared as it is.

@@ -43,6 +43,7 @@ mod views;
 // Not tensor ops: they update the parameters and the state of an optimizer in place.
 pub(crate) mod adamw;
 mod many;
+pub(crate) mod momentum;
 // Not recorded on a tape either: they write and read the buffers of decoding.
 pub(crate) mod cache;
 

@@ -1,11 +1,15 @@
 //! Sums and means over dimensions.
 
+use std::hint::black_box;
+
+use half::f16;
+
 use crate::{
     DType, Device, Element, Error, Result, Tensor,
     autograd::{Backward, InputGrads, computed, discrete, record},
     collect::CollectVec,
     device::{
-        Gpu, Grid, args, cpu,
+        Gpu, Grid, args, cpu, f16_rows,
         rows::{Floats, FloatsMut, In, Out, Sums, for_rows_of},
         simd::vectorized,
         size32,
@@ -217,9 +221,21 @@ fn sum_columns<R: Real>(x: Floats, width: usize, start: usize, out: &mut [R], di
             Floats::F32(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
             Floats::F64(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
             Floats::BF16(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
-            Floats::F16(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
+            Floats::F16(rows) => add_columns_of_f16(rows, width, start, bytemuck::cast_slice_mut(out)),
         }
         out.iter_mut().for_each(|out| *out = *out / divisor);
+    }
+}
+
+/// Like [`add_columns`], with the same bits.
+fn add_columns_of_f16(x: &[f16], width: usize, start: usize, totals: &mut [f32]) {
+    for rows in x.chunks(FEW * width) {
+        let mut sums = [0.0; COLUMNS];
+        let sums = &mut sums[..totals.len()];
+        for row in rows.chunks_exact(width) {
+            f16_rows::add(&row[start..start + sums.len()], sums);
+        }
+        totals.iter_mut().zip(sums).for_each(|(total, sum)| *total += *sum);
     }
 }
 
@@ -273,12 +289,22 @@ fn sum_each_row<R: Real>(x: Floats, mut out: FloatsMut, divisor: R) {
                 Floats::F32(x) => sum_row(x).into(),
                 Floats::F64(x) => sum_row(x),
                 Floats::BF16(x) => sum_row(x).into(),
-                Floats::F16(x) => sum_row(x).into(),
+                Floats::F16(x) => sum_f16(x).into(),
             });
         }
     });
     let sums: Vec<R> = sums.chunks_exact(pieces).map(|sums| sum_row::<R>(sums) / divisor).collect_vec();
     out.write(&sums);
+}
+
+/// Like [`sum_row`], by pieces in f32.
+fn sum_f16(x: &[f16]) -> f32 {
+    let mut piece = [0.0; BLOCK];
+    x.chunks(BLOCK).fold(0.0, |total, x| {
+        let piece = &mut piece[..x.len()];
+        f16_rows::widen(x, piece);
+        total + sum_row::<f32>(piece)
+    })
 }
 
 vectorized! {
@@ -348,15 +374,23 @@ pub(crate) fn fold2<T: Float>(x: &[T], y: &[T], start: T::Acc, f: impl Fn(T, T) 
     total
 }
 
-/// Reduces the lanes to one by halving: unrolled, so that they stay in registers.
+/// Reduces the lanes to one by halving, with constant lengths: a loop over lengths is two kilobytes of code.
 #[inline(always)]
-pub(crate) fn join<A: Real>(mut lanes: [A; LANES], both: impl Fn(A, A) -> A) -> A {
-    for width in [8, 4, 2, 1] {
-        for lane in 0..width {
-            lanes[lane] = both(lanes[lane], lanes[lane + width]);
-        }
+pub(crate) fn join<A: Real>(lanes: [A; LANES], both: impl Fn(A, A) -> A) -> A {
+    // Through memory, where all lanes lie side by side: seeing how they are joined, the compiler would scatter them over
+    // narrow registers, and the loop that fills them takes up to three times as long.
+    let halves = halved::<A, LANES, 8>(black_box(lanes), &both);
+    let [a, b] = halved::<A, 4, 2>(halved::<A, 8, 4>(halves, &both), &both);
+    both(a, b)
+}
+
+#[inline(always)]
+fn halved<A: Real, const N: usize, const HALF: usize>(lanes: [A; N], both: &impl Fn(A, A) -> A) -> [A; HALF] {
+    let mut joined = [A::ZERO; HALF];
+    for lane in 0..HALF {
+        joined[lane] = both(lanes[lane], lanes[lane + HALF]);
     }
-    lanes[0]
+    joined
 }
 
 /// Returns the largest element, `−∞` for an empty slice; ignores NaN.

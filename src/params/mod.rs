@@ -3,7 +3,10 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{
+        Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 mod init;
@@ -44,6 +47,8 @@ pub struct Param(Arc<ParamCell>);
 struct ParamCell {
     leaf: LeafId,
     value: RwLock<Tensor>,
+    /// If `true`, no gradient is computed.
+    frozen: AtomicBool,
 }
 
 impl Param {
@@ -55,12 +60,26 @@ impl Param {
             value.dtype().is_float(),
             Error::dtype("param", format_args!("expected a float parameter, got {}", value.dtype()))
         );
-        Ok(Self(Arc::new(ParamCell { leaf: LeafId::new(), value: RwLock::new(value.detach()) })))
+        let value = RwLock::new(value.detach());
+        Ok(Self(Arc::new(ParamCell { leaf: LeafId::new(), value, frozen: AtomicBool::new(false) })))
     }
 
-    /// Returns the current value, as a leaf of the tape.
+    /// Returns the current value, as a leaf of the tape, or as a constant if the parameter is frozen.
     pub fn tensor(&self) -> Tensor {
-        self.read().with_slot(GradSlot::Leaf(self.0.leaf))
+        if self.requires_grad() { self.read().with_slot(GradSlot::Leaf(self.0.leaf)) } else { self.read().clone() }
+    }
+
+    /// Returns `false` for a frozen parameter, for which no gradient is computed. Default `true`.
+    pub fn requires_grad(&self) -> bool {
+        !self.0.frozen.load(Ordering::Relaxed)
+    }
+
+    /// Freezes the parameter, or thaws it: optimizers leave a parameter without a gradient as it is, weight decay
+    /// included.
+    #[doc(alias = "requires_grad_")]
+    #[doc(alias = "freeze")]
+    pub fn set_requires_grad(&self, requires_grad: bool) {
+        self.0.frozen.store(!requires_grad, Ordering::Relaxed);
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Tensor> {
@@ -181,7 +200,7 @@ impl ParamMap {
     /// Returns the place of each parameter once, under the first of its names, in the order of [`Param::leaf`].
     fn by_leaf(&self) -> Vec<usize> {
         let leaf = |at: usize| self.params.values()[at].leaf();
-        let mut places = order(self.params.len(), &|a, b| leaf(a).cmp(&leaf(b)));
+        let mut places = order(self.params.len(), |a, b| leaf(a).cmp(&leaf(b)));
         places.dedup_by_key(|at| leaf(*at));
         places
     }

@@ -146,7 +146,7 @@ fn all_slide(options: &Options, depth: usize) -> Result<bool> {
 }
 
 /// Names of the token embeddings and of the logits' weights.
-const TABLE: &str = "model.embed_tokens.weight";
+pub(super) const TABLE: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
 /// Returns `true` if a file has a head with values other than the embeddings', which then takes precedence over the
@@ -190,9 +190,15 @@ pub(super) fn of_json(options: &Options, family: Family, file: &TensorFile) -> R
         max_attend_past: max_attend_past(options, family, depth, positions)?,
         tied: options.flag("tie_word_embeddings", false)? && !has_own_head(file)?,
     };
-    let mut names = Names::default();
     // Of two tables with the same values a file may have either.
     let table = if sizes.tied && file.info(TABLE).is_none() { HEAD } else { TABLE };
+    let names = names(&sizes, table);
+    Ok((sizes.config(), names))
+}
+
+/// Names of the weights in `transformers`; `table`: of the embeddings.
+pub(super) fn names(sizes: &Sizes, table: &str) -> Names {
+    let mut names = Names::default();
     names.one("token_emb.weight", table);
     names.one("norm.g", "model.norm.weight");
     for layer in 0..sizes.depth {
@@ -219,5 +225,5 @@ pub(super) fn of_json(options: &Options, family: Family, file: &TensorFile) -> R
     } else {
         names.one("to_logits.weight", HEAD);
     }
-    Ok((sizes.config(), names))
+    names
 }

@@ -134,7 +134,7 @@ pub(super) fn describe(config: &TransformerWrapperConfig, family: Family) -> Res
 /// Returns the sizes of a model that has the architecture of Llama.
 ///
 /// Errors: another architecture, with the first option that it differs in.
-fn sizes(config: &TransformerWrapperConfig) -> Result<Sizes> {
+pub(super) fn sizes(config: &TransformerWrapperConfig) -> Result<Sizes> {
     let layers = &config.attn_layers;
     let (attn, ff) = (&layers.attn, &layers.ff);
     let scaling = match (layers.rotary_llama3_scaling, layers.rotary_yarn_scaling) {

@@ -8,6 +8,7 @@ mod llama;
 mod llama_gguf;
 mod names;
 mod options;
+mod peft;
 mod quantize;
 mod rope;
 mod sentence;
@@ -29,7 +30,7 @@ use self::{
     options::{Options, is_mistaken, json},
 };
 use crate::{
-    DType, Device, Error, ErrorKind, ParamStore, Result,
+    DType, Device, Error, ErrorKind, ParamMap, ParamStore, Result,
     collect::CollectVec,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
     error::ensure,
@@ -217,7 +218,7 @@ impl Pretrained {
     /// memory.
     pub fn model(&self, dtype: DType, device: &Device) -> Result<TransformerWrapper> {
         let new = |store: &ParamStore| TransformerWrapper::new(&self.config, store);
-        self.load(dtype, device, "", new, |model| model)
+        Ok(self.load(dtype, device, "", new, |model| model)?.0)
     }
 
     /// Creates the model with its weights, as a model that generates text; see [`Pretrained::model`].
@@ -225,6 +226,11 @@ impl Pretrained {
     /// Errors: those of [`Pretrained::model`], or a model that is not causal.
     #[doc(alias = "AutoModelForCausalLM")]
     pub fn autoregressive(&self, dtype: DType, device: &Device) -> Result<AutoregressiveWrapper> {
+        Ok(self.load_autoregressive(dtype, device)?.0)
+    }
+
+    /// Like [`Pretrained::autoregressive`], and returns the parameters, those among them too that packed weights replace.
+    fn load_autoregressive(&self, dtype: DType, device: &Device) -> Result<(AutoregressiveWrapper, ParamMap)> {
         ensure!(
             self.family.is_causal(),
             Error::file(
@@ -244,7 +250,7 @@ impl Pretrained {
         place: &str,
         new: impl FnOnce(&ParamStore) -> Result<M>,
         net: impl Fn(&mut M) -> &mut TransformerWrapper,
-    ) -> Result<M> {
+    ) -> Result<(M, ParamMap)> {
         self.check()?;
         // Every parameter is replaced: those of the file by their values, and packed ones by their matrices.
         let store = ParamStore::shapes(dtype, device);
@@ -258,7 +264,7 @@ impl Pretrained {
         }
         let packed = self.names.load(&self.file, &store.params(), place, &may_be_packed)?;
         net(&mut model).pack(&mut |param| Ok(packed.get(&param.leaf()).cloned()))?;
-        Ok(model)
+        Ok((model, store.params()))
     }
 
     /// Checks that file and options fit, before allocating memory for the model.

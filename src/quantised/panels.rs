@@ -56,6 +56,8 @@ pub(super) trait Blocks {
 ///
 /// The methods may be called only where the processor has the instructions, with pointers to the bytes that they read.
 pub(super) unsafe trait Bytes: Copy {
+    /// If `true`, a value is a register, and rows are unpacked without calls.
+    const IN_REGISTERS: bool;
     /// Fetches a cache line, of any address.
     unsafe fn prefetch(at: *const u8);
     /// Loads 32 bytes.
@@ -283,6 +285,15 @@ pub(super) struct Rows<'a> {
     pub ahead: usize,
 }
 
+impl Rows<'_> {
+    /// Returns the first block of each row. Once, and not for each type.
+    #[inline(never)]
+    fn starts(&self) -> [*const u8; ROWS] {
+        let last = (self.bytes.len() / self.row_bytes).min(ROWS) - 1;
+        std::array::from_fn(|row| self.bytes[row.min(last) * self.row_bytes + self.part.start..].as_ptr())
+    }
+}
+
 /// Fills a panel. The bits of `flip` are inverted in every integer. Rows that the matrix does not have are copies of its
 /// last.
 ///
@@ -309,16 +320,25 @@ pub(super) unsafe fn fill<V: Bytes>(rows: &Rows, flip: u8, panel: &mut Panel) {
     }
 }
 
+/// Returns the integers of a group by a call, once for each type.
+///
+/// # Safety
+///
+/// As for [`Blocks::integers`].
+#[inline(never)]
+unsafe fn integers_in_memory<V: Bytes, B: Blocks>(block: *const u8, group: usize) -> V {
+    // SAFETY: see above.
+    unsafe { B::integers(block, group) }
+}
+
 /// # Safety
 ///
 /// As for [`fill`].
 #[inline(always)]
 unsafe fn fill_with<V: Bytes, B: Blocks>(rows: &Rows, flip: u8, panel: &mut Panel) {
-    let last = (rows.bytes.len() / rows.row_bytes).min(ROWS) - 1;
     let (count, groups) = (rows.part.len() / B::BYTES, rows.part.len() / B::BYTES * B::GROUPS);
     assert!(rows.part.end <= rows.row_bytes && groups * GROUP / STEP <= panel.integers.len());
-    let mut blocks: [*const u8; ROWS] =
-        std::array::from_fn(|row| rows.bytes[row.min(last) * rows.row_bytes + rows.part.start..].as_ptr());
+    let mut blocks = rows.starts();
     let mut to = panel.integers.as_mut_ptr().cast::<u8>();
     let of_panel = panel.scales.chunks_exact_mut(B::GROUPS * B::SCALES).zip(panel.offsets.chunks_exact_mut(B::GROUPS));
     for (scales, offsets) in of_panel.take(count) {
@@ -336,16 +356,20 @@ unsafe fn fill_with<V: Bytes, B: Blocks>(rows: &Rows, flip: u8, panel: &mut Pane
                 for first in [0, 8] {
                     // Without a closure, which would not have the instructions of this function.
                     let [a, b, c, d, e, f, g, h] = [0, 1, 2, 3, 4, 5, 6, 7].map(|row| blocks[first + row]);
-                    let rows = [
-                        B::integers::<V>(a, group),
-                        B::integers::<V>(b, group),
-                        B::integers::<V>(c, group),
-                        B::integers::<V>(d, group),
-                        B::integers::<V>(e, group),
-                        B::integers::<V>(f, group),
-                        B::integers::<V>(g, group),
-                        B::integers::<V>(h, group),
-                    ];
+                    let rows = if V::IN_REGISTERS {
+                        [
+                            B::integers::<V>(a, group),
+                            B::integers::<V>(b, group),
+                            B::integers::<V>(c, group),
+                            B::integers::<V>(d, group),
+                            B::integers::<V>(e, group),
+                            B::integers::<V>(f, group),
+                            B::integers::<V>(g, group),
+                            B::integers::<V>(h, group),
+                        ]
+                    } else {
+                        [a, b, c, d, e, f, g, h].map(|block| integers_in_memory::<V, B>(block, group))
+                    };
                     V::interleave(rows, flip, to.add(STEP * first));
                 }
                 to = to.add(GROUP * ROWS);

@@ -6,6 +6,7 @@ use crate::{
     Error, Result,
     device::{
         Device, Gpu, Grid, args, cpu,
+        f16_rows::{in_f32, is_f16},
         rows::{Floats, convert_floats},
         simd::vectorized,
         size32,
@@ -230,6 +231,7 @@ fn pack_turned<E: Pod + Send + Sync>(from: &[E], layout: &Layout, width: usize, 
     let last = layout.shape.rank() - 1;
     let (height, step) = (layout.shape[last - 1], layout.strides[last]);
     cpu::for_rows(bytemuck::cast_slice_mut::<u8, E>(out), width, width, |mut row, mut out| {
+        let mut tile = [E::zeroed(); LONG * LONG];
         while !out.is_empty() {
             // The rows of a band belong to one matrix.
             let (band, rest) = out.split_at_mut(LONG.min(height - row % height).min(out.len() / width) * width);
@@ -242,13 +244,17 @@ fn pack_turned<E: Pod + Send + Sync>(from: &[E], layout: &Layout, width: usize, 
             let rows = band.len() / width;
             for column in (0..width).step_by(LONG) {
                 let columns = LONG.min(width - column);
-                let mut tile = [[E::zeroed(); LONG]; LONG];
-                for (index, tile) in tile[..columns].iter_mut().enumerate() {
-                    tile[..rows].copy_from_slice(&from[start + (column + index) * step..][..rows]);
+                for index in 0..columns {
+                    // Values are moved one by one: gathering them in vectors takes longer.
+                    let from = &from[start + (column + index) * step..][..rows];
+                    for (tile, from) in tile.chunks_exact_mut(LONG).zip(from) {
+                        tile[index] = *from;
+                    }
                 }
-                for (row, band) in band.chunks_exact_mut(width).enumerate() {
-                    for (to, tile) in band[column..column + columns].iter_mut().zip(&tile) {
-                        *to = tile[row];
+                for (tile, band) in tile.chunks_exact(LONG).zip(band.chunks_exact_mut(width)) {
+                    match band[column..].first_chunk_mut::<LONG>() {
+                        Some(band) => band.copy_from_slice(tile),
+                        None => copy_rest(&mut band[column..], tile),
                     }
                 }
             }
@@ -256,6 +262,14 @@ fn pack_turned<E: Pod + Send + Sync>(from: &[E], layout: &Layout, width: usize, 
             out = rest;
         }
     });
+}
+
+/// Copies to the end of a row. By a call: otherwise the compiler joins it with the copy of a whole piece, whose length it
+/// then does not know.
+#[cold]
+#[inline(never)]
+fn copy_rest<E: Copy>(to: &mut [E], from: &[E]) {
+    to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
 }
 
 /// Every conversion goes through f64, which holds each of the types exactly (integers up to 2⁵³).
@@ -312,8 +326,16 @@ fn add_part<T: Float>(sum: &mut Tensor, part: GradSlice, value: &Tensor) -> Resu
     Ok(())
 }
 
+fn add_assign<T: Float>(sum: &mut [T], value: &[T]) {
+    if const { is_f16::<T>() } {
+        in_f32(sum, true, [value], |sum, [value]| add_where_they_lie(sum, value));
+    } else {
+        add_where_they_lie(sum, value);
+    }
+}
+
 vectorized! {
-    fn add_assign<T: Float>(sum: &mut [T], value: &[T]) {
+    fn add_where_they_lie<T: Float>(sum: &mut [T], value: &[T]) {
         for (sum, value) in sum.iter_mut().zip(value) {
             *sum = T::from_acc(sum.to_acc() + value.to_acc());
         }

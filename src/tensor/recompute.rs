@@ -19,9 +19,20 @@ pub(crate) struct Recompute(Arc<Shared>);
 struct Shared {
     /// Number of recipes in the chain that it ends.
     steps: usize,
-    compute: Box<dyn Fn() -> Result<Tensor> + Send + Sync>,
+    compute: Box<dyn Compute>,
     /// Result, kept until the last handle is dropped: several products may need it in turn.
     value: Mutex<Option<Tensor>>,
+}
+
+/// A table of one method, while that of `dyn Fn` compiles each closure twice.
+trait Compute: Send + Sync {
+    fn call(&self) -> Result<Tensor>;
+}
+
+impl<F: Fn() -> Result<Tensor> + Send + Sync> Compute for F {
+    fn call(&self) -> Result<Tensor> {
+        self()
+    }
 }
 
 impl Recompute {
@@ -46,7 +57,7 @@ impl Recompute {
 
     /// Computes the result now, without sharing it.
     fn compute(&self) -> Result<Tensor> {
-        (self.0.compute)()
+        self.0.compute.call()
     }
 
     fn value(&self) -> Result<Tensor> {

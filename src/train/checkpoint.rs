@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{GradScaler, TrainOptions};
+use super::{DataPrint, GradScaler, TrainOptions};
 use crate::{
     Error, ErrorKind, Result, Tensor,
     config::Config,
@@ -35,7 +35,7 @@ const RETRIES: usize = 100;
 /// |---|---|
 /// | `config.json` | the options of the model |
 /// | `model.safetensors` | its weights, by PyTorch's names |
-/// | `optimizer.safetensors` | the state of [`AdamW`](super::AdamW), and averaged weights as `ema.NAME` |
+/// | `optimizer.safetensors` | the state of the [`Optimizer`](super::Optimizer), and averaged weights as `ema.NAME` |
 /// | `training.json` | [`TrainingState`] |
 ///
 /// The four belong together and are replaced together. [`Checkpoint::save`]
@@ -76,6 +76,9 @@ const RETRIES: usize = 100;
 /// a kill at any moment all files end as those of an uninterrupted run (but for the speed in `metrics.csv`, which is
 /// measured). A run that was killed before its first save left no checkpoint and is begun again.
 ///
+/// With `--keep-best` or `--patience`, `DIR/best` is a second checkpoint: that of the step with the lowest validation loss.
+/// It is saved after `DIR/checkpoint`; a run that was killed in between saves it when it is resumed.
+///
 /// `--overwrite` replaces checkpoint, metrics and picture at its first save; before, the old run is whole. It keeps
 /// its rows in memory until then. For the save it writes a file in `DIR/.replacement` that holds its [`TrainingState`]
 /// and the rows, then saves the checkpoint, then replaces `metrics.csv` by the rows, removes `.replacement` and draws
@@ -104,26 +107,21 @@ pub struct TrainingState {
     pub step: u64,
     /// Options of the run, including its random seed.
     pub options: TrainOptions,
-    /// Fingerprint of the training text.
-    pub text: TextPrint,
+    /// Fingerprint of the data.
+    #[serde(alias = "text")]
+    pub data: DataPrint,
     /// Losses up to this step.
     pub losses: Losses,
+    /// Name of the folder beside the files of the checkpoint that has the tokenizer ([`Trainer::set_tokenizer`](
+    /// super::Trainer::set_tokenizer)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<String>,
     /// Loss scaling of a run in f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grad_scaler: Option<GradScaler>,
 }
 
-/// Length and hash that identify a text.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TextPrint {
-    /// Length in bytes.
-    pub bytes: u64,
-    /// Hash in hexadecimal digits.
-    pub fingerprint: String,
-}
-
-/// Losses in nats per byte; `None` before the first one.
+/// Losses in nats per token; `None` before the first one.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Losses {
@@ -135,6 +133,9 @@ pub struct Losses {
     pub last_validation: Option<f64>,
     /// Lowest loss of any validation.
     pub best_validation: Option<f64>,
+    /// Number of validations since the one with the lowest loss.
+    #[serde(default)]
+    pub since_best: u64,
 }
 
 impl<C: Serialize> Checkpoint<C> {

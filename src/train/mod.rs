@@ -1,4 +1,4 @@
-//! Training: text, optimizer, learning-rate schedule, moving averages, checkpoints, and the loop over all of them.
+//! Training: data, optimizers, learning-rate schedule, moving averages, checkpoints, and the loop over all of them.
 
 mod checkpoint;
 mod data;
@@ -16,12 +16,18 @@ mod trainer;
 #[cfg(feature = "cuda")]
 pub use self::recorded::{RecordedInfo, RecordedStep};
 pub use self::{
-    checkpoint::{Checkpoint, Losses, TextPrint, TrainingState},
-    data::ByteText,
+    checkpoint::{Checkpoint, Losses, TrainingState},
+    data::{
+        Batch, BatchRequest, BatchSource, ByteText, DataPrint, Mixture, Sequence, Sequences, TokenBatch, TokenData,
+        TokenFile, TokenFormat, TokenWriter,
+    },
     ema::{Ema, Swapped},
     grad_scaler::GradScaler,
     model::TrainModel,
-    optimizer::{AdamW, AdamWOptions, StepInfo},
+    optimizer::{
+        Adafactor, AdafactorOptions, AdamW, AdamWOptions, AdjustLr, Lion, LionOptions, Muon, MuonOptions, Optimizer,
+        OptimizerKind, OptimizerOptions, ParamGroup, Sgd, SgdOptions, StepInfo,
+    },
     options::TrainOptions,
     schedule::Schedule,
     trainer::{StepReport, Trainer},

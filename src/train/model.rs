@@ -4,26 +4,39 @@ use std::fmt;
 
 use serde_json::Value;
 
+use super::{Batch, TokenBatch, TrainOptions};
 use crate::{
     Error, ParamStore, Result, Tensor,
-    config::{AutoregressivePlan, Config, ModelPlan},
+    config::{AbsolutePositions, AttentionPlan, AutoregressivePlan, BranchPlan, Config, ModelPlan},
+    error::ensure,
     models::{AutoregressiveWrapper, ForwardOptions},
 };
 
 /// Model that a [`Trainer`](super::Trainer) trains: built from options that a checkpoint keeps, with parameters in a
-/// [`ParamStore`] and a loss on windows of tokens.
+/// [`ParamStore`] and a loss on batches of one type.
 pub trait TrainModel: Sized {
     /// Options of the model.
     type Config: fmt::Debug;
+    /// Batches that the model trains on: [`TokenBatch`] for language models.
+    type Batch: Batch;
 
     /// Builds the model and registers its parameters in the store.
     ///
     /// Errors: illegal options.
     fn build(config: &Self::Config, store: &ParamStore) -> Result<Self>;
 
-    /// Computes the mean loss, in nats, of predicting each token from those before it: `[batch, seq_len + 1]` I64 to a
-    /// scalar. All randomness comes from the tape, which makes a resumed run draw the same numbers.
-    fn loss(&self, tokens: &Tensor) -> Result<Tensor>;
+    /// Computes the mean loss of a batch, for language models in nats per predicted token, a scalar. All randomness comes
+    /// from the tape, which makes a resumed run draw the same numbers.
+    fn loss(&self, batch: &Self::Batch) -> Result<Tensor>;
+
+    /// Checks that the model can be trained with these options.
+    ///
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option). By default for
+    /// [`document_mask`](TrainOptions::document_mask), which a model must know about.
+    fn check(_config: &Self::Config, options: &TrainOptions) -> Result<()> {
+        ensure!(!options.document_mask, Error::option("document_mask", "is not supported by this model"));
+        Ok(())
+    }
 
     /// Returns the options as JSON: the content of `config.json` in a checkpoint.
     fn config_to_json(config: &Self::Config) -> Value;
@@ -47,13 +60,55 @@ pub trait TrainModel: Sized {
 impl TrainModel for AutoregressiveWrapper {
     /// Options of an `AutoregressiveWrapper` of either version.
     type Config = Config;
+    type Batch = TokenBatch;
 
     fn build(config: &Config, store: &ParamStore) -> Result<Self> {
         Self::from_plan(plan(config)?, store)
     }
 
-    fn loss(&self, tokens: &Tensor) -> Result<Tensor> {
-        self.loss(tokens, &ForwardOptions::default())
+    fn loss(&self, batch: &TokenBatch) -> Result<Tensor> {
+        let n = self.tokens_read(batch.tokens.dim(1)?);
+        let mut options = ForwardOptions::default();
+        if let Some(documents) = &batch.documents {
+            let documents = documents.narrow(1, 0, n)?;
+            options.attn_mask = Some(documents.unsqueeze(2)?.eq(&documents.unsqueeze(1)?)?.unsqueeze(1)?);
+        }
+        match &batch.loss_mask {
+            None => self.loss(&batch.tokens, &options),
+            Some(mask) => self.masked_loss(&batch.tokens, mask, &options),
+        }
+    }
+
+    /// Options that let a token see others except by attention, or count positions from the start of the row, cannot be
+    /// combined with [`document_mask`](TrainOptions::document_mask).
+    fn check(config: &Config, options: &TrainOptions) -> Result<()> {
+        if !options.document_mask {
+            return Ok(());
+        }
+        let AutoregressivePlan { net, loss } = plan(config)?;
+        let layers = || net.layers.layers.iter();
+        let attention =
+            |what: &dyn Fn(&AttentionPlan) -> bool| layers().any(|layer| layer.branch.attention().is_some_and(what));
+        let positions = &net.layers.positions;
+        let wrong = [
+            ("absolute positions; use rotary or relative ones", net.absolute_positions != AbsolutePositions::None),
+            ("infused positions; use rotary or relative ones", positions.infused),
+            ("polar positions; use rotary or relative ones", positions.polar.is_some()),
+            (
+                "rotated values; set `rotary_qk_only`",
+                attention(&|plan| plan.rotary.as_ref().is_some_and(|rotary| rotary.values)),
+            ),
+            ("memory tokens", net.num_memory_tokens > 0),
+            ("class tokens", net.num_cls_tokens > 0),
+            ("memory keys and values", attention(&|plan| plan.num_mem_kv > 0 || plan.zero_kv)),
+            ("`shift_tokens`", layers().any(|layer| layer.wrap.shifts.is_some())),
+            ("custom branches", layers().any(|layer| layer.branch == BranchPlan::Custom)),
+            ("`mask_prob` and `add_attn_z_loss`", loss.mask_prob > 0.0 || loss.attn_z_loss),
+        ];
+        match wrong.into_iter().find(|(_, on)| *on) {
+            Some((what, _)) => Err(Error::option("document_mask", format_args!("cannot be used with {what}"))),
+            None => Ok(()),
+        }
     }
 
     fn config_to_json(config: &Config) -> Value {

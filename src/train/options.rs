@@ -3,11 +3,15 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    optimizer::{AdamW, AdamWOptions},
+    BatchRequest,
+    optimizer::{
+        AdafactorOptions, AdamWOptions, AdjustLr, LionOptions, MuonOptions, Optimizer, OptimizerKind, OptimizerOptions,
+        ParamGroup, SgdOptions, usual_groups,
+    },
     random::{MAX_MICRO, MAX_STEPS},
     schedule::Schedule,
 };
-use crate::{DType, Error, Result, error::ensure};
+use crate::{DType, Error, ParamMap, Result, error::ensure};
 
 /// Options of a training run; saved with every checkpoint.
 ///
@@ -22,12 +26,16 @@ use crate::{DType, Error, Result, error::ensure};
 pub struct TrainOptions {
     /// Number of steps, each one update of the weights. Default 300.
     pub steps: u64,
-    /// Number of text windows in a micro-batch. Default 8.
+    /// Number of rows in a micro-batch. Default 8.
     pub batch_size: usize,
-    /// Number of bytes that a window predicts. Default 256.
+    /// Number of tokens that a row predicts. Default 256.
     pub seq_len: usize,
     /// Number of micro-batches per step, whose gradients are averaged. Default 1.
     pub accumulate: usize,
+    /// If `true`, rows are taken in a random order, each once an epoch, instead of at random offsets. Default `false`.
+    pub shuffle: bool,
+    /// If `true`, attention stays within documents, which rows pack. Default `false`.
+    pub document_mask: bool,
     /// Peak learning rate. Default 1e-3.
     pub lr: f64,
     /// Number of warmup steps until the peak. Default 30.
@@ -36,19 +44,35 @@ pub struct TrainOptions {
     pub final_lr_ratio: f64,
     /// Maximum global norm of the gradients; larger ones are scaled down. Default 1.
     pub clip: f64,
-    /// AdamW's weight decay. Default 0.01.
+    /// Optimizer. Default AdamW.
+    pub optimizer: OptimizerKind,
+    /// Weight decay. Default 0.01.
     pub weight_decay: f64,
-    /// AdamW's first β. Default 0.9.
+    /// If `true`, all parameters decay, as in PyTorch; else only those of at least two dimensions, as in nanoGPT. Default
+    /// `false`, but `true` for checkpoints written before this option.
+    #[serde(default = "before_decay_all")]
+    pub decay_all: bool,
+    /// First β of AdamW and Lion. Default 0.9.
     pub beta1: f64,
-    /// AdamW's second β. Default 0.99.
+    /// Second β of AdamW and Lion. Default 0.99.
     pub beta2: f64,
-    /// AdamW's ε. Default 1e-8.
+    /// ε of AdamW. Default 1e-8.
     pub eps: f64,
+    /// Momentum of SGD (default 0.9) and Muon (default 0.95).
+    pub momentum: Option<f64>,
+    /// Parameters with a rate, a decay or betas of their own. Default none.
+    pub groups: Vec<ParamGroup>,
     /// Decay of the moving average of the weights, which validation then uses. Default none.
     pub ema_decay: Option<f64>,
     /// Number of steps between validations and checkpoints in the loop around the [`Trainer`](super::Trainer), which
     /// does neither by itself; `xt train --every`. Stored here for resumed runs. Default 100.
     pub every: u64,
+    /// Number of validations without a lower loss after which the loop around the trainer stops (early stopping). Default
+    /// none.
+    pub patience: Option<u64>,
+    /// If `true`, the loop around the trainer keeps a checkpoint of the step with the lowest validation loss. Default
+    /// `false`.
+    pub keep_best: bool,
     /// Seed of the initial weights, the batches and the dropout masks. Default 0.
     pub seed: u64,
     /// Type of the weights and activations. Default f32. With f16 the loss is scaled; see
@@ -63,16 +87,24 @@ impl Default for TrainOptions {
             batch_size: 8,
             seq_len: 256,
             accumulate: 1,
+            shuffle: false,
+            document_mask: false,
             lr: 1e-3,
             warmup: 30,
             final_lr_ratio: 0.1,
             clip: 1.0,
+            optimizer: OptimizerKind::AdamW,
             weight_decay: 0.01,
+            decay_all: false,
             beta1: 0.9,
             beta2: 0.99,
             eps: 1e-8,
+            momentum: None,
+            groups: Vec::new(),
             ema_decay: None,
             every: 100,
+            patience: None,
+            keep_best: false,
             seed: 0,
             dtype: DType::F32,
         }
@@ -93,6 +125,7 @@ impl TrainOptions {
         };
         whole("steps", self.steps, 0, MAX_STEPS)?;
         whole("every", self.every, 1, u64::MAX)?;
+        self.patience.map_or(Ok(()), |patience| whole("patience", patience, 1, u64::MAX))?;
         whole("batch_size", self.batch_size as u64, 1, u32::MAX as u64)?;
         whole("accumulate", self.accumulate as u64, 1, MAX_MICRO)?;
         whole("seq_len", self.seq_len as u64, 1, u32::MAX as u64)?;
@@ -122,7 +155,28 @@ impl TrainOptions {
             self.dtype.is_float(),
             Error::option("dtype", format_args!("expected f32, bf16, f16 or f64, got {}", self.dtype))
         );
-        AdamW::new(self.adamw()).map(drop)
+        let has_momentum = matches!(self.optimizer, OptimizerKind::Sgd | OptimizerKind::Muon);
+        ensure!(
+            self.momentum.is_none() || has_momentum,
+            Error::option("momentum", format_args!("{} does not have it; expected sgd or muon", self.optimizer))
+        );
+        self.optimizer_options().check()
+    }
+
+    /// Returns the request for the batch of a micro-batch of a step, for a model with a vocabulary of `num_tokens`.
+    pub fn request(&self, step: u64, micro: u64, num_tokens: usize) -> BatchRequest {
+        let first = step.wrapping_mul(self.accumulate as u64).wrapping_add(micro).wrapping_mul(self.batch_size as u64);
+        BatchRequest {
+            seed: self.seed,
+            step,
+            micro,
+            first,
+            rows: self.batch_size,
+            seq_len: self.seq_len,
+            num_tokens,
+            shuffle: self.shuffle,
+            documents: self.document_mask,
+        }
     }
 
     /// Returns the learning-rate schedule.
@@ -130,8 +184,47 @@ impl TrainOptions {
         Schedule { lr: self.lr, warmup: self.warmup, steps: self.steps, final_ratio: self.final_lr_ratio }
     }
 
-    /// Returns the hyperparameters of the optimizer.
+    /// Returns the hyperparameters of AdamW.
     pub fn adamw(&self) -> AdamWOptions {
         AdamWOptions { beta1: self.beta1, beta2: self.beta2, eps: self.eps, weight_decay: self.weight_decay }
     }
+
+    /// Returns the hyperparameters of the optimizer. Muon takes steps as large as AdamW's ([`AdjustLr::MatchRmsAdamw`]),
+    /// so that one rate fits both.
+    pub fn optimizer_options(&self) -> OptimizerOptions {
+        let &Self { beta1, beta2, weight_decay, momentum, .. } = self;
+        match self.optimizer {
+            OptimizerKind::AdamW => OptimizerOptions::AdamW(self.adamw()),
+            OptimizerKind::Sgd => {
+                let momentum = momentum.unwrap_or(0.9);
+                OptimizerOptions::Sgd(SgdOptions { momentum, weight_decay, ..Default::default() })
+            }
+            OptimizerKind::Lion => OptimizerOptions::Lion(LionOptions { beta1, beta2, weight_decay }),
+            OptimizerKind::Adafactor => {
+                OptimizerOptions::Adafactor(AdafactorOptions { weight_decay, ..Default::default() })
+            }
+            OptimizerKind::Muon => {
+                let defaults = MuonOptions::default();
+                let momentum = momentum.unwrap_or(defaults.momentum);
+                let (adjust_lr, adamw) = (AdjustLr::MatchRmsAdamw, self.adamw());
+                OptimizerOptions::Muon(MuonOptions { momentum, weight_decay, adjust_lr, adamw, ..defaults })
+            }
+        }
+    }
+
+    /// Creates the optimizer of a run: with [`TrainOptions::groups`], then without decay of vectors unless
+    /// [`TrainOptions::decay_all`], and with embeddings and logits left to AdamW by Muon.
+    ///
+    /// Errors: those of [`OptimizerOptions::build`].
+    pub fn build_optimizer(&self, params: &ParamMap) -> Result<Box<dyn Optimizer>> {
+        let options = self.optimizer_options();
+        // First the user's, which are checked: those that follow need not match anything.
+        let groups = [self.groups.clone(), usual_groups(self.optimizer, self.decay_all, params)].concat();
+        options.build(&groups, params)
+    }
+}
+
+/// [`TrainOptions::decay_all`] of a checkpoint that does not say.
+fn before_decay_all() -> bool {
+    true
 }

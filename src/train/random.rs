@@ -10,6 +10,8 @@ pub(super) enum Purpose {
     Batch = 1,
     /// Seed of a tape, which determines the dropout masks.
     Tape = 2,
+    /// Order of the rows of an epoch.
+    Shuffle = 3,
 }
 
 /// Maximum number of micro-batches in a step.

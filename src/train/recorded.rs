@@ -2,14 +2,14 @@
 
 use std::{cell::RefCell, collections::BTreeMap};
 
-use super::{AdamW, StepInfo, optimizer::check};
+use super::{AdamW, Optimizer, StepInfo, optimizer::check};
 use crate::{DType, Device, Error, ErrorKind, Graph, ParamMap, Result, Tape, Tensor, error::ensure};
 
 /// Training step as a CUDA graph: loss, gradients, clipping and AdamW, recorded once and replayed with one driver call.
 ///
 /// The numbers that change from step to step lie in a small buffer on the device, which [`RecordedStep::step`] fills
 /// before the replay: the learning rate, the factors that follow from the number of the step, and the scale of the
-/// loss. The weights are those of [`AdamW::step`] to the bit, if all parameters have one dtype.
+/// loss. The weights are those of [`AdamW`]'s own step to the bit, if all parameters have one dtype.
 ///
 /// Weights and state are updated in place: a step is an error while another tensor shares them, for instance one from
 /// [`ParamMap::state_dict`].
@@ -49,7 +49,7 @@ impl RecordedStep {
     /// Records the step that begins with `loss`, a function of the inputs and the parameters, which is called three
     /// times. Recording changes no weight.
     ///
-    /// `inputs`: packed tensors on one GPU, with the shapes of all later ones. `clip`: as in [`AdamW::step`].
+    /// `inputs`: packed tensors on one GPU, with the shapes of all later ones. `clip`: as in [`Optimizer::step`].
     ///
     /// Errors: dropout, whose masks a graph would repeat; a loss of more than one element; gradients of several dtypes;
     /// and those of [`Graph::capture`].
@@ -64,7 +64,7 @@ impl RecordedStep {
         let device = inputs.first().map_or(Device::Cpu, |input| input.device().clone());
         ensure!(device != Device::Cpu, Error::argument("graph", "expected at least one input on a GPU"));
         let optimizer = RefCell::new(optimizer);
-        let factors = optimizer.borrow().factors(params, 0.0);
+        let factors = optimizer.borrow().engine.factors(params, 0.0);
         // NaN: the run before the recording computes everything and updates nothing.
         let numbers = numbers(&[f64::NAN, 1.0], &factors, &device)?;
         let scale = Tensor::full([1], 1.0, DType::F64, &device)?;
@@ -77,7 +77,7 @@ impl RecordedStep {
             let loss = loss(inputs)?;
             ensure!(loss.numel() == 1, Error::new(ErrorKind::NotScalar { shape: loss.shape().to_vec() }));
             let grads = tape.backward_with(&loss, &scale.to_dtype(loss.dtype())?.reshape(*loss.shape())?)?;
-            let (norm, names) = optimizer.borrow_mut().record(params, &grads, given, factors)?;
+            let (norm, names) = optimizer.borrow_mut().engine.record(params, &grads, given, factors)?;
             Ok(Recorded { loss: loss.detach(), norm, names })
         };
         // Creates the optimizer's state, which must not lie in memory that the graph reuses.
@@ -113,7 +113,7 @@ impl RecordedStep {
             );
         }
         ensure!(
-            self.optimizer.is_unique(),
+            self.optimizer.engine.is_unique(),
             Error::argument(
                 "graph",
                 "another tensor shares the optimizer's state, which the step overwrites; drop or copy that tensor"
@@ -121,7 +121,7 @@ impl RecordedStep {
         );
         let device = self.graph.output().norm.device().clone();
         let given = [1.0 / scale, self.clip.unwrap_or(f64::INFINITY)];
-        let numbers = numbers(&given, &self.optimizer.factors(&self.params, lr), &device)?;
+        let numbers = numbers(&given, &self.optimizer.engine.factors(&self.params, lr), &device)?;
         let scale = Tensor::full([1], scale, DType::F64, &device)?;
         let all: Vec<Tensor> = inputs.iter().cloned().chain(numbers).chain([scale]).collect();
         let Recorded { loss, norm, names } = self.graph.replay(&all)?;
@@ -131,7 +131,7 @@ impl RecordedStep {
             Error::new(ErrorKind::NonFinite { step: self.optimizer.steps(), what: "gradient norm".to_string() })
         );
         let info = StepInfo { grad_norm, updated: names.len() };
-        self.optimizer.advance(names.iter().map(String::as_str));
+        self.optimizer.engine.advance(names.iter().map(String::as_str));
         Ok(RecordedInfo { loss: loss.clone(), info })
     }
 
@@ -140,7 +140,7 @@ impl RecordedStep {
         self.optimizer.steps()
     }
 
-    /// Returns a copy of the optimizer's state, as [`AdamW::state_dict`] does.
+    /// Returns a copy of the optimizer's state, as [`Optimizer::state_dict`] does.
     pub fn state_dict(&self) -> Result<BTreeMap<String, Tensor>> {
         let copy = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_owned_copy()?));
         self.optimizer.state_dict()?.into_iter().map(copy).collect()

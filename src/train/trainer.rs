@@ -1,12 +1,14 @@
 //! Training loop.
 
-use std::{cell::Cell, collections::BTreeMap, fmt, io, path::Path};
+use std::{cell::Cell, collections::BTreeMap, fmt, io, path::Path, sync::Arc};
 
 use serde_json::Value;
 
 use super::{
-    AdamW, ByteText, Checkpoint, Ema, GradScaler, Losses, StepInfo, TextPrint, TrainModel, TrainOptions, TrainingState,
+    Batch, BatchSource, Checkpoint, DataPrint, Ema, GradScaler, Losses, Optimizer, StepInfo, TokenBatch, TrainModel,
+    TrainOptions, TrainingState,
     checkpoint::{CONFIG, EMA},
+    data::Ahead,
     random::{MAX_STEPS, tape_seed},
 };
 use crate::{
@@ -18,11 +20,12 @@ use crate::{
     ops::adamw::square_norms,
 };
 
-/// Trainer of a byte-level model on a text, step by step: an [`AutoregressiveWrapper`], or any [`TrainModel`] with
+/// Trainer of a model on the batches of a source, step by step: an [`AutoregressiveWrapper`], or any [`TrainModel`] with
 /// [`Trainer::start`] and [`Trainer::resume_from`].
 ///
 /// All randomness depends on the seed and the number of the step: a run that is saved, killed and resumed ends with
-/// the same bits as an uninterrupted one, on any number of threads.
+/// the same bits as an uninterrupted one, on any number of threads. A thread prepares the batches ahead of the step
+/// ([`Trainer::set_workers`]), which changes no bit either.
 ///
 /// Half types train with f32 master weights in the optimizer and the loss in f32, f16 also with a scaled loss
 /// ([`GradScaler`]).
@@ -56,25 +59,26 @@ use crate::{
 pub struct Trainer<M: TrainModel = AutoregressiveWrapper> {
     config: M::Config,
     options: TrainOptions,
-    text: ByteText,
-    print: TextPrint,
+    data: Ahead<M::Batch>,
+    print: DataPrint,
     device: Device,
     model: M,
     params: ParamMap,
-    optimizer: AdamW,
+    optimizer: Box<dyn Optimizer>,
     ema: Option<Ema>,
     scaler: Option<GradScaler>,
     step: u64,
     losses: Cell<Losses>,
+    tokenizer: Option<String>,
 }
 
 impl<M: TrainModel> fmt::Debug for Trainer<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { config, options, text, device, step, .. } = self;
+        let Self { config, options, print, device, step, .. } = self;
         f.debug_struct("Trainer")
             .field("config", config)
             .field("options", options)
-            .field("text", text)
+            .field("data", print)
             .field("device", device)
             .field("step", step)
             .finish_non_exhaustive()
@@ -87,13 +91,13 @@ impl<M: TrainModel> fmt::Debug for Trainer<M> {
 pub struct StepReport {
     /// Index of the step, from 0.
     pub step: u64,
-    /// Loss before the update, in nats per byte, averaged over the micro-batches.
+    /// Loss before the update, in nats per token, averaged over the micro-batches.
     pub loss: f64,
     /// Global norm of all gradients, before clipping; infinite in a skipped step.
     pub grad_norm: f64,
     /// Learning rate.
     pub lr: f64,
-    /// Number of predicted bytes.
+    /// Number of targets: predicted tokens.
     pub tokens: u64,
     /// If `true`, the weights were not updated because the gradients of a scaled loss were not finite.
     pub skipped: bool,
@@ -102,19 +106,28 @@ pub struct StepReport {
 impl Trainer {
     /// Starts a run with random weights.
     ///
-    /// Errors: [`ErrorKind::Option`] for an illegal config or illegal options, a text too short for `seq_len`, or bytes
-    /// in it that the model has no tokens for.
-    pub fn new(config: impl Into<Config>, options: TrainOptions, text: ByteText, device: &Device) -> Result<Self> {
-        Self::start(config.into(), options, text, device)
+    /// Errors: [`ErrorKind::Option`] for an illegal config or illegal options, and those of [`BatchSource::check`]: data
+    /// too short for `seq_len`, or tokens that the model does not have.
+    pub fn new(
+        config: impl Into<Config>,
+        options: TrainOptions,
+        data: impl BatchSource<Batch = TokenBatch> + 'static,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::start(config.into(), options, data, device)
     }
 
     /// Resumes a run from a checkpoint of [`Trainer::save`]. An interrupted save is completed first
     /// ([`Checkpoint::complete`]), unless the folder cannot be written.
     ///
-    /// Errors: those of [`Checkpoint::load`] and [`Checkpoint::complete`]; a text other than the run's
+    /// Errors: those of [`Checkpoint::load`] and [`Checkpoint::complete`]; data other than the run's
     /// ([`ErrorKind::Option`]); weights or a state that do not fit the config, with the name of the file.
-    pub fn resume(folder: impl AsRef<Path>, text: ByteText, device: &Device) -> Result<Self> {
-        Self::resume_from(folder, text, device)
+    pub fn resume(
+        folder: impl AsRef<Path>,
+        data: impl BatchSource<Batch = TokenBatch> + 'static,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::resume_from(folder, data, device)
     }
 }
 
@@ -122,36 +135,75 @@ impl<M: TrainModel> Trainer<M> {
     /// Starts a run of any model, like [`Trainer::new`].
     ///
     /// Errors: those of [`Trainer::new`] and [`TrainModel::build`].
-    pub fn start(config: M::Config, options: TrainOptions, text: ByteText, device: &Device) -> Result<Self> {
+    pub fn start(
+        config: M::Config,
+        options: TrainOptions,
+        data: impl BatchSource<Batch = M::Batch> + 'static,
+        device: &Device,
+    ) -> Result<Self> {
         let store = ParamStore::new(options.seed, options.dtype, device);
-        Self::build(config, options, text, store)
+        Self::build(config, options, Arc::new(data), store, None)
     }
 
-    fn build(config: M::Config, options: TrainOptions, text: ByteText, store: ParamStore) -> Result<Self> {
+    /// Starts a run with given weights, a state dict, which are converted to the dtype of the options: a model that was
+    /// trained before goes on with other data and options, and a new optimizer.
+    ///
+    /// Errors: those of [`Trainer::start`] and [`ParamMap::load`].
+    pub fn start_from(
+        config: M::Config,
+        weights: &BTreeMap<String, Tensor>,
+        options: TrainOptions,
+        data: impl BatchSource<Batch = M::Batch> + 'static,
+        device: &Device,
+    ) -> Result<Self> {
+        let store = ParamStore::zeros(options.dtype, device);
+        Self::build(config, options, Arc::new(data), store, Some(weights))
+    }
+
+    fn build(
+        config: M::Config,
+        options: TrainOptions,
+        data: Arc<dyn BatchSource<Batch = M::Batch>>,
+        store: ParamStore,
+        weights: Option<&BTreeMap<String, Tensor>>,
+    ) -> Result<Self> {
         options.check(M::max_seq_len(&config))?;
-        text.check(options.seq_len)?;
-        let (largest, num_tokens) = (text.bytes().iter().copied().max().unwrap_or(0), M::num_tokens(&config));
-        ensure!(
-            usize::from(largest) < num_tokens,
-            Error::option(
-                "num_tokens",
-                format_args!("expected more than {largest} (the largest byte of the text), got {num_tokens}")
-            )
-        );
+        M::check(&config, &options)?;
+        data.check(&options.request(0, 0, M::num_tokens(&config)))?;
         let model = M::build(&config, &store)?;
         let params = store.params();
-        let optimizer = AdamW::new(options.adamw())?;
+        weights.map_or(Ok(()), |weights| params.load(weights))?;
+        let optimizer = options.build_optimizer(&params)?;
         let ema = options.ema_decay.map(|decay| Ema::new(&params, decay)).transpose()?;
-        let print = TextPrint { bytes: text.bytes().len() as u64, fingerprint: format!("{:016x}", text.fingerprint()) };
+        let print = data.print()?;
         let scaler = (options.dtype == DType::F16).then(GradScaler::default);
-        let (device, losses) = (store.device().clone(), Cell::default());
-        Ok(Self { config, options, text, print, device, model, params, optimizer, ema, scaler, step: 0, losses })
+        let (device, losses, data) = (store.device().clone(), Cell::default(), Ahead::new(data));
+        let (step, tokenizer) = (0, None);
+        Ok(Self {
+            config,
+            options,
+            data,
+            print,
+            device,
+            model,
+            params,
+            optimizer,
+            ema,
+            scaler,
+            step,
+            losses,
+            tokenizer,
+        })
     }
 
     /// Resumes a run of any model, like [`Trainer::resume`].
     ///
     /// Errors: those of [`Trainer::resume`] and [`TrainModel::config_from_json`].
-    pub fn resume_from(folder: impl AsRef<Path>, text: ByteText, device: &Device) -> Result<Self> {
+    pub fn resume_from(
+        folder: impl AsRef<Path>,
+        data: impl BatchSource<Batch = M::Batch> + 'static,
+        device: &Device,
+    ) -> Result<Self> {
         let folder = folder.as_ref();
         match Checkpoint::complete(folder) {
             Err(error)
@@ -164,25 +216,21 @@ impl<M: TrainModel> Trainer<M> {
         let Checkpoint { config, model, optimizer, training } = Checkpoint::<Value>::load_as(folder)?;
         let broken = |error| Error::file(folder.join(CONFIG), format_args!("does not match the checkpoint: {error}"));
         let config = M::config_from_json(config).map_err(broken)?;
-        let TrainingState { step, options, text: print, losses, grad_scaler, .. } = training;
+        let TrainingState { step, options, data: print, losses, grad_scaler, tokenizer, .. } = training;
         ensure!(
             step <= MAX_STEPS,
             Error::file(folder, format_args!("is from step {step}, expected at most {MAX_STEPS}"))
         );
         let store = ParamStore::zeros(options.dtype, device);
-        let mut trainer = Self::build(config, options, text, store).context(folder.display())?;
+        let mut trainer = Self::build(config, options, Arc::new(data), store, None).context(folder.display())?;
         ensure!(
             trainer.print == print,
             Error::option(
-                "text",
+                "data",
                 format_args!(
-                    "the run in {} trains on a text of {} bytes (fingerprint {}), but this text has {} bytes \
-                     (fingerprint {}); use the same text",
+                    "the run in {} trains on {print}, but this is {}; use the same data",
                     folder.display(),
-                    print.bytes,
-                    print.fingerprint,
-                    trainer.print.bytes,
-                    trainer.print.fingerprint
+                    trainer.print
                 )
             )
         );
@@ -193,6 +241,7 @@ impl<M: TrainModel> Trainer<M> {
         trainer.load(model, optimizer, step).context(folder.display())?;
         trainer.step = step;
         trainer.losses = Cell::new(losses);
+        trainer.tokenizer = tokenizer;
         Ok(trainer)
     }
 
@@ -235,25 +284,36 @@ impl<M: TrainModel> Trainer<M> {
     /// Errors, with the weights unchanged: [`ErrorKind::NonFinite`] with the step, and the parameter if one is the
     /// cause, for a loss or a gradient that is NaN or infinite; out of memory.
     pub fn step(&mut self) -> Result<StepReport> {
-        let TrainOptions { batch_size, seq_len, accumulate, seed, .. } = self.options;
+        let TrainOptions { batch_size, accumulate, seed, .. } = self.options;
         let scale = self.scaler.as_ref().map_or(1.0, GradScaler::scale);
-        let mean = 1.0 / accumulate as f64;
-        let mut losses = Vec::new();
+        let (mut losses, mut weights, mut targets) = (Vec::new(), 0.0, 0);
         let mut grads = Gradients::default();
         for micro in 0..accumulate as u64 {
-            let tokens = self.text.batch(seed, self.step, micro, batch_size, seq_len, &self.device)?;
+            let batch = self.batch(micro)?.to_device(&self.device)?;
+            // 1 unless targets are masked: then each counts alike, in whichever batch it is.
+            let weight = batch.weight() / batch_size as f64;
+            if weight == 0.0 {
+                continue;
+            }
+            targets += batch.targets();
+            weights += weight;
             let mut tape = Tape::train(tape_seed(seed, self.step, micro));
-            let output = self.model.loss(&tokens)?;
-            let start = Tensor::full(*output.shape(), scale, output.dtype(), output.device())?;
+            let output = self.model.loss(&batch)?;
+            let start = Tensor::full(*output.shape(), scale * weight, output.dtype(), output.device())?;
             let mut part = tape.backward_with(&output, &start)?;
             if accumulate > 1 {
                 widen(&mut part)?;
             }
             grads.accumulate(part)?;
-            losses.push(output.detach());
+            losses.push((output.detach(), weight));
         }
+        ensure!(
+            weights > 0.0,
+            Error::argument("data", format_args!("no target of step {} counts; use larger batches", self.step))
+        );
+        let mean = 1.0 / weights;
         // Read after all passes are enqueued: a GPU does not wait for the processor in between.
-        let loss = losses.iter().map(Tensor::item).sum::<Result<f64>>()? * mean;
+        let loss = losses.iter().map(|(loss, weight)| Ok(loss.item()? * weight)).sum::<Result<f64>>()? * mean;
         if !loss.is_finite() {
             return Err(self.diverged(&grads));
         }
@@ -265,13 +325,24 @@ impl<M: TrainModel> Trainer<M> {
             loss,
             grad_norm: info.map_or(f64::INFINITY, |info| info.grad_norm),
             lr,
-            tokens: (batch_size * seq_len * accumulate) as u64,
+            tokens: targets,
             skipped: info.is_none(),
         };
         self.step += 1;
         let losses = self.losses.get();
         self.losses.set(Losses { last: Some(loss), best: lower(losses.best, loss), ..losses });
         Ok(report)
+    }
+
+    /// Returns the batch of a micro-step, while those after it are being prepared.
+    fn batch(&mut self, micro: u64) -> Result<M::Batch> {
+        let Self { options, step, data, config, .. } = self;
+        let (accumulate, num_tokens) = (options.accumulate as u64, M::num_tokens(config));
+        let first = *step * accumulate + micro;
+        let request = |index: u64| options.request(index / accumulate, index % accumulate, num_tokens);
+        // None after the last step; a run may be told to go on, and waits for its first batch then.
+        let end = (options.steps * accumulate).max(first + 1);
+        data.batch(request(first), (first + 1..end).map(request))
     }
 
     /// Updates the weights and their average, or returns `None` without an update if a smaller scale of the loss may
@@ -320,30 +391,35 @@ impl<M: TrainModel> Trainer<M> {
         Ok(squares.iter().position(|square| !square.is_finite()).map(|index| names[index]))
     }
 
-    /// Computes the mean loss over 64 windows evenly spaced over the validation part of the text, in nats per byte,
-    /// without dropout and, with `ema_decay`, with the averaged weights.
+    /// Computes the mean loss over the validation set of the source, in nats per token, without dropout and, with
+    /// `ema_decay`, with the averaged weights.
     ///
-    /// Errors: [`ErrorKind::NonFinite`]; out of memory.
+    /// Errors: those of [`BatchSource::validation_batches`]; [`ErrorKind::NonFinite`]; out of memory.
     pub fn validate(&self) -> Result<f64> {
-        let windows = self.text.validation_windows(self.options.seq_len, &self.device)?;
-        let count = windows.dim(0)?;
+        let request = self.options.request(0, 0, M::num_tokens(&self.config));
+        let batches = self.data.source().validation_batches(&request)?;
+        let weights: f64 = batches.iter().map(Batch::weight).sum();
+        ensure!(weights > 0.0, Error::argument("data", "no target of the validation set counts"));
         let total = self.evaluate(|model| {
             let mut total = 0.0;
-            for start in (0..count).step_by(self.options.batch_size) {
-                let length = self.options.batch_size.min(count - start);
-                let tokens = windows.narrow(0, start, length)?;
-                total += model.loss(&tokens)?.item()? * length as f64;
+            for batch in batches.iter().filter(|batch| batch.weight() > 0.0) {
+                total += model.loss(&batch.to_device(&self.device)?)?.item()? * batch.weight();
             }
             Ok(total)
         })?;
-        let loss = total / count as f64;
+        let loss = total / weights;
         ensure!(
             loss.is_finite(),
             Error::new(ErrorKind::NonFinite { step: self.step, what: "validation loss".to_string() })
         );
         let losses = self.losses.get();
-        let best = lower(losses.best_validation, loss);
-        self.losses.set(Losses { last_validation: Some(loss), best_validation: best, ..losses });
+        let improved = losses.best_validation.is_none_or(|best| loss < best);
+        self.losses.set(Losses {
+            last_validation: Some(loss),
+            best_validation: lower(losses.best_validation, loss),
+            since_best: if improved { 0 } else { losses.since_best + 1 },
+            ..losses
+        });
         Ok(loss)
     }
 
@@ -382,8 +458,9 @@ impl<M: TrainModel> Trainer<M> {
             version: env!("CARGO_PKG_VERSION").to_string(),
             step: self.step,
             options: self.options.clone(),
-            text: self.print.clone(),
+            data: self.print.clone(),
             losses: self.losses.get(),
+            tokenizer: self.tokenizer.clone(),
             grad_scaler: self.scaler,
         }
     }
@@ -443,9 +520,20 @@ impl<M: TrainModel> Trainer<M> {
         &self.params
     }
 
-    /// Returns the text.
-    pub fn text(&self) -> &ByteText {
-        &self.text
+    /// Returns the source of the batches.
+    pub fn data(&self) -> &dyn BatchSource<Batch = M::Batch> {
+        self.data.source()
+    }
+
+    /// Names the folder beside the files of a checkpoint that has the tokenizer; the caller writes it there.
+    pub fn set_tokenizer(&mut self, name: Option<String>) {
+        self.tokenizer = name;
+    }
+
+    /// Changes the number of threads that prepare batches ahead of the step, 1 at the start; with 0 each step prepares its
+    /// own. Sources that are [in order](BatchSource::in_order) have one at most.
+    pub fn set_workers(&mut self, count: usize) {
+        self.data.set_workers(count);
     }
 
     /// Returns the losses so far.
@@ -474,6 +562,7 @@ mod tests {
     use crate::{
         config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
         models::ForwardOptions,
+        train::ByteText,
     };
 
     /// Gradients that are not finite at any scale are finally an error, with the weights unchanged.
@@ -485,7 +574,7 @@ mod tests {
         let text = ByteText::from_bytes("abcdefgh ".repeat(20))?;
         let config = AutoregressiveConfig { net, ..Default::default() };
         let mut trainer = Trainer::new(config, options, text, &Device::Cpu)?;
-        let tokens = trainer.text.batch(0, 0, 0, 1, 8, &Device::Cpu)?;
+        let tokens = trainer.batch(0)?.tokens;
         let mut tape = Tape::grad();
         let mut grads = tape.backward(&trainer.model.loss(&tokens, &ForwardOptions::default())?)?;
         for grad in grads.tensors_mut() {

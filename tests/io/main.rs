@@ -4,6 +4,7 @@
 mod reference;
 
 mod gguf;
+mod peft;
 mod pretrained;
 mod pretrained_names;
 mod quantised_files;

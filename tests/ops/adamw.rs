@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use x_transformers::{
     DType, Error, ErrorKind, Gradients, Init, Param, ParamStore, Philox, Result, Tape, Tensor,
-    train::{AdamW, AdamWOptions, Schedule},
+    train::{AdamW, AdamWOptions, Optimizer, Schedule},
 };
 
 use crate::common::device;

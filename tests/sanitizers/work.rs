@@ -12,7 +12,7 @@ use x_transformers::{
     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     io::{TensorFile, read_safetensors, write_safetensors},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions},
-    train::{AdamW, AdamWOptions},
+    train::{AdamW, AdamWOptions, Optimizer},
 };
 
 const CPU: Device = Device::Cpu;

@@ -14,7 +14,7 @@ use crate::common::name_of;
 use x_transformers::{
     DType, Device, Error, ErrorKind, Philox, Result, Tensor,
     io::read_safetensors,
-    train::{Checkpoint, Losses, TextPrint, TrainOptions, TrainingState},
+    train::{Checkpoint, DataPrint, Losses, TrainOptions, TrainingState},
 };
 
 const FILES: [&str; 4] = ["config.json", "model.safetensors", "optimizer.safetensors", "training.json"];
@@ -63,8 +63,9 @@ fn checkpoint(step: u64, elements: usize) -> Checkpoint {
             version: "0.0.0".to_string(),
             step,
             options: TrainOptions { lr: 0.1 + 0.2, seed: u64::MAX, ..Default::default() },
-            text: TextPrint { bytes: 17, fingerprint: "00ff".to_string() },
+            data: DataPrint::new("text", 17, 255),
             losses: Losses { last: Some(1.0 / 3.0), best: Some(f64::MIN_POSITIVE), ..Default::default() },
+            tokenizer: None,
             grad_scaler: None,
         },
     }

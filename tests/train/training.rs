@@ -16,9 +16,10 @@ use x_transformers::{
     },
     io::{read_safetensors, write_safetensors},
     models::{AutoregressiveWrapper, ForwardOptions},
-    train::{AdamW, ByteText, Checkpoint, Ema, Schedule, TrainOptions, Trainer},
+    train::{Batch, BatchSource, ByteText, Checkpoint, Ema, OptimizerKind, Schedule, TrainOptions, Trainer},
 };
 
+use super::Folder;
 use crate::common::{device, name_of};
 
 const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
@@ -106,31 +107,6 @@ fn ema_follows_its_formula_and_swaps() -> Result<()> {
     Ok(())
 }
 
-/// A folder that is removed at the end of the test.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("xt-train-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
-        let path = self.0.join(name);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, bytes).unwrap();
-        path
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 #[test]
 fn text_from_files_and_folders() -> Result<()> {
     let folder = Folder::new("text");
@@ -208,41 +184,54 @@ fn text_split_and_windows() -> Result<()> {
     }
     let bytes: Vec<u8> = (0..=255).cycle().take(5000).collect();
     let text = ByteText::from_bytes(bytes.clone())?;
-    let batch = text.batch(1, 2, 3, 200, 20, device())?;
-    assert_eq!((batch.shape().to_vec(), batch.dtype()), (vec![200, 21], DType::I64));
-    let values = batch.to_vec::<i64>()?;
+    let request = |seed, step, micro, batch_size, seq_len| {
+        TrainOptions { seed, batch_size, seq_len, accumulate: 5, ..Default::default() }.request(step, micro, 256)
+    };
+    let tokens = |text: &ByteText, request| text.batch(&request)?.tokens.to_vec::<i64>();
+    let batch = text.batch(&request(1, 2, 3, 200, 20))?;
+    assert_eq!((batch.tokens.shape().to_vec(), batch.tokens.dtype()), (vec![200, 21], DType::I64));
+    assert_eq!((batch.weight(), batch.targets()), (200.0, 4000));
+    assert!(batch.loss_mask.is_none() && batch.documents.is_none());
+    let values = batch.tokens.to_vec::<i64>()?;
     for row in values.chunks(21) {
         let window: Vec<u8> = row.iter().map(|&token| token as u8).collect();
         assert!(text.train().windows(21).any(|part| part == window));
     }
     // The seed, the step and the micro-batch each matter, and nothing else does.
-    assert_eq!(text.batch(1, 2, 3, 200, 20, device())?.to_vec::<i64>()?, values);
+    assert_eq!(tokens(&text, request(1, 2, 3, 200, 20))?, values);
     for (seed, step, micro) in [(2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 3, 2)] {
-        assert_ne!(text.batch(seed, step, micro, 200, 20, device())?.to_vec::<i64>()?, values);
+        assert_ne!(tokens(&text, request(seed, step, micro, 200, 20))?, values);
+    }
+    // The offsets of runs that began with an earlier version.
+    let random = Philox::new(1, 1 << 60 | 2 << 20 | 3);
+    for (row, window) in values.chunks(21).enumerate() {
+        assert_eq!(window[0], (random.below(row as u64, 4480) % 256) as i64, "row {row}");
     }
     // Every offset is drawn, both ends among them.
     let tiny = ByteText::from_bytes((0..200).map(|i| i as u8).collect::<Vec<_>>())?;
     let starts: std::collections::BTreeSet<i64> =
-        tiny.batch(0, 0, 0, 4000, 19, device())?.to_vec::<i64>()?.chunks(20).map(|row| row[0]).collect();
+        tokens(&tiny, request(0, 0, 0, 4000, 19))?.chunks(20).map(|row| row[0]).collect();
     assert_eq!(starts.into_iter().collect::<Vec<_>>(), (0..=160).collect::<Vec<_>>());
 
-    let windows = text.validation_windows(20, device())?;
-    assert_eq!(windows.shape().to_vec(), [64, 21]);
-    for (index, row) in windows.to_vec::<i64>()?.chunks(21).enumerate() {
+    // Batches of at most as many rows as those of a step.
+    let windows = text.validation_batches(&request(0, 0, 0, 25, 20))?;
+    assert_eq!(windows.iter().map(|batch| batch.tokens.shape()[0]).collect::<Vec<_>>(), [25, 25, 14]);
+    let rows = windows.iter().map(|batch| batch.tokens.to_vec::<i64>()).collect::<Result<Vec<_>>>()?.concat();
+    for (index, row) in rows.chunks(21).enumerate() {
         let start = index * (500 - 21) / 63;
         let expected: Vec<i64> = text.validation()[start..start + 21].iter().map(|&byte| byte as i64).collect();
         assert_eq!(row, expected);
     }
     // As long as the validation part, and one longer.
-    assert!(text.validation_windows(499, device()).is_ok());
+    assert!(text.validation_batches(&request(0, 0, 0, 8, 499)).is_ok());
     for seq_len in [500, usize::MAX] {
-        let error = text.validation_windows(seq_len, device()).unwrap_err();
+        let error = text.validation_batches(&request(0, 0, 0, 8, seq_len)).unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Option { key, .. } if key == "text"), "{error}");
-        assert!(text.batch(0, 0, 0, 1, seq_len, device()).is_err());
+        assert!(text.batch(&request(0, 0, 0, 1, seq_len)).is_err());
     }
     // More windows than fit in memory.
-    assert!(text.batch(0, 0, 0, usize::MAX / 64, 20, device()).is_err());
-    assert!(text.batch(0, 0, 0, 1 << 44, 20, device()).is_err());
+    assert!(text.batch(&request(0, 0, 0, usize::MAX / 64, 20)).is_err());
+    assert!(text.batch(&request(0, 0, 0, 1 << 44, 20)).is_err());
     let mut changed = bytes;
     changed[17] ^= 1;
     assert_ne!(ByteText::from_bytes(changed)?.fingerprint(), text.fingerprint());
@@ -272,6 +261,9 @@ fn options_are_checked() {
         ("beta1", TrainOptions { beta1: 1.0, ..fine.clone() }),
         ("beta2", TrainOptions { beta2: f64::NAN, ..fine.clone() }),
         ("eps", TrainOptions { eps: -1.0, ..fine.clone() }),
+        ("momentum", TrainOptions { momentum: Some(0.9), ..fine.clone() }),
+        ("momentum", TrainOptions { optimizer: OptimizerKind::Muon, momentum: Some(1.0), ..fine.clone() }),
+        ("beta1", TrainOptions { optimizer: OptimizerKind::Lion, beta1: 1.0, ..fine.clone() }),
         ("dtype", TrainOptions { dtype: DType::I64, ..fine.clone() }),
     ];
     for (name, options) in cases {
@@ -354,7 +346,7 @@ fn trainer_learns() -> Result<()> {
     Ok(())
 }
 
-/// A step is the mean gradient over the micro-batches, clipped, then AdamW.
+/// A step is the mean gradient over the micro-batches, clipped, then the optimizer.
 #[test]
 fn trainer_step_is_its_definition() -> Result<()> {
     for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-4)] {
@@ -362,13 +354,14 @@ fn trainer_step_is_its_definition() -> Result<()> {
         let mut trainer = trainer(0.0, options.clone())?;
         let store = ParamStore::new(11, dtype, device());
         let model = AutoregressiveWrapper::new(&config(0.0), &store)?;
-        let mut optimizer = AdamW::new(options.adamw())?;
+        let mut optimizer = options.build_optimizer(&store.params())?;
         for step in 0..3 {
             let report = trainer.step()?;
             let mut tape = Tape::grad();
             let mut mean: Option<Tensor> = None;
             for micro in 0..3 {
-                let tokens = text().batch(11, step, micro, 4, 24, device())?;
+                let request = options.request(step, micro, 128);
+                let tokens = text().batch(&request)?.tokens.to_device(device())?;
                 let loss = model.loss(&tokens, &ForwardOptions::default())?.affine(1.0 / 3.0, 0.0)?;
                 mean = Some(match mean {
                     Some(mean) => mean.add(&loss)?,
@@ -412,12 +405,14 @@ fn trainer_same_bits_for_any_number_of_threads() {
 }
 
 /// A run that is saved, dropped and resumed every few steps has the same bits as an uninterrupted one, with dropout,
-/// averaged weights, several micro-batches and every type.
+/// averaged weights, several micro-batches, every type and every optimizer.
 #[test]
 fn trainer_resume_is_exact() -> Result<()> {
     let folder = Folder::new("resume");
-    for dtype in FLOATS {
-        let options = TrainOptions { dtype, accumulate: 2, ema_decay: Some(0.9), lr: 1.0 / 300.0, ..options(9) };
+    let optimizers = OptimizerKind::ALL.map(|optimizer| (DType::F32, optimizer));
+    for (dtype, optimizer) in FLOATS.map(|dtype| (dtype, OptimizerKind::AdamW)).into_iter().chain(optimizers) {
+        let own = TrainOptions { dtype, optimizer, ..options(9) };
+        let options = TrainOptions { accumulate: 2, ema_decay: Some(0.9), lr: 1.0 / 300.0, ..own };
         let mut whole = trainer(0.1, options.clone())?;
         let mut parts = trainer(0.1, options)?;
         let run = folder.0.join(dtype.name());
@@ -449,6 +444,34 @@ fn trainer_resume_is_exact() -> Result<()> {
         })?;
         assert!(bits(&whole, &folder.0.join("whole")) == bits(&parts, &folder.0.join("parts")), "{dtype}");
     }
+    Ok(())
+}
+
+/// A run that began before there were optimizers to choose goes on as it was: AdamW that decays everything.
+#[test]
+fn trainer_resumes_runs_from_before_groups() -> Result<()> {
+    let folder = Folder::new("before-groups");
+    let run = folder.0.join("run");
+    let decays = |decay_all| TrainOptions { weight_decay: 1.0, decay_all, ..options(4) };
+    let (mut whole, mut new) = (trainer(0.0, decays(true))?, trainer(0.0, decays(false))?);
+    for step in 0..4 {
+        whole.step()?;
+        new.step()?;
+        if step == 1 {
+            whole.save(&run)?;
+        }
+    }
+    let path = run.join("training.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    for key in ["optimizer", "decay_all", "momentum", "groups"] {
+        assert!(json["options"].as_object_mut().unwrap().remove(key).is_some(), "{key}");
+    }
+    fs::write(&path, json.to_string()).unwrap();
+    let mut resumed = Trainer::resume(&run, text(), device())?;
+    (0..2).try_for_each(|_| resumed.step().map(drop))?;
+    let state = bits(&whole, &folder.0.join("whole"));
+    assert!(bits(&resumed, &folder.0.join("resumed")) == state);
+    assert!(bits(&new, &folder.0.join("new")) != state, "the default decays vectors too");
     Ok(())
 }
 

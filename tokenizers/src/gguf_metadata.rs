@@ -6,10 +6,12 @@ use serde_json::Value;
 use x_transformers::{
     Result,
     io::{Format, Metadata},
-    pretrained::Pretrained,
+    pretrained::{Family, Pretrained},
 };
 
-use super::{Tokenizer, checked::Checked, decoder, described::Described, file_error, gguf::of_gguf, pretokenizer};
+use super::{
+    Tokenizer, checked::Checked, decoder, described::Described, file_error, gguf::of_gguf, known, pretokenizer,
+};
 
 /// Names of pre-tokenizers, one of each kind, the most common first.
 const PRE_TOKENIZERS: [&str; 15] = [
@@ -76,13 +78,39 @@ impl Tokenizer {
             return Ok(BTreeMap::new());
         }
         let described = Self::described(pretrained, given, "")?;
-        let tokenizer = Self::of(pretrained, given)?;
         let path = given.or(pretrained.folder()).unwrap_or(pretrained.file().path());
+        let ends = pretrained.end_tokens();
+        Self::of(pretrained, given)?.gguf_metadata_of(&described, path, pretrained.config().num_tokens, ends)
+    }
+
+    /// Returns the metadata like [`Tokenizer::gguf_metadata`], for a model of this crate with this many tokens, and the
+    /// tokenizer in a file or a folder; `end` is the token that ends a text.
+    ///
+    /// Errors: those of [`Tokenizer::open`] and [`Tokenizer::gguf_metadata`].
+    pub fn gguf_metadata_of_file(
+        path: impl AsRef<Path>,
+        num_tokens: usize,
+        end: Option<i64>,
+    ) -> Result<BTreeMap<String, Metadata>> {
+        let path = path.as_ref();
+        let family = Family::Llama;
+        let described =
+            if path.is_dir() { known::of_folder(path, family, "") } else { known::of_file(path, family, "") }?;
+        let ends: Vec<i64> = end.into_iter().collect();
+        Self::open(path, family)?.gguf_metadata_of(&described, path, num_tokens, &ends)
+    }
+
+    fn gguf_metadata_of(
+        &self,
+        described: &Described,
+        path: &Path,
+        num_tokens: usize,
+        ends: &[i64],
+    ) -> Result<BTreeMap<String, Metadata>> {
         let json: Value = serde_json::from_str(&described.json).map_err(|why| file_error(path, why))?;
         let broken = |why: &str| file_error(path, format_args!("the tokenizer {why}"));
-        let mut metadata =
-            vocabulary(&tokenizer, &json["model"], pretrained.config().num_tokens).map_err(|why| broken(&why))?;
-        metadata.extend(special(&tokenizer, pretrained));
+        let mut metadata = vocabulary(self, &json["model"], num_tokens).map_err(|why| broken(&why))?;
+        metadata.extend(special(self, ends));
         let bytes = metadata.get(MODEL).and_then(Metadata::as_str) == Some("gpt2");
         let candidates: Vec<(&str, Metadata)> = if bytes {
             // Texts need not show whether words that are tokens go before merges: that is known from the description.
@@ -95,11 +123,11 @@ impl Tokenizer {
         } else {
             [true, false].map(|prefix| ("tokenizer.ggml.add_space_prefix", Metadata::Bool(prefix))).to_vec()
         };
-        let probes = probes(&tokenizer, bytes);
+        let probes = probes(self, bytes);
         let mut differing = None;
         for (key, value) in candidates {
             metadata.insert(key.to_string(), value);
-            let found = differs(&metadata, &tokenizer.shared.inner, &probes)?;
+            let found = differs(&metadata, &self.shared.inner, &probes)?;
             if found.is_none() {
                 return Ok(metadata);
             }
@@ -224,14 +252,13 @@ fn vocabulary(
 }
 
 /// Special tokens, which of them surround a text, and the chat template.
-fn special(tokenizer: &Tokenizer, pretrained: &Pretrained) -> BTreeMap<String, Metadata> {
+fn special(tokenizer: &Tokenizer, ends: &[i64]) -> BTreeMap<String, Metadata> {
     let mut metadata = BTreeMap::new();
     let mut put = |key: &str, value: Metadata| drop(metadata.insert(format!("tokenizer.{key}"), value));
     let named = |name: &str| {
         let (_, spelling) = tokenizer.templates.special.iter().find(|(known, _)| *known == name)?;
         tokenizer.token(spelling)
     };
-    let ends = pretrained.end_tokens();
     let end = named("eos_token").or(ends.first().copied());
     for (key, id) in [
         ("ggml.bos_token_id", named("bos_token")),

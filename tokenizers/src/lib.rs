@@ -29,12 +29,14 @@ mod settings;
 mod stop;
 mod stream;
 mod template;
+mod train;
 mod wordpiece;
 
 pub use chat::{ChatOptions, Message, Variable};
 pub use sentence::{Cut, Embedded, Prompt, SentencePipeline};
 pub use stop::StopStrings;
 pub use stream::TextStream;
+pub use train::learn_byte_level_bpe;
 
 use self::{decoder::Decoder, described::Described, template::Templates};
 
@@ -112,14 +114,18 @@ impl Tokenizer {
         Self::parse("tokenizer.json", json)
     }
 
-    /// Reads the tokenizer in a file or a folder, for models of a family, without a chat template.
+    /// Reads the tokenizer in a file or a folder, for models of a family, with the chat templates in that folder.
     ///
     /// Errors: a file that cannot be read, is damaged, or requires an unsupported feature.
     pub fn open(path: impl AsRef<Path>, family: Family) -> Result<Self> {
         let path = path.as_ref();
-        let described =
-            if path.is_dir() { known::of_folder(path, family, "") } else { known::of_file(path, family, "") }?;
-        Self::without_templates(path, &described)
+        let (described, folder) = match path.is_dir() {
+            true => (known::of_folder(path, family, "")?, path),
+            false => (known::of_file(path, family, "")?, path.parent().unwrap_or(Path::new(""))),
+        };
+        let (inner, decoder) = parsed(path, &described)?;
+        let templates = Templates::of_folder(&inner, folder, family)?;
+        Ok(Self { shared: Arc::new(Shared { inner, decoder }), templates: Arc::new(templates) })
     }
 
     /// Like [`Tokenizer::from_json`], but for the text of a file, which errors name.
@@ -139,6 +145,12 @@ impl Tokenizer {
         self.encoded(text, true)
     }
 
+    /// Returns the tokens of a text by itself, without the special tokens that the model expects around it.
+    #[doc(alias = "add_special_tokens")]
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<i64>> {
+        self.encoded(text, false)
+    }
+
     fn encoded(&self, text: &str, around: bool) -> Result<Vec<i64>> {
         Ok(self.shared.inner.encode(text, around)?.into_iter().map(i64::from).collect())
     }
@@ -154,6 +166,12 @@ impl Tokenizer {
     /// Returns the id of the token with this spelling in the vocabulary, for instance a special one such as `</s>`.
     pub fn token(&self, spelling: &str) -> Option<i64> {
         self.shared.inner.id(spelling).map(i64::from)
+    }
+
+    /// Returns the size of the vocabulary: the highest id of a token, plus 1.
+    #[doc(alias = "vocab_size")]
+    pub fn num_tokens(&self) -> usize {
+        self.shared.inner.raw().get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
     }
 
     /// Creates a stream of the text of tokens that come one at a time after a prompt.

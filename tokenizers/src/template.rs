@@ -67,7 +67,7 @@ impl Templates {
         }
     }
 
-    fn of_folder(tokenizer: &Checked, folder: &Path, family: Family) -> Result<Self> {
+    pub(crate) fn of_folder(tokenizer: &Checked, folder: &Path, family: Family) -> Result<Self> {
         let config = json(&folder.join("tokenizer_config.json"))?;
         let mut named = Vec::new();
         // Templates in files of their own win over the others.

@@ -13,6 +13,7 @@ mod quantize;
 mod refusals;
 mod run;
 mod texts;
+mod tokens;
 mod train;
 mod two;
 mod usage;

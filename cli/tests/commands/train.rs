@@ -61,7 +61,8 @@ fn three_steps_leave_everything() {
     let rows = rows(&run);
     assert_eq!(rows[0], "step,split,loss,bits_per_byte,lr");
     let kinds: Vec<String> = rows[1..].iter().map(|row| row.split(',').take(2).collect::<Vec<_>>().join(" ")).collect();
-    assert_eq!(kinds, ["0 validation", "0 train", "1 train", "2 validation", "2 train", "3 validation"]);
+    let expected = ["0 validation", "0 train", "1 validation", "1 train", "2 validation", "2 train", "3 validation"];
+    assert_eq!(kinds, expected);
     for row in &rows[1..] {
         let numbers: Vec<f64> = row.split(',').skip(2).take(2).map(|x| x.parse().expect("a number")).collect();
         assert!((numbers[0] / std::f64::consts::LN_2 - numbers[1]).abs() < 1e-5, "{row}");
@@ -137,13 +138,13 @@ fn a_resumed_run_goes_on_with_other_steps() {
     let cpu = ["--device", "cpu"];
     let new = ["train", "--text", &corpus, "--out", &out, "--steps", "4", "--every", "3"];
     succeeds(&[&new[..], &TINY, &cpu].concat());
-    assert_eq!(validated(), ["0", "3", "4"]);
+    assert_eq!(validated(), ["0", "1", "2", "3", "4"]);
     let resume = ["train", "--resume", &out, "--text", &corpus, cpu[0], cpu[1]];
     succeeds(&[&resume[..], &["--steps", "7"]].concat());
-    assert_eq!(validated(), ["0", "3", "4", "6", "7"]);
+    assert_eq!(validated(), ["0", "1", "2", "3", "4", "6", "7"]);
     succeeds(&[&resume[..], &["--steps", "9", "--every", "1"]].concat());
     succeeds(&[&resume[..], &["--steps", "11"]].concat());
-    assert_eq!(validated(), ["0", "3", "4", "6", "7", "8", "9", "10", "11"]);
+    assert_eq!(validated(), ["0", "1", "2", "3", "4", "6", "7", "8", "9", "10", "11"]);
 }
 
 /// Obstacles to writing the files of a run are reported before the first step.
@@ -245,4 +246,141 @@ fn a_closed_pipe_is_not_an_error() {
         let output = running.wait_with_output().expect("wait");
         assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()), "{arguments:?}");
     }
+}
+
+/// The first validations come early, and none of them saves.
+#[test]
+fn early_validations() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (corpus, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
+    write_text(&corpus);
+    let train = ["train", "--text", &corpus, "--out", &out, "--steps", "25", "--every", "15", "--device", "cpu"];
+    let output = succeeds(&[&train[..], &TINY].concat());
+    let validated: Vec<String> = rows(&folder.path().join("out"))
+        .iter()
+        .filter(|row| row.contains("validation"))
+        .map(|row| row.split(',').next().expect("a step").to_string())
+        .collect();
+    assert_eq!(validated, ["0", "1", "2", "5", "10", "15", "25"]);
+    assert_eq!(output.matches("saved").count(), 2, "{output}");
+}
+
+/// Ctrl-C saves the step that it ends, and the resumed run is the run that nothing interrupted.
+#[test]
+#[cfg(unix)]
+fn ctrl_c_saves() {
+    use std::process::Command;
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let corpus = path(folder.path(), "text.txt");
+    write_text(&corpus);
+    let (whole, cut) = (path(folder.path(), "whole"), path(folder.path(), "cut"));
+    // A first checkpoint, then none for as long as the test takes.
+    let options = [&["--text", &corpus, "--device", "cpu", "--steps", "400", "--every", "390"][..], &TINY].concat();
+    let mut running = start(&[&["train", "--out", &cut][..], &options].concat()).spawn().expect("xt starts");
+    let table = folder.path().join("cut/metrics.csv");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while fs::read_to_string(&table).map_or(0, |rows| rows.lines().count()) < 20 && Instant::now() < deadline {
+        sleep(Duration::from_millis(2));
+    }
+    let id = running.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &id]).status().expect("kill").success());
+    let _ = running.wait();
+    let output = running.wait_with_output().expect("its output");
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("interrupted after step ") && message.contains("train --resume"), "{message}");
+    let step: u64 =
+        message.split("after step ").nth(1).and_then(|rest| rest.split(',').next()?.parse().ok()).expect("a step");
+    let state = fs::read_to_string(folder.path().join("cut/checkpoint/training.json")).expect("a state");
+    assert!(step < 390 && state.contains(&format!("\"step\": {step},")), "{state}");
+    succeeds(&["train", "--resume", &cut, "--text", &corpus, "--device", "cpu"]);
+    succeeds(&[&["train", "--out", &whole][..], &options].concat());
+    assert_eq!(rows(&folder.path().join("cut")), rows(&folder.path().join("whole")));
+    let weights = |run: &str| fs::read(folder.path().join(run).join("checkpoint/model.safetensors")).expect("read");
+    assert!(weights("cut") == weights("whole"));
+}
+
+/// A run that starts with the weights of another: its first validation is the last one of that run on the same text.
+#[test]
+fn from_another_run() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (corpus, first, second) =
+        (path(folder.path(), "text.txt"), path(folder.path(), "first"), path(folder.path(), "second"));
+    write_text(&corpus);
+    let cpu = ["--device", "cpu"];
+    succeeds(
+        &[&["train", "--text", &corpus, "--out", &first, "--steps", "20", "--lr", "0.01"][..], &TINY, &cpu].concat(),
+    );
+    let tune = ["train", "--text", &corpus, "--from", &first, "--out", &second, "--steps", "2", "--seq-len", "8"];
+    succeeds(&[&tune[..], &["--lr", "0.001"], &cpu].concat());
+    let [before, after] = ["first", "second"].map(|name| rows(&folder.path().join(name)));
+    let loss = |row: &String| row.split(',').nth(2).expect("a loss").to_string();
+    assert_eq!(loss(&after[1]), loss(before.last().expect("a row")));
+    assert!(after[1].starts_with("0,validation,"), "{after:?}");
+    let config = |run: &str| fs::read(folder.path().join(run).join("checkpoint/config.json")).expect("a config");
+    assert!(config("first") == config("second"));
+    // The checkpoint itself may be named; the model comes from it alone.
+    let checkpoint = path(folder.path(), "first/checkpoint");
+    let third = path(folder.path(), "third");
+    succeeds(
+        &[&["train", "--text", &corpus, "--from", &checkpoint, "--out", &third, "--steps", "1"][..], &cpu].concat(),
+    );
+    let long = fails(&[&tune[..9], &["--overwrite", "--seq-len", "9"], &cpu].concat());
+    assert!(long.contains("seq_len"), "{long}");
+    assert!(fails(&["train", "--from", "none", "--text", &corpus]).contains("none"));
+    for conflict in [&["--dim", "16"][..], &["--set", "ff_glu=true"], &["--resume", &first]] {
+        refuses(&[&["train", "--from", &first][..], conflict].concat());
+    }
+}
+
+#[test]
+fn a_dry_run_writes_nothing() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (corpus, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
+    write_text(&corpus);
+    let train = ["train", "--text", &corpus, "--out", &out, "--dry-run", "--steps", "1000"];
+    let output = succeeds(&[&train[..], &TINY].concat());
+    for part in ["parameters  ", "memory  ", "tokens/s", "for 1000 steps", "nothing was written"] {
+        assert!(output.contains(part), "{part:?} in\n{output}");
+    }
+    assert!(!Path::new(&out).exists());
+    // What the run would refuse, it refuses.
+    assert!(fails(&[&train[..], &["--seq-len", "8", "--lr", "0"]].concat()).contains("lr"));
+}
+
+/// A run whose loss does not become lower stops, and keeps the best weights; killed or not, it ends alike.
+#[test]
+fn early_stopping_keeps_the_best() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (corpus, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
+    write_text(&corpus);
+    // Far too fast after a while.
+    let options =
+        ["--steps", "400", "--every", "5", "--patience", "4", "--lr", "0.3", "--warmup", "200", "--device", "cpu"];
+    let output = succeeds(&[&["train", "--text", &corpus, "--out", &out][..], &options, &TINY[..10]].concat());
+    assert!(output.contains("no lower loss in ") && output.contains("best"), "{output}");
+    let table = rows(&folder.path().join("out"));
+    let validations: Vec<(u64, f64)> = table
+        .iter()
+        .filter(|row| row.contains("validation"))
+        .map(|row| {
+            let columns: Vec<&str> = row.split(',').collect();
+            (columns[0].parse().expect("a step"), columns[2].parse().expect("a loss"))
+        })
+        .collect();
+    let saved: Vec<_> = validations.iter().filter(|(step, _)| step % 5 == 0 && *step > 0).collect();
+    let lowest = validations.iter().map(|(_, loss)| *loss).fold(f64::INFINITY, f64::min);
+    let last = saved.last().expect("a validation").0;
+    assert!(last < 400 && saved.len() > 5, "{validations:?}");
+    let state = fs::read_to_string(folder.path().join("out/best/training.json")).expect("the best");
+    let best: u64 = validations.iter().find(|(_, loss)| *loss == lowest).expect("the lowest").0;
+    if best.is_multiple_of(5) {
+        assert!(state.contains(&format!("\"step\": {best},")), "{best}: {state}");
+    }
+    succeeds(&["generate", "--checkpoint", &path(folder.path(), "out/best"), "--length", "5"]);
+    // Nothing is left to do, also when the best was not saved any more.
+    let before = fs::read(folder.path().join("out/checkpoint/model.safetensors")).expect("weights");
+    let resumed = succeeds(&["train", "--resume", &out, "--text", &corpus, "--device", "cpu"]);
+    assert!(resumed.contains("stopped at step") && !resumed.contains("validation loss"), "{resumed}");
+    assert!(fs::read(folder.path().join("out/checkpoint/model.safetensors")).expect("weights") == before);
 }

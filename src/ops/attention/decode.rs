@@ -14,6 +14,7 @@ use crate::{
     autograd::{computed, discrete},
     device::{
         Gpu, Grid, args, cpu,
+        f16_rows::widen,
         rows::{Floats, Out, Sums, for_rows_of},
         simd::vectorized,
         size32,
@@ -395,9 +396,27 @@ impl<R: Real> Cached<'_, R> {
 fn products_of<R: Real>(q: &[R], k: Floats, row: usize, scale: R, s: &mut [R]) {
     match k {
         Floats::BF16(k) => products::<bf16>(cast_slice(q), k, row, scale.to_f32(), cast_slice_mut(s)),
-        Floats::F16(k) => products::<f16>(cast_slice(q), k, row, scale.to_f32(), cast_slice_mut(s)),
+        Floats::F16(k) => {
+            let (q, s) = (cast_slice::<R, f32>(q), cast_slice_mut::<R, f32>(s));
+            for_f16_rows(k, row, q.len(), s.len(), &mut |range, k| {
+                products::<f32>(q, k, q.len(), scale.to_f32(), &mut s[range]);
+            });
+        }
         Floats::F32(k) => products::<R>(q, cast_slice(k), row, scale, s),
         Floats::F64(k) => products::<R>(q, cast_slice(k), row, scale, s),
+    }
+}
+
+/// Calls `body` with packed rows in f32, some at a time: the first `len` values of `count` rows that are `row` apart.
+fn for_f16_rows(x: &[f16], row: usize, len: usize, count: usize, body: &mut dyn FnMut(Range<usize>, &[f32])) {
+    const TOGETHER: usize = 8;
+    let mut memory = vec![0.0; TOGETHER * len];
+    for first in (0..count).step_by(TOGETHER) {
+        let range = first..count.min(first + TOGETHER);
+        for (index, to) in range.clone().zip(memory.chunks_exact_mut(len.max(1))) {
+            widen(&x[index * row..][..len], to);
+        }
+        body(range.clone(), &memory[..range.len() * len]);
     }
 }
 
@@ -405,7 +424,12 @@ fn products_of<R: Real>(q: &[R], k: Floats, row: usize, scale: R, s: &mut [R]) {
 fn add_weighted_of<R: Real>(p: &[R], v: Floats, row: usize, out: &mut [R]) {
     match v {
         Floats::BF16(v) => add_weighted::<bf16>(cast_slice(p), v, row, cast_slice_mut(out)),
-        Floats::F16(v) => add_weighted::<f16>(cast_slice(p), v, row, cast_slice_mut(out)),
+        Floats::F16(v) => {
+            let (p, out) = (cast_slice::<R, f32>(p), cast_slice_mut::<R, f32>(out));
+            for_f16_rows(v, row, out.len(), p.len(), &mut |range, v| {
+                add_weighted::<f32>(&p[range], v, out.len(), out);
+            });
+        }
         Floats::F32(v) => add_weighted::<R>(p, cast_slice(v), row, out),
         Floats::F64(v) => add_weighted::<R>(p, cast_slice(v), row, out),
     }

@@ -87,10 +87,16 @@ macro_rules! unary {
                 }
             }
 
+            /// Runs loops of the functions that neither [`Function::with_light`] nor, for a gradient,
+            /// [`Function::with_light_gradient`] takes.
             #[inline(always)]
-            fn with(self, loops: impl Loops) {
+            fn with<const GRADIENT: bool>(self, loops: impl Loops) {
                 match self {
-                    $(Self::$Type => loops.of::<$Type>(),)*
+                    $(Self::$Type => {
+                        if const { !Self::$Type.is_light() && !(GRADIENT && Self::$Type.has_light_gradient()) } {
+                            loops.of::<$Type>();
+                        }
+                    })*
                 }
             }
 
@@ -246,7 +252,7 @@ impl Function {
         }
     }
 
-    fn is_light(self) -> bool {
+    const fn is_light(self) -> bool {
         matches!(self, Self::Neg | Self::Square | Self::Relu)
     }
 
@@ -259,8 +265,8 @@ impl Function {
         }
     }
 
-    fn has_light_gradient(self) -> bool {
-        self.is_light() || self == Self::Exp
+    const fn has_light_gradient(self) -> bool {
+        self.is_light() || matches!(self, Self::Exp)
     }
 }
 

@@ -7,6 +7,8 @@ use crate::dtype::Float;
 
 // SAFETY: plain arithmetic; the caller answers for the pointers.
 unsafe impl Bytes for [u8; GROUP] {
+    const IN_REGISTERS: bool = false;
+
     unsafe fn prefetch(_at: *const u8) {}
 
     unsafe fn load(from: *const u8) -> Self {

@@ -15,6 +15,8 @@ pub unsafe fn fill(rows: &Rows, flip: u8, panel: &mut Panel) {
 
 // SAFETY: each method is a few instructions of AVX2 or F16C; the caller answers for them and for the pointers.
 unsafe impl Bytes for __m256i {
+    const IN_REGISTERS: bool = true;
+
     #[inline(always)]
     unsafe fn prefetch(at: *const u8) {
         // SAFETY: see the trait.

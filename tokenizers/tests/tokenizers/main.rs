@@ -8,5 +8,6 @@ mod chat;
 mod folders;
 mod gguf_metadata;
 mod hostile;
+mod learned;
 mod sentence;
 mod stream;

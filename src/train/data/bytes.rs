@@ -7,14 +7,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::random::{Purpose, stream};
-use crate::{
-    DType, Device, Error, ErrorKind, Philox, Result, Shape, Tensor, collect::CollectVec, error::ensure, hash::fnv1a,
-    sort::sort,
+use super::{
+    BatchRequest, BatchSource, DataPrint, TokenBatch,
+    windows::{self, Tokens},
 };
-
-/// Number of windows in [`ByteText::validation_windows`].
-const VALIDATION_WINDOWS: usize = 64;
+use crate::{Error, ErrorKind, Result, collect::CollectVec, error::ensure, hash::fnv1a, sort::sort};
 
 /// Number of bytes read at a time: a large binary file is recognised before all of it is read.
 const BLOCK: usize = 64 * 1024;
@@ -22,18 +19,19 @@ const BLOCK: usize = 64 * 1024;
 /// Text for a byte-level model: the first 9/10 of its bytes are for training, the rest for validation.
 ///
 /// ```
-/// use x_transformers::{Device, train::ByteText};
+/// use x_transformers::train::ByteText;
 /// # fn main() -> x_transformers::Result<()> {
 /// let text = ByteText::from_bytes("to be or not to be, ".repeat(20))?;
 /// assert_eq!((text.train().len(), text.validation().len()), (360, 40));
-/// let batch = text.batch(0, 0, 0, 4, 16, &Device::Cpu)?;
-/// assert_eq!(batch.shape(), [4, 17]);
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Clone)]
 pub struct ByteText {
     bytes: Vec<u8>,
+    largest: u8,
+    /// Files, and where they end.
+    ends: Vec<(PathBuf, usize)>,
     skipped: Vec<(PathBuf, String)>,
 }
 
@@ -54,12 +52,12 @@ impl ByteText {
     /// that is a binary or empty file or neither file nor folder, and for a folder without text; an empty list.
     pub fn from_paths<P: AsRef<Path>>(paths: &[P]) -> Result<Self> {
         ensure!(!paths.is_empty(), Error::option("text", "expected at least one file or folder"));
-        let (mut bytes, mut skipped) = (Vec::new(), Vec::new());
+        let (mut bytes, mut ends, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
         for path in paths.iter().map(AsRef::as_ref) {
             let before = bytes.len();
             let found = fs::metadata(path).map_err(|source| Error::io(path, source))?;
             if found.is_dir() {
-                read_folder(path, &mut bytes, &mut skipped)?;
+                read_folder(path, &mut bytes, &mut ends, &mut skipped)?;
                 ensure!(bytes.len() > before, no_text(path, &skipped));
             } else if found.is_file() {
                 ensure!(
@@ -67,11 +65,12 @@ impl ByteText {
                     Error::file(path, "is binary (it has a zero byte), expected text")
                 );
                 ensure!(bytes.len() > before, Error::file(path, "is empty, expected text"));
+                ends.push((path.to_path_buf(), bytes.len()));
             } else {
                 return Err(Error::file(path, "is neither a file nor a folder"));
             }
         }
-        Ok(Self { bytes, skipped })
+        Ok(Self { largest: largest(&bytes), ends, bytes, skipped })
     }
 
     /// Creates a text from bytes in memory.
@@ -80,7 +79,12 @@ impl ByteText {
     pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Result<Self> {
         let bytes = bytes.into();
         ensure!(!bytes.is_empty(), Error::option("text", "is empty"));
-        Ok(Self { bytes, skipped: Vec::new() })
+        Ok(Self {
+            largest: largest(&bytes),
+            ends: vec![(PathBuf::from("memory"), bytes.len())],
+            bytes,
+            skipped: Vec::new(),
+        })
     }
 
     /// Returns files and folders below a folder that could not be read and are not part of the text, with the reasons.
@@ -91,6 +95,12 @@ impl ByteText {
     /// Returns all bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
+    }
+
+    /// Returns the files and their bytes; bytes in memory are a file called `memory`.
+    pub fn files(&self) -> impl Iterator<Item = (&Path, &[u8])> {
+        let starts = std::iter::once(0).chain(self.ends.iter().map(|(_, end)| *end));
+        starts.zip(&self.ends).map(|(start, (path, end))| (&**path, &self.bytes[start..*end]))
     }
 
     /// Returns the bytes to train on: the first 9/10, rounded down.
@@ -112,75 +122,70 @@ impl ByteText {
     pub fn fingerprint(&self) -> u64 {
         fnv1a(&self.bytes)
     }
+}
 
-    /// Checks that windows of `seq_len + 1` bytes fit into both parts.
-    ///
-    /// Errors: [`ErrorKind::Option`] with the sizes.
-    pub fn check(&self, seq_len: usize) -> Result<()> {
-        // The validation part is the smaller one except for the shortest texts.
-        let shortest = self.validation().len().min(self.train().len());
+impl Tokens for &[u8] {
+    fn len(&self) -> u64 {
+        <[u8]>::len(self) as u64
+    }
+
+    fn read(&self, start: u64, row: &mut [i64], _: usize) -> Result<()> {
+        for (token, &byte) in row.iter_mut().zip(&self[start as usize..]) {
+            *token = byte as i64;
+        }
+        Ok(())
+    }
+
+    fn end_of_text(&self) -> Option<i64> {
+        None
+    }
+}
+
+/// Windows of the training part at random offsets; the validation has 64 windows evenly spaced over the validation part,
+/// the first at its start and the last at its end.
+impl BatchSource for ByteText {
+    type Batch = TokenBatch;
+
+    fn batch(&self, request: &BatchRequest) -> Result<TokenBatch> {
+        self.check(request)?;
+        windows::batch(&self.train(), request)
+    }
+
+    fn validation_batches(&self, request: &BatchRequest) -> Result<Vec<TokenBatch>> {
+        self.check(request)?;
+        windows::validation(&self.validation(), request)
+    }
+
+    fn check(&self, request: &BatchRequest) -> Result<()> {
+        windows::check([&self.train(), &self.validation()], request, "text", "bytes")?;
         ensure!(
-            seq_len < shortest,
+            usize::from(self.largest) < request.num_tokens,
             Error::option(
-                "text",
+                "num_tokens",
                 format_args!(
-                    "{} bytes are too few for windows of {} bytes: {} are for training and {} for validation; use a \
-                     longer text or a smaller `seq_len`",
-                    self.bytes.len(),
-                    seq_len.saturating_add(1),
-                    self.train().len(),
-                    self.validation().len()
+                    "expected more than {} (the largest byte of the text), got {}",
+                    self.largest, request.num_tokens
                 )
             )
+        );
+        ensure!(
+            !request.documents,
+            Error::option("document_mask", "requires data with document borders, which a text of bytes does not have")
         );
         Ok(())
     }
 
-    /// Returns `batch_size` windows of the training part at random offsets, as tokens `[batch_size, seq_len + 1]`.
-    ///
-    /// The offsets depend only on `seed`, `step` and `micro`, the index of the micro-batch in the step.
-    ///
-    /// Errors: a text too short for the windows; a shape too large.
-    pub fn batch(
-        &self,
-        seed: u64,
-        step: u64,
-        micro: u64,
-        batch_size: usize,
-        seq_len: usize,
-        device: &Device,
-    ) -> Result<Tensor> {
-        self.check(seq_len)?;
-        let starts = (self.train().len() - seq_len) as u64;
-        let random = Philox::new(seed, stream(Purpose::Batch, step, micro));
-        windows(self.train(), (0..batch_size).map(|row| random.below(row as u64, starts) as usize), seq_len, device)
+    fn print(&self) -> Result<DataPrint> {
+        Ok(DataPrint::new("text", self.bytes.len() as u64, self.fingerprint()))
     }
 
-    /// Returns 64 windows evenly spaced over the validation part, the first at its start and the last at its end, as
-    /// tokens `[64, seq_len + 1]`.
-    ///
-    /// Errors: a text too short for the windows; a shape too large.
-    pub fn validation_windows(&self, seq_len: usize, device: &Device) -> Result<Tensor> {
-        self.check(seq_len)?;
-        let room = (self.validation().len() - seq_len - 1) as u128;
-        let start = |window| (window as u128 * room / (VALIDATION_WINDOWS as u128 - 1)) as usize;
-        windows(self.validation(), (0..VALIDATION_WINDOWS).map(start), seq_len, device)
+    fn bytes_per_token(&self) -> Option<f64> {
+        Some(1.0)
     }
 }
 
-fn windows(
-    bytes: &[u8],
-    starts: impl ExactSizeIterator<Item = usize>,
-    seq_len: usize,
-    device: &Device,
-) -> Result<Tensor> {
-    let mut tokens = Tensor::uninit(Shape::new(&[starts.len(), seq_len + 1])?, DType::I64, &Device::Cpu)?;
-    for (row, start) in tokens.values_mut::<i64>()?.chunks_exact_mut(seq_len + 1).zip(starts) {
-        for (token, &byte) in row.iter_mut().zip(&bytes[start..]) {
-            *token = byte as i64;
-        }
-    }
-    tokens.to_device(device)
+fn largest(bytes: &[u8]) -> u8 {
+    bytes.iter().copied().max().unwrap_or(0)
 }
 
 /// Returns the error of a folder without text, with the first file in it that could not be read.
@@ -193,7 +198,12 @@ fn no_text(folder: &Path, skipped: &[(PathBuf, String)]) -> Error {
 /// Appends the text below a folder.
 ///
 /// Errors: the folder itself cannot be listed.
-fn read_folder(folder: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, String)>) -> Result<()> {
+fn read_folder(
+    folder: &Path,
+    bytes: &mut Vec<u8>,
+    ends: &mut Vec<(PathBuf, usize)>,
+    skipped: &mut Vec<(PathBuf, String)>,
+) -> Result<()> {
     let broken = |source| Error::io(folder, source);
     let entries = fs::read_dir(folder).map_err(broken)?.collect::<std::io::Result<Vec<_>>>().map_err(broken)?;
     let mut names: Vec<_> = entries.into_iter().map(|entry| entry.file_name()).collect_vec();
@@ -203,7 +213,7 @@ fn read_folder(folder: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, S
             continue;
         }
         let path = folder.join(name);
-        if let Err(error) = read_entry(&path, bytes, skipped) {
+        if let Err(error) = read_entry(&path, bytes, ends, skipped) {
             skipped.push(match error.into_kind() {
                 ErrorKind::Io { path, source } => (path, source.to_string()),
                 other => (path, other.to_string()),
@@ -214,14 +224,23 @@ fn read_folder(folder: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, S
 }
 
 /// Appends a file, or the text below a folder, found in a folder.
-fn read_entry(path: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, String)>) -> Result<()> {
+fn read_entry(
+    path: &Path,
+    bytes: &mut Vec<u8>,
+    ends: &mut Vec<(PathBuf, usize)>,
+    skipped: &mut Vec<(PathBuf, String)>,
+) -> Result<()> {
     let broken = |source| Error::io(path, source);
     let is_link = fs::symlink_metadata(path).map_err(broken)?.is_symlink();
     let found = fs::metadata(path).map_err(broken)?;
     if found.is_dir() && !is_link {
-        read_folder(path, bytes, skipped)
+        read_folder(path, bytes, ends, skipped)
     } else if found.is_file() {
-        read_file(path, bytes).map(|_| ())
+        let before = bytes.len();
+        read_file(path, bytes)?;
+        // Empty and binary files are not part of the text.
+        ends.extend((bytes.len() > before).then(|| (path.to_path_buf(), bytes.len())));
+        Ok(())
     } else {
         Ok(())
     }

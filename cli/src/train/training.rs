@@ -1,0 +1,260 @@
+//! The steps of a run, and everything that is written about them.
+
+use std::time::{Duration, Instant};
+
+use indicatif::HumanCount;
+use x_transformers::{
+    Device,
+    io::write_atomically,
+    models::GenerateOptions,
+    train::{Checkpoint, TrainOptions, Trainer},
+};
+
+use super::interrupt;
+use crate::{
+    failure::{Failure, Result},
+    files::{Run, quoted},
+    language::Language,
+    metrics::{Metrics, Unit},
+    plot::Chart,
+    profiler::Profiler,
+    progress::{Progress, duration},
+    replacement, sample,
+    stored::{StoredTokenizer, remove_others},
+    typed,
+};
+
+/// Bytes of the samples along the way, and of the last one.
+const SAMPLE: usize = 96;
+const LAST_SAMPLE: usize = 384;
+
+/// Steps after which the first validations come.
+const EARLY: [u64; 6] = [1, 2, 5, 10, 20, 50];
+
+/// The name of the baseline.
+const ORDER_2: &str = "order-2 model";
+
+/// A run and everything that is written about it.
+pub struct Training<'a> {
+    pub run: Run,
+    pub trainer: Trainer,
+    pub metrics: Metrics,
+    pub progress: Progress,
+    pub device: Device,
+    /// Meaning of the tokens, if it is known: without it there are no samples.
+    pub language: Option<Language>,
+    pub unit: Unit,
+    /// Bits per byte of the order-2 model, for bytes.
+    pub baseline: Option<f64>,
+    /// Watches the steps; what is between them is validation and samples.
+    pub profiler: Profiler<'a>,
+}
+
+impl Training<'_> {
+    pub fn introduce(&mut self, text: &str) {
+        let options = self.trainer.options().clone();
+        let layers = &self.trainer.model().net.plan().layers;
+        let attention = layers.layers.iter().find_map(|layer| layer.branch.attention());
+        let attention = attention.map_or(String::new(), |plan| format!(", {plan}"));
+        let parameters = HumanCount(self.trainer.params().numel() as u64);
+        let model =
+            format!("{parameters} parameters, {} sublayers of width {}{attention}", layers.layers.len(), layers.dim);
+        let batch = options.batch_size * options.accumulate;
+        let done = match self.trainer.steps_done() {
+            0 => String::new(),
+            done => format!(", {done} already done"),
+        };
+        self.progress.say(format_args!("model       {model}"));
+        let (name, tokens) = if self.baseline.is_some() { ("text", "bytes") } else { ("data", "tokens") };
+        self.progress.say(format_args!("{name:<11} {text}"));
+        if let Some(baseline) = self.baseline {
+            self.progress.say(format_args!("baseline    {baseline:.3} bits/byte, {ORDER_2}"));
+        }
+        self.progress.say(format_args!("device      {}, {}", self.device, options.dtype));
+        self.progress
+            .say(format_args!("steps       {}{done}, each {batch} x {} {tokens}", options.steps, options.seq_len));
+        self.progress.say(format_args!("folder      {}\n", self.run.dir.display()));
+    }
+
+    pub fn all_steps(&mut self) -> Result<()> {
+        let TrainOptions { steps, every, .. } = *self.trainer.options();
+        match self.trainer.steps_done() {
+            0 => self.milestone(steps == 0)?,
+            // The run may have been killed between the two checkpoints.
+            _ => self.keep_best()?,
+        }
+        while self.trainer.steps_done() < steps && !self.has_stopped() {
+            let clock = Instant::now();
+            let report = self.profiler.watch(|| self.trainer.step())??;
+            let speed = report.tokens as f64 / clock.elapsed().max(Duration::from_nanos(1)).as_secs_f64();
+            let written = self.metrics.train(report.step, report.loss, report.lr, speed);
+            written.map_err(|failure| self.unsaved(failure))?;
+            let done = self.trainer.steps_done();
+            self.progress.step(done, report.loss, speed);
+            if let (true, Some(scaler)) = (report.skipped, self.trainer.grad_scaler()) {
+                let scale = scaler.scale();
+                self.progress
+                    .say(format_args!("step {done}/{steps}  skipped: gradients overflow; loss scale now {scale}"));
+            }
+            let saves = done.is_multiple_of(every) || done == steps;
+            if saves || EARLY.contains(&done) && done < every {
+                self.milestone(saves)?;
+            }
+            if interrupt::asked() && done < steps {
+                return self.interrupted(saves);
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns `true` once the loss has not become lower for as long as the options say. That is at a checkpoint, where a
+    /// resumed run stops too.
+    fn has_stopped(&self) -> bool {
+        let TrainOptions { every, patience, .. } = *self.trainer.options();
+        let done = self.trainer.steps_done();
+        done > 0 && done.is_multiple_of(every) && patience.is_some_and(|most| self.trainer.losses().since_best >= most)
+    }
+
+    /// Ends a run after Ctrl-C, with its last step saved.
+    fn interrupted(&mut self, saved: bool) -> Result<()> {
+        if !saved {
+            self.save().map_err(|failure| self.unsaved(failure))?;
+        }
+        self.progress.finish();
+        let (xt, dir, done) = (typed::program(), quoted(&self.run.dir), self.trainer.steps_done());
+        Err(Failure::new(format_args!(
+            "interrupted after step {done}, which is saved; `{xt} train --resume {dir}` with the same data continues"
+        )))
+    }
+
+    /// Saves the best checkpoint, if it is kept and the last validation is the best one.
+    fn keep_best(&self) -> Result<()> {
+        let losses = self.trainer.losses();
+        let is_best = losses.since_best == 0 && losses.last_validation.is_some();
+        let best = self.run.best();
+        let state = self.trainer.state();
+        let known = || Checkpoint::load_training(&best).is_ok_and(|saved| saved == state);
+        if !self.trainer.options().keep_best || !is_best || known() {
+            return Ok(());
+        }
+        if let Some(name) = &state.tokenizer {
+            StoredTokenizer::read(&self.run.checkpoint().join(name))?.write(&best.join(name))?;
+        }
+        self.trainer.save(&best)?;
+        remove_others(&best, state.tokenizer.as_deref());
+        Ok(())
+    }
+
+    /// Validates and, if there is something new, samples and saves.
+    fn milestone(&mut self, save: bool) -> Result<()> {
+        let done = self.trainer.steps_done();
+        let loss = self.trainer.validate()?;
+        let written = self.metrics.validation(done, loss);
+        written.map_err(|failure| self.unsaved(failure))?;
+        let steps = self.trainer.options().steps;
+        let line = format!("step {done}/{steps}  validation loss {}", self.unit.show(loss));
+        if !save {
+            self.progress.say(line);
+            return Ok(());
+        }
+        self.save().and_then(|()| self.keep_best()).map_err(|failure| self.unsaved(failure))?;
+        let sample = if done < steps { self.sample(SAMPLE)? } else { None };
+        let sample = sample.map_or(String::new(), |sample| format!("\n{sample}"));
+        self.progress.say(format_args!("{line}  saved{sample}"));
+        Ok(())
+    }
+
+    /// Saves the checkpoint, with the rows up to it on the disk, and draws the picture.
+    fn save(&mut self) -> Result<()> {
+        let checkpoint = self.run.checkpoint();
+        match self.metrics.held() {
+            None => {
+                self.metrics.sync()?;
+                self.trainer.save(checkpoint)?;
+            }
+            Some(rows) => {
+                let saved = replacement::announce(&self.run, &self.trainer.state(), rows)
+                    .and_then(|()| Ok(self.trainer.save(checkpoint)?));
+                if let Err(failure) = saved {
+                    // The first error counts; who opens the folder next settles it too.
+                    let _ = replacement::settle(&self.run);
+                    return Err(failure);
+                }
+                self.metrics.place()?;
+                replacement::remove(&self.run)?;
+            }
+        }
+        remove_others(&self.run.checkpoint(), self.trainer.state().tokenizer.as_deref());
+        self.draw()
+    }
+
+    /// Adds the remedy to the failure of a save.
+    pub fn unsaved(&self, failure: Failure) -> Failure {
+        if Checkpoint::load_training(self.run.checkpoint()).is_err() {
+            return failure;
+        }
+        let dir = quoted(&self.run.dir);
+        failure.advising(format_args!(
+            "the last checkpoint is intact; `{} train --resume {dir}` continues from it",
+            typed::program()
+        ))
+    }
+
+    pub fn draw(&self) -> Result<()> {
+        let reference = self.baseline.map(|baseline| (ORDER_2, baseline));
+        let Metrics { train, validation, .. } = &self.metrics;
+        let chart = Chart { unit: self.unit.name(), train, validation, reference };
+        let svg = chart.svg();
+        Ok(write_atomically(self.run.plot(), |file| file.write_all(svg.as_bytes()))?)
+    }
+
+    /// Text of the model, if the meaning of its tokens is known.
+    fn sample(&self, length: usize) -> Result<Option<String>> {
+        let Some(language) = &self.language else { return Ok(None) };
+        let seed = self.trainer.options().seed;
+        let options =
+            GenerateOptions { seed, eos_tokens: language.begin().into_iter().collect(), ..Default::default() };
+        // Tokens are longer than bytes.
+        let length = if language.begin().is_some() { length / 2 } else { length };
+        let block = |model: &_| Ok(sample::block(model, language, length, &options, &self.device));
+        self.trainer.evaluate(block)?.map(Some)
+    }
+
+    pub fn conclude(mut self) -> Result<()> {
+        self.progress.finish();
+        let took = duration(self.progress.elapsed());
+        let (done, steps) = (self.trainer.steps_done(), self.trainer.options().steps);
+        if done < steps {
+            let since = self.trainer.losses().since_best;
+            self.progress.say(format_args!("stopped at step {done}/{steps}: no lower loss in {since} validations"));
+        }
+        let loss = self.metrics.validation.last().map_or(f64::NAN, |&(_, loss)| loss);
+        let sample = self.sample(LAST_SAMPLE)?;
+        self.progress.say(format_args!("\nvalidation  {} after {took}", self.unit.short(loss)));
+        if let Some(baseline) = self.baseline {
+            self.progress.say(format_args!("baseline    {baseline:.3} bits/byte, {ORDER_2} on the same text"));
+        }
+        if let Some(scaler) = self.trainer.grad_scaler() {
+            let (scale, skipped) = (scaler.scale(), scaler.skipped());
+            self.progress.say(format_args!("loss scale  {scale} at the end, {skipped} steps skipped for overflow"));
+        }
+        if let Some(sample) = &sample {
+            self.progress.say(format_args!("sample\n{sample}"));
+        }
+        let (checkpoint, metrics, plot) = (self.run.checkpoint(), self.run.metrics(), self.run.plot());
+        let best = self.trainer.options().keep_best.then(|| self.run.best());
+        let files = [Some(&checkpoint), best.as_ref(), Some(&metrics), Some(&plot)];
+        let files: Vec<_> = files.into_iter().flatten().map(|path| path.display().to_string()).collect();
+        let files = files.join("  ");
+        self.progress.say(format_args!("wrote       {files}"));
+        if let Some(report) = self.profiler.finish()? {
+            self.progress.say(format_args!("profile of the steps\n{report}"));
+        }
+        let (xt, dir) = (typed::program(), quoted(&self.run.dir));
+        if sample.is_some() {
+            let hint = format!("{xt} generate --checkpoint {dir} --prompt \"The \" --length 400");
+            self.progress.say(format_args!("try         {hint}"));
+        }
+        Ok(())
+    }
+}
