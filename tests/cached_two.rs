@@ -43,6 +43,9 @@ fn configs() -> Vec<(Value, Value)> {
         json!({"attn_softclamp_logits": true, "attn_logit_softclamp_value": 2.0, "rel_pos_bias": true}),
         json!({"attn_laser": true}),
         json!({"attn_hard": true}),
+        json!({"attn_sigmoid": true, "attn_num_mem_kv": 2}),
+        json!({"attn_l2_distance": true, "attn_kv_heads": 2}),
+        json!({"attn_cog_signed": true, "attn_head_learned_sink": true}),
         json!({"attn_sparse_topk": 3}),
         json!({"attn_pre_talking_heads": true, "attn_post_talking_heads": true}),
         json!({"residual_attn": true, "depth": 2, "rel_pos_bias": true}),
@@ -149,6 +152,7 @@ fn options_without_a_cache_say_why() -> Result<()> {
     for (layers, wrapper, why) in [
         (json!({"rotary_xpos": true}), json!({}), "rotary_xpos"),
         (json!({"polar_pos_emb": true}), json!({}), "polar_pos_emb"),
+        (json!({"attn_selective": true}), json!({}), "attn_selective"),
         (json!({"kind": "PrefixDecoder"}), json!({}), "PrefixDecoder"),
         (json!({}), json!({"num_memory_tokens": 2, "memory_tokens_interspersed_every": 4}), "interspersed"),
     ] {

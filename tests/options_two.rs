@@ -103,7 +103,9 @@ fn table() -> String {
     let refused = refused();
     for (constant, title) in of {
         let names: Vec<String> = refused[constant].iter().map(|name| format!("`{name}`")).collect();
-        writeln!(text, "- {title}: {}", names.join(", ")).unwrap();
+        if !names.is_empty() {
+            writeln!(text, "- {title}: {}", names.join(", ")).unwrap();
+        }
     }
     text += "\n### Accepted, and without effect on any number\n\n";
     let names: Vec<String> = refused["WITHOUT_EFFECT"].iter().map(|name| format!("`{name}`")).collect();

@@ -76,6 +76,7 @@ fn of_layers() -> Vec<Row> {
         row("zero_init_branch_output", json!(true)),
         row("layer_dropout", json!(1.0)),
         row("disable_abs_pos_emb", json!(true)),
+        with("cross_attn_tokens_dropout", json!(0.5), json!({"cross_attend": true})),
         row("use_layerscale", json!(true)),
         with("layerscale_init_value", json!(0.5), json!({"use_layerscale": true})),
         row("num_residual_streams", json!(2)),
@@ -103,6 +104,10 @@ fn of_attention() -> Vec<Row> {
         with("swiglu_values", json!(true), json!({"attn_gate_values": true})),
         row("zero_init_output", json!(true)),
         row("hard", json!(true)),
+        row("sigmoid", json!(true)),
+        row("l2_distance", json!(true)),
+        row("cog_signed", json!(true)),
+        row("selective", json!(true)),
         row("max_attend_past", json!(1)),
         row("qk_norm", json!(true)),
         with("qk_norm_groups", json!(2), json!({"attn_qk_norm": true})),
@@ -292,5 +297,39 @@ fn every_option_changes_an_output() -> Result<()> {
             assert!(known, "{class}: no row for {name}");
         }
     }
+    Ok(())
+}
+
+/// Training leaves half of the context's tokens out, each as often as any other; a mask's padding counts for none.
+#[test]
+fn tokens_of_the_context_are_left_out_in_training() -> Result<()> {
+    let config = config(&json!({"cross_attend": true, "depth": 1, "cross_attn_tokens_dropout": 0.5}), &json!({}));
+    let model = Model::new(&Config::from_value(config)?, &ParamStore::new(1, DType::F64, &CPU))?;
+    let x = Tensor::from_vec((0..6i64).collect::<Vec<_>>(), [1, 6], &CPU)?;
+    let mut inputs = BTreeMap::from([("x".to_string(), x), ("context".to_string(), wave(&[1, 8, 16], 3)?)]);
+    let call = Call { return_attn: true, ..Call::default() };
+    let seen = |inputs: &BTreeMap<String, Tensor>| -> Result<Vec<bool>> {
+        let weights = model.run(inputs, &call, &RunOptions::default())?["attn.1"].to_f64_vec()?;
+        // The same tokens for all heads and queries.
+        let seen = |row: &[f64]| row.iter().map(|&weight| weight > 0.0).collect::<Vec<_>>();
+        assert!(weights.chunks(8).all(|row| seen(row) == seen(&weights[..8])));
+        Ok(seen(&weights[..8]))
+    };
+    let kept = |seen: &[bool]| seen.iter().filter(|&&seen| seen).count();
+    let mut counts = [0; 8];
+    for seed in 0..64 {
+        let _tape = Tape::train(seed);
+        let seen = seen(&inputs)?;
+        assert_eq!(kept(&seen), 4);
+        counts.iter_mut().zip(seen).for_each(|(count, seen)| *count += usize::from(seen));
+    }
+    // Four standard deviations around 32.
+    assert!(counts.iter().all(|count| (16..=48).contains(count)), "{counts:?}");
+    assert_eq!(kept(&seen(&inputs)?), 8);
+    let mask = Tensor::from_vec((0..8).map(|at| at < 5).collect::<Vec<_>>(), [1, 8], &CPU)?;
+    inputs.insert("context_mask".to_string(), mask);
+    let _tape = Tape::train(1);
+    let seen = seen(&inputs)?;
+    assert!(kept(&seen) == 3 && kept(&seen[5..]) == 0, "{seen:?}");
     Ok(())
 }

@@ -373,7 +373,7 @@ fn score(source: &Source, types: WeightsArgs, path: &Path, device: &Device) -> R
         return Err(Failure::new(why).within(path));
     }
     let model = source.model(types, device)?;
-    let (width, predicted) = (source.window().min(TOKENS), tokens.len() - 1);
+    let (width, predicted) = (source.predicted().min(TOKENS), tokens.len() - 1);
     let whole = predicted / width;
     // A window ends with the token that the next one begins with.
     let window = |number: usize| &tokens[number * width..][..width + 1];

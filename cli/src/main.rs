@@ -5,6 +5,7 @@
 mod allocator;
 mod bench;
 mod compute;
+mod convert;
 mod corpus;
 mod cost;
 mod describe;
@@ -71,6 +72,8 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Quantize the weights of a GGUF file
     Quantize(quantize::QuantizeArgs),
+    /// Convert a config or run of x-transformers 0.22 to version 2
+    Convert(convert::ConvertArgs),
     /// Compute sentence embeddings with a pretrained encoder
     Embed(embed::EmbedArgs),
     /// Show the parameters, layers and cost of a model
@@ -103,6 +106,7 @@ impl Command {
             Self::Tokenize(args) => tokenize::run(args),
             Self::Generate(args) => generate::run(args),
             Self::Quantize(args) => quantize::run(args),
+            Self::Convert(args) => convert::run(args),
             Self::Embed(args) => embed::run(args),
             Self::Info(args) => info::run(args),
             Self::Run(args) => run::run(args),

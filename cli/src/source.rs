@@ -163,6 +163,16 @@ impl Source {
         }
     }
 
+    /// Tokens that a loss predicts at once. One of version 2 reads the last token too, which a table of positions must hold.
+    pub fn predicted(&self) -> usize {
+        match &self.kind {
+            Kind::Trained(plan, _) if plan.loss.reads_all && plan.net.absolute_positions.is_table() => {
+                self.window().saturating_sub(1).max(1)
+            }
+            _ => self.window(),
+        }
+    }
+
     /// Number of tokens in the vocabulary.
     pub fn vocabulary(&self) -> usize {
         match &self.kind {

@@ -98,6 +98,12 @@ pub struct AttentionPlan {
     pub talking_heads: TalkingHeads,
     /// Bound of the scores, which `bound · tanh(score / bound)` keeps softly.
     pub softclamp: Option<f64>,
+    /// If `true`, scores are negative squared distances of queries and keys in place of products.
+    pub l2_distance: bool,
+    /// If `true`, weights of the scores' magnitudes take the signs of the scores (Cog attention).
+    pub cog_signed: bool,
+    /// If `true`, the first head's scores lower those of later queries to the same keys (selective attention).
+    pub selective: bool,
     /// If `true`, each head has a learned score whose weight goes to no value.
     pub sink: bool,
     /// Number of highest-scoring keys that each query attends to.
@@ -146,6 +152,8 @@ pub enum Normalize {
     Entmax15,
     /// All weight on the highest score, with the gradient of the softmax.
     Hard,
+    /// Sigmoid of each score.
+    Sigmoid,
 }
 
 /// Treatment of padding in attention.
@@ -301,6 +309,9 @@ impl AttentionPlan {
             mem_kv_counted: true,
             talking_heads: TalkingHeads::None,
             softclamp: None,
+            l2_distance: false,
+            cog_signed: false,
+            selective: false,
             sink: false,
             sparse_topk: None,
             straight_through: false,
@@ -394,6 +405,16 @@ impl AttentionPlan {
             Normalize::Softmax => {}
             Normalize::Entmax15 => return Some("entmax needs whole rows of scores"),
             Normalize::Hard => return Some("hard attention needs whole rows of scores"),
+            Normalize::Sigmoid => return Some("sigmoid attention is not a softmax"),
+        }
+        if self.l2_distance {
+            return Some("scores are distances");
+        }
+        if self.cog_signed {
+            return Some("weights have the signs of their scores");
+        }
+        if self.selective {
+            return Some("selective attention reads the scores of earlier queries");
         }
         if self.softclamp.is_some() {
             return Some("the soft clamp acts on scores with their biases");

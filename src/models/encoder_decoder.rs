@@ -5,7 +5,7 @@ use crate::{
     Error, ParamStore, Result, Tensor,
     config::{XTransformerConfig, XTransformerPlan},
     error::{ErrorContext, ensure},
-    nn::ForwardOptions,
+    nn::{ForwardOptions, drop_tokens},
 };
 
 /// An encoder, and a decoder that attends to its output (Vaswani et al., <https://arxiv.org/abs/1706.03762>).
@@ -31,6 +31,8 @@ pub struct XTransformer {
     pub encoder: TransformerWrapper,
     /// The decoder with its loss and its sampling.
     pub decoder: AutoregressiveWrapper,
+    /// Share of the encoder's tokens that training hides from the decoder.
+    tokens_dropout: f64,
 }
 
 /// Inputs of [`XTransformer::loss`] besides source and target. Default none.
@@ -62,10 +64,11 @@ impl XTransformer {
     ///
     /// Errors: those of the layers.
     pub fn from_plan(plan: XTransformerPlan, store: &ParamStore) -> Result<Self> {
+        let tokens_dropout = plan.tokens_dropout;
         let encoder = TransformerWrapper::from_plan(plan.enc, &store.at("encoder"))?;
         let tied = plan.tie_token_emb.then(|| encoder.token_emb());
         let decoder = TransformerWrapper::tied(plan.dec, &store.at("decoder").at("net"), tied)?;
-        Ok(Self { decoder: AutoregressiveWrapper::with_loss(decoder, plan.loss)?, encoder })
+        Ok(Self { decoder: AutoregressiveWrapper::with_loss(decoder, plan.loss)?, encoder, tokens_dropout })
     }
 
     /// Computes the decoder's loss, a scalar, on `tgt [b, m]` given `src [b, n]`.
@@ -114,9 +117,15 @@ impl XTransformer {
         };
         let context = self.encoder.forward(src, &encoder).context("encoder")?.out;
         let prepended = options.src_prepend_embeds.as_ref().map_or(Ok(0), |embeds| embeds.dim(1))?;
+        let mut context_mask = with_real_tokens(options.src_mask.as_ref(), prepended)?;
+        if self.tokens_dropout > 0.0 {
+            let padded = context_mask.is_some();
+            let kept = drop_tokens(&context, context_mask.as_ref(), self.tokens_dropout, padded)?;
+            context_mask = kept.or(context_mask);
+        }
         Ok(ForwardOptions {
             context: Some(context),
-            context_mask: with_real_tokens(options.src_mask.as_ref(), prepended)?,
+            context_mask,
             checkpoint_layers: options.checkpoint_layers,
             explicit_attention: options.explicit_attention,
             ..ForwardOptions::default()

@@ -18,6 +18,7 @@ use crate::{
     config::{AttentionPlan, BranchPlan, LayerPlan, LayersPlan, RotaryPlan, ScoreResidual, ValueResidual},
     error::{ErrorContext, ensure},
     ops::Window,
+    sort::sort_by,
 };
 
 /// Output of attention layers.
@@ -254,7 +255,7 @@ impl AttentionLayers {
             ..AttentionInput::default()
         };
         let turns = if begins { self.turns(x, options)? } else { None };
-        let cross = AttentionInput {
+        let mut cross = AttentionInput {
             context: options.context.clone(),
             key_mask: options.context_mask.clone(),
             keys_may_be_empty: options.context_mask.is_some(),
@@ -282,6 +283,12 @@ impl AttentionLayers {
         for (index, (layer, plan)) in self.layers.iter().zip(&self.plan.layers).enumerate() {
             if self.drops(self.plan.modules[index]) {
                 continue;
+            }
+            let share = self.plan.drops.cross_attn_tokens;
+            if let (BranchPlan::CrossAttention(_), true, Some(context)) = (&plan.branch, share > 0.0, &options.context)
+            {
+                let kept = drop_tokens(context, cross.key_mask.as_ref(), share, options.context_mask.is_some())?;
+                cross.key_mask = kept.or(cross.key_mask);
             }
             let (input, handed_on) = match &plan.branch {
                 BranchPlan::SelfAttention(attention) => {
@@ -364,6 +371,9 @@ impl AttentionLayers {
             return Err("`attn_max_attend_past` in cross-attention counts from the last token");
         }
         self.layers.iter().filter_map(Layer::custom).try_for_each(Branch::supports_kv_cache)?;
+        if branches().filter_map(BranchPlan::attention).any(|plan| plan.selective) {
+            return Err("`attn_selective` reads the scores of earlier queries");
+        }
         if self.rotary.as_ref().is_some_and(Rotation::scales) {
             return Err("`rotary_xpos` scales keys by their distance from the middle of the sequence");
         }
@@ -549,4 +559,22 @@ fn key_mask(
     let memories = mem_mask.map_or_else(|| kept(mem.dim(1)?), |mask| Ok(mask.clone()))?;
     let tokens = mask.map_or_else(|| kept(n), |mask| Ok(mask.clone()))?;
     Tensor::cat(&[&memories, &tokens], 1).map(Some)
+}
+
+/// Draws which tokens of a context `[b, n, dim]` training leaves out, beside those that are masked: `[b, n]`. `None`
+/// outside of training.
+pub(crate) fn drop_tokens(context: &Tensor, mask: Option<&Tensor>, share: f64, padded: bool) -> Result<Option<Tensor>> {
+    let Some(draws) = dropout_stream() else { return Ok(None) };
+    let (b, n) = (context.dim(0)?, context.dim(1)?);
+    let mut keep = mask.map_or_else(|| Ok(vec![true; b * n]), |mask| mask.to_vec::<bool>())?;
+    for (row, keep) in keep.chunks_mut(n.max(1)).enumerate() {
+        let mut left: Vec<usize> = (0..n).filter(|&at| keep[at]).collect_vec();
+        let kept = left.len() as f64 * (1.0 - share);
+        // A row of padded ones keeps whole tokens rounded up, others rounded down, like x-transformers.
+        let kept = if padded { kept.ceil() as usize } else { (kept as usize).max(1) };
+        let draw = |at: usize| draws.uniform((row * n + at) as u64);
+        sort_by(&mut left, |&a, &b| draw(a).total_cmp(&draw(b)));
+        left.into_iter().skip(kept).for_each(|at| keep[at] = false);
+    }
+    Tensor::from_vec(keep, [b, n], context.device()).map(Some)
 }

@@ -28,6 +28,7 @@ pub use branch::{Branch, Past};
 pub use cache::LayersCache;
 pub use feedforward::FeedForward;
 pub use forward_options::ForwardOptions;
+pub(crate) use layers::drop_tokens;
 pub use layers::{AttentionLayers, LayersOutput};
 pub(crate) use linear::Packer;
 pub use linear::{Embedding, Linear};

@@ -258,6 +258,15 @@ def public_cases():
     P("attn_sparse_topk_straight_through", tw(dec(depth=1, attn_sparse_topk=3, attn_sparse_topk_straight_through=True)),
       x12, same=("attn_sparse_topk_straight_through",))
     P("attn_hard", tw(dec(depth=1, attn_hard=True)), x12)
+    P("attn_sigmoid", tw(dec(depth=1, attn_sigmoid=True, attn_num_mem_kv=2)), x12)
+    P("attn_sigmoid_encoder", tw(enc(depth=1, attn_sigmoid=True, attn_softclamp_logits=True)),
+      dict(x=tok(2, 13, V), mask=lens(13, 13, 5)))
+    P("attn_l2_distance", tw(dec(depth=1, attn_l2_distance=True, attn_kv_heads=2, alibi_pos_bias=True)), x12)
+    P("attn_cog_signed", tw(dec(attn_cog_signed=True)), x12)
+    P("attn_cog_signed_sink", tw(enc(depth=1, attn_cog_signed=True, attn_head_learned_sink=True)),
+      dict(x=tok(2, 13, V), mask=lens(13, 13, 5)))
+    P("attn_selective", tw(dec(attn_selective=True)), x12)
+    P("attn_selective_mem_kv", tw(dec(depth=1, attn_selective=True, attn_num_mem_kv=2, attn_head_learned_sink=True)), x12)
     P("attn_laser", tw(dec(depth=1, attn_laser=True, attn_laser_softclamp_value=3.0)), x12)
     P("attn_max_attend_past", tw(dec(depth=1, attn_max_attend_past=3)), dict(x=tok(2, 14, V)))
     P("attn_max_attend_past_layers_mem_kv", tw(dec(depth=2, attn_max_attend_past=[2, 5], attn_num_mem_kv=2)), x12)

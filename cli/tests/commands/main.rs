@@ -4,6 +4,7 @@
 mod command;
 
 mod bench;
+mod convert;
 mod embed;
 mod generate;
 mod info;
@@ -14,5 +15,6 @@ mod run;
 mod texts;
 mod tokens;
 mod train;
+mod two;
 mod usage;
 mod verify;

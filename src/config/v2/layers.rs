@@ -71,6 +71,8 @@ options! {
         depth: Option<usize> = None,
         /// Number of attention heads.
         heads: usize = 8,
+        /// Share of the context's tokens that each cross-attention leaves out in training, beside those left out before.
+        cross_attn_tokens_dropout: f64 = 0.0,
         /// If `true`, a `TransformerBlock` is causal; other classes set it themselves.
         causal: bool = false,
         /// If `true`, each block has cross-attention.
@@ -252,6 +254,15 @@ options! {
         zero_init_output: bool = false,
         /// If `true`, all weight is on the highest score, with the gradient of the softmax.
         hard: bool = false,
+        /// If `true`, weights are sigmoids of the scores in place of their softmax. <https://arxiv.org/abs/2409.04431>
+        sigmoid: bool = false,
+        /// If `true`, scores are negative squared distances in place of products. <https://arxiv.org/abs/2006.04710>
+        l2_distance: bool = false,
+        /// If `true`, weights have the signs of their scores. <https://arxiv.org/abs/2411.07176>
+        cog_signed: bool = false,
+        /// If `true`, tokens can lower the scores of earlier ones for all later queries; causal models only.
+        /// <https://arxiv.org/abs/2410.02703>
+        selective: bool = false,
         /// Maximum distance to the past; keys further back are masked.
         max_attend_past: Option<usize> = None,
         /// If `true`, normalises queries and keys to length 1. <https://arxiv.org/abs/2010.04245>

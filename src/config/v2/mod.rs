@@ -3,6 +3,7 @@
 //! A config that says `"version": "2"` has them; without it options are those of x-transformers 0.22. Both resolve to the
 //! same plans, which say what is computed and under which names of a state dict.
 
+mod convert;
 mod fields;
 mod json;
 mod layers;
@@ -12,6 +13,7 @@ mod resolve_attention;
 mod resolve_wrappers;
 mod wrappers;
 
+pub use convert::Conversion;
 pub use layers::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, LayersKind, PerLayer};
 pub use wrappers::{
     AttentionPoolConfig, AutoregressiveConfig, ContinuousAutoregressiveConfig, ContinuousTransformerWrapperConfig,

@@ -6,7 +6,7 @@ pub(super) const LAYERS: &str = "
     use_dynamic_tanh=false use_derf=false dynamic_tanh_init_alpha=1.0 rotate_num_heads=null 
     polar_bias_uniform_init=false attn_aggregated_residuals=false attn_aggregated_residual_kwargs={}
     orthog_residual=false mv_split_residual=false gated_multi_residual=false depth_scale_residual=false
-    cross_attn_tokens_dropout=0.0 unet_skips=false integrate_layers=false
+    unet_skips=false integrate_layers=false
     layer_integrate_use_softmax=true qkv_receive_diff_residuals=false reinject_input=false
     learned_reinject_input_gate=false rel_pos_kwargs={} residual_fn_kwargs={}
 ";
@@ -15,8 +15,8 @@ pub(super) const LAYERS: &str = "
 pub(super) const ATTENTION: &str = "
     pre_scale_post_talking_heads=false gate_values_rank=null gate_values_headwise=false output_gate=false
     output_gate_rank=null output_gate_headwise=false low_rank_silu_gates=true output_proj_depth=null
-    l2_distance=false sigmoid=false gumbel_softmax=false gumbel_softmax_temp=1.0 gumbel_softmax_hard=true
-    selective=false cog_signed=false custom_attn_fn=null hybrid_module=null hybrid_mask_kwarg=null
+    gumbel_softmax=false gumbel_softmax_temp=1.0 gumbel_softmax_hard=true
+    custom_attn_fn=null hybrid_module=null hybrid_mask_kwarg=null
     hybrid_fold_axial_dim=null hybrid_learned_mix=false dim_out=null rotate_num_heads=null
     data_dependent_alibi=false data_dependent_alibi_per_row=false data_dependent_alibi_per_row_dim_head=8
     data_dependent_alibi_kwargs={} use_rel_proj_pos_bias=false rel_proj_num_distance_basis=16
@@ -43,7 +43,7 @@ pub(super) const TRANSFORMER: &str = "
 pub(super) const CONTINUOUS: &str = "project_in=null project_out=null";
 
 /// Options of `XTransformer`.
-pub(super) const ENCODER_DECODER: &str = "cross_attn_tokens_dropout=0.0";
+pub(super) const ENCODER_DECODER: &str = "";
 
 /// Options of `AutoregressiveWrapper`.
 pub(super) const AUTOREGRESSIVE: &str = "

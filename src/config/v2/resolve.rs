@@ -108,8 +108,21 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
         condition,
         streams: config.num_residual_streams,
         prefix: config.kind == LayersKind::PrefixDecoder,
-        drops: DropPlan { layers: layer_dropout(config, own_types.len())?, ..DropPlan::default() },
+        drops: DropPlan {
+            layers: layer_dropout(config, own_types.len())?,
+            cross_attn_tokens: tokens_dropout(config.cross_attn_tokens_dropout)?,
+        },
     })
+}
+
+/// Returns a share of tokens to leave out.
+pub(super) fn tokens_dropout(share: f64) -> Result<f64> {
+    let some = (0.0..1.0).contains(&share);
+    ensure!(
+        some,
+        Error::option("cross_attn_tokens_dropout", format_args!("expected at least 0 and below 1, got {share}"))
+    );
+    Ok(share)
 }
 
 /// Returns `true` unless the options or the class leave the final norm out.

@@ -84,6 +84,13 @@ pub(super) fn attentions(
 
 fn checked(plan: AttentionPlan) -> Result<AttentionPlan> {
     ensure!(
+        plan.causal || !plan.selective,
+        Error::option(
+            "attn_selective",
+            "is for causal attention: `kind` is not Decoder, or the attention is cross-attention"
+        )
+    );
+    ensure!(
         !(plan.sink && plan.residual != ScoreResidual::None),
         Error::option("attn_head_learned_sink", "cannot be used with residual attention, whose scores have no sink")
     );
@@ -108,11 +115,16 @@ pub(super) fn attention(
         !(options.qk_rmsnorm && options.k_rmsnorm),
         error("k_rmsnorm", "cannot be used with `attn_qk_rmsnorm`, which norms keys too".to_string())
     );
-    let weights = [("hard", options.hard), ("sparse_topk", options.sparse_topk.is_some())];
-    ensure!(
-        weights.iter().filter(|(_, on)| *on).count() <= 1,
-        error("hard", "cannot be used with `attn_sparse_topk`".to_string())
-    );
+    let weights = [
+        ("sigmoid", options.sigmoid),
+        ("hard", options.hard),
+        ("l2_distance", options.l2_distance),
+        ("sparse_topk", options.sparse_topk.is_some()),
+    ];
+    let mut weights = weights.into_iter().filter(|(_, on)| *on);
+    if let (Some((first, _)), Some((second, _))) = (weights.next(), weights.next()) {
+        return Err(error(first, format!("cannot be used with `attn_{second}`")));
+    }
     ensure!(
         options.gate_values || !options.swiglu_values,
         error("swiglu_values", "needs `attn_gate_values` = true, which is off".to_string())
@@ -171,7 +183,14 @@ pub(super) fn attention(
         sink: options.head_learned_sink,
         sparse_topk: options.sparse_topk,
         straight_through: options.sparse_topk_straight_through,
-        normalize: if options.hard { Normalize::Hard } else { Normalize::Softmax },
+        normalize: match (options.hard, options.sigmoid) {
+            (true, _) => Normalize::Hard,
+            (_, true) => Normalize::Sigmoid,
+            _ => Normalize::Softmax,
+        },
+        l2_distance: options.l2_distance,
+        cog_signed: options.cog_signed,
+        selective: options.selective,
         dropout: options.dropout,
         sublayer_dropout: options.sublayer_dropout,
         laser: options.laser.then_some(options.laser_softclamp_value),

@@ -4,7 +4,7 @@ use super::{
     AttentionConfig, AttentionLayersConfig, AttentionPoolConfig, AutoregressiveConfig, ContinuousAutoregressiveConfig,
     ContinuousTransformerWrapperConfig, DpoConfig, LayersKind, MultiInputConfig, PerLayer, SamplingConfig,
     TransformerWrapperConfig, ViTransformerWrapperConfig, XTransformerConfig, XValAutoregressiveConfig, XValConfig,
-    XlAutoregressiveConfig, resolve_attention::attention,
+    XlAutoregressiveConfig, resolve::tokens_dropout, resolve_attention::attention,
 };
 use crate::{
     Error, Result,
@@ -241,7 +241,7 @@ impl XTransformerConfig {
             enc: enc.plan().context("encoder")?,
             dec: dec.plan().context("decoder.net")?,
             tie_token_emb: self.tie_token_emb,
-            tokens_dropout: 0.0,
+            tokens_dropout: tokens_dropout(self.cross_attn_tokens_dropout)?,
             loss: loss(self.ignore_index, self.pad_value),
             masks: ["mask", "attn_mask"],
         })

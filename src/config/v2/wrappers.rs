@@ -150,6 +150,8 @@ options! {
         ignore_index: i64 = -100,
         /// Token that fills a generated row after its end.
         pad_value: i64 = 0,
+        /// Share of the encoder's tokens that training hides from the decoder.
+        cross_attn_tokens_dropout: f64 = 0.0,
     } with {
         /// Options of the encoder.
         enc: TransformerWrapperConfig,

@@ -19,8 +19,7 @@ impl Attention {
         keep: Option<Tensor>,
     ) -> Result<Explicit> {
         let (k, v) = (&self.repeat_heads(k)?, &self.repeat_heads(v)?);
-        // The queries are scaled instead of the scores, since there are fewer of them.
-        let mut scores = q.affine(self.scale(), 0.0)?.matmul(&k.transpose(-1, -2)?)?;
+        let mut scores = self.scores(q, k)?;
         if let Some(prev) = &input.prev {
             scores = scores.add(prev)?;
         }
@@ -36,6 +35,11 @@ impl Attention {
         if let Some(bound) = self.plan.softclamp {
             scores = soft_clamp(&scores, bound)?;
         }
+        // The gradient of a magnitude at 0 is 0.
+        let mut signs = self.plan.cog_signed.then(|| signs(&scores)).transpose()?;
+        if let Some(signs) = &signs {
+            scores = scores.mul(signs)?;
+        }
         let lowest = Tensor::full((), scores.dtype().lowest(), scores.dtype(), scores.device())?;
         if let Some(keep) = keep {
             scores = keep.where_cond(&scores, &lowest)?;
@@ -44,12 +48,23 @@ impl Attention {
             Some(scaled) => Some(scaled),
             None => (self.plan.residual == ScoreResidual::Masked || input.return_scores).then(|| scores.clone()),
         };
+        if self.plan.selective {
+            scores = selected(&scores)?;
+        }
         if let Some(sink) = &self.sink {
             let shape = [scores.dim(0)?, self.plan.heads, scores.dim(2)?, 1];
-            let sink = sink.tensor().reshape([1, self.plan.heads, 1, 1])?.expand(shape)?;
+            let mut sink = sink.tensor().reshape([1, self.plan.heads, 1, 1])?.expand(shape)?;
+            if let Some(of_scores) = signs {
+                let of_sink = self::signs(&sink)?;
+                sink = sink.mul(&of_sink)?;
+                signs = Some(Tensor::cat(&[&of_sink, &of_scores], -1)?);
+            }
             scores = Tensor::cat(&[&sink, &scores], -1)?;
         }
         let mut weights = self.weights(&scores, &lowest)?;
+        if let Some(signs) = &signs {
+            weights = weights.mul(signs)?;
+        }
         let attn = input.return_attn.then(|| weights.clone());
         if self.sink.is_some() {
             weights = weights.narrow(-1, 1, weights.dim(-1)? - 1)?;
@@ -79,7 +94,23 @@ impl Attention {
     }
 
     fn normalize(&self, scores: &Tensor) -> Result<Tensor> {
-        if self.plan.normalize == Normalize::Entmax15 { scores.entmax15() } else { scores.softmax() }
+        match self.plan.normalize {
+            Normalize::Entmax15 => scores.entmax15(),
+            Normalize::Sigmoid => scores.sigmoid(),
+            Normalize::Softmax | Normalize::Hard => scores.softmax(),
+        }
+    }
+
+    /// Returns the scaled products of queries and keys, or their negative squared distances.
+    fn scores(&self, q: &Tensor, k: &Tensor) -> Result<Tensor> {
+        // The queries are scaled instead of the scores, since there are fewer of them.
+        let scale = if self.plan.l2_distance { 2.0 * self.scale() } else { self.scale() };
+        let products = q.affine(scale, 0.0)?.matmul(&k.transpose(-1, -2)?)?;
+        if !self.plan.l2_distance {
+            return Ok(products);
+        }
+        let squares = |x: &Tensor| x.square()?.sum(&[-1])?.affine(self.scale(), 0.0);
+        products.sub(&squares(q)?.unsqueeze(-1)?)?.sub(&squares(k)?.unsqueeze(-2)?)
     }
 
     /// Returns the mask of the scores, which broadcasts to them; `true` keeps. `None` keeps all.
@@ -134,4 +165,25 @@ impl Attention {
         };
         mixing.matmul(&x.flatten(2, 3)?)?.reshape(*x.shape())
     }
+}
+
+/// Returns the signs of scores, without a gradient.
+fn signs(scores: &Tensor) -> Result<Tensor> {
+    let scores = scores.detach();
+    let zero = Tensor::zeros((), scores.dtype(), scores.device())?;
+    let above = scores.gt(&zero)?.to_dtype(scores.dtype())?;
+    above.sub(&scores.lt(&zero)?.to_dtype(scores.dtype())?)
+}
+
+/// Lowers scores by what earlier queries of the first head gave their keys: the first key keeps its scores, and no query
+/// lowers its own key (Leviathan et al., <https://arxiv.org/abs/2410.02703>).
+fn selected(scores: &Tensor) -> Result<Tensor> {
+    let (i, j) = (scores.dim(2)?, scores.dim(3)?);
+    let (dtype, device) = (scores.dtype(), scores.device());
+    // Keys before those of the queries, the first of these, and each query's own are spared.
+    let spared = |at: usize| at % j <= j - i || at % j == at / j + j - i;
+    let lowers = Tensor::generate([i, j], dtype, device, |at| if spared(at) { 0.0 } else { 1.0 })?;
+    let earlier = Tensor::generate([i, i], dtype, device, |at| if at % i < at / i { 1.0 } else { 0.0 })?;
+    let gate = scores.narrow(1, 0, 1)?.relu()?.mul(&lowers)?;
+    scores.sub(&earlier.matmul(&gate)?)
 }
