@@ -27,7 +27,7 @@ use crate::{
 /// let conversion = Conversion::new(&old)?;
 /// assert_eq!(conversion.config().version(), "2");
 /// assert_eq!(conversion.name("token_emb.weight"), "token_emb.emb.weight");
-/// let norms = old.to_json().replace("\"use_rmsnorm\": true,", "");
+/// let norms = old.to_json().replace("\"use_rmsnorm\": true", "\"use_rmsnorm\": false");
 /// assert!(Conversion::new(&Config::from_json(&norms)?).unwrap_err().to_string().contains("no bias"));
 /// # Ok(())
 /// # }
