@@ -15,7 +15,7 @@ use x_transformers::{
 };
 
 fn main() -> Result<()> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/decoder_gpt");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/use_pos_emb_false");
     let path = folder.join("config.json");
     let json = std::fs::read_to_string(&path).map_err(|source| Error::new(ErrorKind::Io { path, source }))?;
 
