@@ -22,6 +22,9 @@ mod card;
 mod contract;
 #[path = "../cuda.rs"]
 mod cuda;
+#[allow(dead_code)]
+#[path = "../train/folder.rs"]
+mod folder;
 #[path = "../emulator/instructions.rs"]
 mod instructions;
 #[path = "../parity.rs"]
@@ -34,6 +37,7 @@ mod train;
 mod warpgroups;
 
 use contract::{alone, case, check, common, refused};
+use folder::Folder;
 use x_transformers::device::CudaDevice;
 
 /// The path of the function that this stands in: the suites of the emulator find their tests by it.
