@@ -12,7 +12,7 @@ use crate::failure::{Failure, Result};
 /// Vocabularies, the first of which counts.
 const VOCABULARIES: [&str; 6] =
     ["tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json"];
-/// What belongs to a vocabulary.
+/// Settings, merges and templates beside a vocabulary.
 const MORE: [&str; 6] = [
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -131,7 +131,7 @@ pub struct AttentionPoolPlan {
     pub pooler: PoolerPlan,
 }
 
-/// What pools.
+/// Modules between learned queries and the tokens that they pool.
 #[derive(Clone, PartialEq, Debug)]
 #[non_exhaustive]
 pub enum PoolerPlan {

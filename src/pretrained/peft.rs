@@ -15,7 +15,7 @@ use crate::{
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
-/// What precedes names of modules in PEFT.
+/// Prefix of the names of modules in PEFT.
 const BASE: &str = "base_model.model.";
 
 /// Options that PEFT writes and that change nothing at these values; `null`, `false`, `[]` and `{}` never do.

@@ -105,7 +105,7 @@ impl Drop for Folder {
     }
 }
 
-/// What is written has the same tensors, and computes the same when it is read.
+/// Written adapters have the same tensors, and compute the same when they are read.
 #[test]
 fn adapters_are_saved_in_the_layout_of_peft() -> Result<()> {
     let folder = Folder::new("saved");

@@ -1,4 +1,4 @@
-//! What `xt train` trains on: bytes of a text, tokens of texts, or files of tokens.
+//! Data of `xt train`: bytes of a text, tokens of texts, or files of tokens.
 
 use std::path::{Path, PathBuf};
 

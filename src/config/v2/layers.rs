@@ -176,7 +176,7 @@ options! {
         /// Probability of leaving out each sublayer in training: a number, or one per sublayer.
         /// <https://arxiv.org/abs/1603.09382>
         layer_dropout: Vec<f64> = vec![0.0],
-        /// Whether the wrapper leaves out its absolute positions. Default: with T5, rotary and polar positions.
+        /// If `true`, the wrapper leaves out its absolute positions. Default: with T5, rotary and polar positions.
         disable_abs_pos_emb: Option<bool> = None,
         /// If `true`, multiplies the features of each branch by learned factors. <https://arxiv.org/abs/2103.17239>
         use_layerscale: bool = false,
