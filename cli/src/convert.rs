@@ -67,7 +67,7 @@ fn folder(args: &ConvertArgs) -> Result<()> {
     };
     let (model, optimizer) = (converted(model)?, converted(optimizer)?);
     let config = conversion.config().clone();
-    // What is written has the names and shapes of its config.
+    // Written weights have the names and shapes of their config.
     let shapes = ParamStore::zeros(training.options.dtype, &Device::Cpu);
     Model::new(&config, &shapes).and_then(|built| built.params().load(&model)).map_err(broken)?;
     let count = model.len();

@@ -156,7 +156,7 @@ impl Split {
             validation.push(chosen);
         }
         if validation.is_empty() {
-            return Err(Failure::new("there are no documents"));
+            return Err(Failure::new("found no documents"));
         }
         let cut = (20 * taken < seen && validation.last() == Some(&false)).then(|| {
             let tail = (seen / 10 - taken).max(1).min(last.len() as u64 / 2) as usize;

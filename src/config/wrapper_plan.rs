@@ -56,7 +56,7 @@ pub struct TransformerPlan {
     pub logits: Vec<(String, usize)>,
     /// Token that stands for a number: its embedding is multiplied by the number, and a head predicts numbers.
     pub numerical_token: Option<i64>,
-    /// If `true`, a single logit is no dimension.
+    /// If `true`, the dimension of a single logit is squeezed.
     pub squeeze_logits: bool,
     /// If `true`, the output is the mean over the tokens.
     pub average_pool_embed: bool,

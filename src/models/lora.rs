@@ -199,7 +199,7 @@ impl TransformerWrapper {
                 return Ok(());
             }
             ensure!(!linear.has_lora(), Error::argument("lora", "the model has an adapter already; merge it first"));
-            let weight = linear.values()?;
+            let weight = linear.weight()?;
             let store = store.get_or_insert_with(|| ParamStore::new(seed, weight.dtype(), weight.device()));
             let place = store.at("base_model.model");
             let [all, fan_in] = linear.sizes();

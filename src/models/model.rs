@@ -206,10 +206,11 @@ impl Model {
         let gradients = options.gradients && !generates && !matches!(self.kind, Kind::Filter(_));
         let mut given = self.adopt(inputs)?;
         // Only a pass with gradients uses them, but they may always be among the inputs.
-        let keys: Vec<String> = given.0.keys().filter(|key| key.starts_with("cotangent")).cloned().collect_vec();
-        let cotangents = ordered(keys.into_iter().filter_map(|key| given.0.remove(&key).map(|value| (key, value))));
+        let keys: Vec<String> = given.tensors.keys().filter(|key| key.starts_with("cotangent")).cloned().collect_vec();
+        let cotangents =
+            ordered(keys.into_iter().filter_map(|key| given.tensors.remove(&key).map(|value| (key, value))));
         let mut leaves = Vec::new();
-        for (name, tensor) in &mut given.0 {
+        for (name, tensor) in &mut given.tensors {
             if gradients && tensor.dtype().is_float() && !name.starts_with("mems.") {
                 *tensor = tensor.requires_grad()?;
                 leaves.push((name.clone(), tensor.clone()));
@@ -287,7 +288,7 @@ impl Model {
             if tensor.dtype().is_float() { tensor.to_dtype(self.dtype) } else { Ok(tensor) }
         };
         let adopted = inputs.iter().map(|(name, tensor)| Ok((name.clone(), adopt(tensor)?)));
-        try_ordered(adopted).map(Inputs)
+        Ok(Inputs { tensors: try_ordered(adopted)?, device: self.device.clone() })
     }
 
     fn pass(&self, inputs: &mut Inputs, call: &Call, run: &RunOptions) -> Result<Forward> {

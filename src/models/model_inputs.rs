@@ -12,11 +12,15 @@ use crate::{
 };
 
 /// Inputs by name, each of which must be used.
-pub(super) struct Inputs(pub BTreeMap<String, Tensor>);
+pub(super) struct Inputs {
+    pub tensors: BTreeMap<String, Tensor>,
+    /// Device of the model, to which the tensors have been moved.
+    pub device: Device,
+}
 
 impl Inputs {
     pub fn take(&mut self, name: &str) -> Option<Tensor> {
-        self.0.remove(name)
+        self.tensors.remove(name)
     }
 
     pub fn need(&mut self, name: &str) -> Result<Tensor> {
@@ -32,12 +36,12 @@ impl Inputs {
     /// Takes all tensors of an object, by the names in it.
     pub fn object(&mut self, name: &str) -> BTreeMap<String, Tensor> {
         let prefix = format!("{name}.");
-        let keys: Vec<String> = self.0.keys().filter(|key| key.starts_with(&prefix)).cloned().collect_vec();
-        ordered(keys.into_iter().filter_map(|key| Some((key[prefix.len()..].to_string(), self.0.remove(&key)?))))
+        let keys: Vec<String> = self.tensors.keys().filter(|key| key.starts_with(&prefix)).cloned().collect_vec();
+        ordered(keys.into_iter().filter_map(|key| Some((key[prefix.len()..].to_string(), self.tensors.remove(&key)?))))
     }
 
     pub fn forward_options(&mut self, call: &Call, run: &RunOptions) -> Result<ForwardOptions> {
-        let prefix = call.prefix_attn_len.map(|length| Tensor::from_vec(vec![length], [1], &run_device(&self.0)));
+        let prefix = call.prefix_attn_len.map(|length| Tensor::from_vec(vec![length], [1], &self.device));
         let prefix_attn_len = match self.take("prefix_attn_len") {
             Some(given) => Some(given),
             None => prefix.transpose()?,
@@ -102,7 +106,7 @@ impl Inputs {
     }
 
     pub fn finish(self) -> Result<()> {
-        match self.0.into_keys().next() {
+        match self.tensors.into_keys().next() {
             Some(name) => Err(Error::argument("inputs", format_args!("`{name}` is not used by this call"))),
             None => Ok(()),
         }
@@ -160,9 +164,4 @@ impl Ends {
         }
         Tensor::from_vec(tokens, *new.shape(), new.device())
     }
-}
-
-/// Returns the device of the inputs.
-fn run_device(inputs: &BTreeMap<String, Tensor>) -> Device {
-    inputs.values().next().map_or(Device::Cpu, |tensor| tensor.device().clone())
 }

@@ -222,8 +222,6 @@ impl AttentionLayers {
         if self.plan.prefix {
             let mut mask = causal_mask(n, n, x)?;
             if let Some(lengths) = &options.prefix_attn_len {
-                // Lengths of a config's `call` are on the CPU.
-                let lengths = lengths.to_device(x.device())?;
                 let within = Tensor::arange(n, x.device())?.lt(&lengths.reshape([lengths.numel(), 1, 1, 1])?)?;
                 mask = mask.logical_or(&within)?;
             }

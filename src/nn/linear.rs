@@ -139,7 +139,7 @@ impl Linear {
         let y = self.weight.linear(x, None)?;
         match &self.lora {
             None => Ok(y),
-            Some(lora) => lora.apply(self, x, y),
+            Some(lora) => lora.apply(self, x, &y),
         }
     }
 
@@ -151,11 +151,6 @@ impl Linear {
     /// Returns the sizes of the weight, `[out, in]`.
     pub(crate) fn sizes(&self) -> [usize; 2] {
         self.weight.shape()
-    }
-
-    /// Returns the weight, `[out, in]`; a packed one is dequantised.
-    pub(crate) fn values(&self) -> Result<Tensor> {
-        self.weight.floats()
     }
 
     /// Returns `true` if there is a low-rank update.
@@ -182,7 +177,7 @@ impl Linear {
     }
 
     /// Returns the weight, `[out, in]`; a packed one is dequantised.
-    pub(super) fn weight(&self) -> Result<Tensor> {
+    pub(crate) fn weight(&self) -> Result<Tensor> {
         self.weight.floats()
     }
 

@@ -36,29 +36,28 @@ impl LoraPart {
         x.linear(&self.a.tensor(), None)?.affine(self.scale, 0.0)?.linear(&self.b.tensor(), None)
     }
 
-    /// Returns the rows of the weight with the update, `[rows, in]`; `weight` are those without.
-    pub fn merged(&self, weight: &Tensor) -> Result<Tensor> {
+    /// Returns these rows of the weight with `scale · B A` added, in the type that sums have; `weight` are those without.
+    fn updated(&self, weight: &Tensor) -> Result<Tensor> {
         let wide = weight.detach().to_dtype(weight.dtype().accumulator())?;
-        let product = |param: &Param| param.tensor().detach().to_dtype(wide.dtype());
-        let updated = wide.add(&product(&self.b)?.matmul(&product(&self.a)?)?.affine(self.scale, 0.0)?)?;
-        let updated = match &self.magnitude {
-            None => updated,
-            Some(magnitude) => {
-                let factors = product(magnitude)?.div(&lengths(&updated)?)?;
-                updated.mul(&factors.unsqueeze(1)?)?
-            }
-        };
+        let [b, a] = [&self.b, &self.a].map(|param| param.tensor().detach().to_dtype(wide.dtype()));
+        wide.add(&b?.matmul(&a?)?.affine(self.scale, 0.0)?)
+    }
+
+    /// Returns these rows with the update and, with a magnitude, of its lengths, `[rows, in]`.
+    fn merged(&self, weight: &Tensor) -> Result<Tensor> {
+        let mut updated = self.updated(weight)?;
+        if let Some(magnitude) = &self.magnitude {
+            let factors = magnitude.tensor().detach().to_dtype(updated.dtype())?.div(&lengths(&updated)?)?;
+            updated = updated.mul(&factors.unsqueeze(1)?)?;
+        }
         updated.to_dtype(weight.dtype())
     }
 
     /// Returns the factors by which DoRA multiplies the rows of the product, `[rows]`. The lengths are constants, as in the
     /// paper's section 4.3: gradients pass through the magnitude alone.
     fn factors(&self, magnitude: &Param, weight: &Tensor) -> Result<Tensor> {
-        let dtype = magnitude.tensor().dtype();
-        let wide = weight.detach().to_dtype(dtype.accumulator())?;
-        let product = |param: &Param| param.tensor().detach().to_dtype(wide.dtype());
-        let updated = wide.add(&product(&self.b)?.matmul(&product(&self.a)?)?.affine(self.scale, 0.0)?)?;
-        magnitude.tensor().div(&lengths(&updated)?.to_dtype(dtype)?)
+        let magnitude = magnitude.tensor();
+        magnitude.div(&lengths(&self.updated(weight)?)?.to_dtype(magnitude.dtype())?)
     }
 }
 
@@ -69,52 +68,42 @@ pub(crate) fn lengths(matrix: &Tensor) -> Result<Tensor> {
 
 impl Lora {
     /// Returns the output of a layer without bias, `[.., out]`; `y` is that without the update.
-    pub fn apply(&self, layer: &Linear, x: &Tensor, y: Tensor) -> Result<Tensor> {
+    pub fn apply(&self, layer: &Linear, x: &Tensor, y: &Tensor) -> Result<Tensor> {
         let dropped = x.dropout(self.dropout)?;
-        let (axis, width) = (y.rank() as isize - 1, y.shape()[y.rank() - 1]);
-        let mut pieces = Vec::new();
-        let mut at = 0;
-        for part in &self.parts {
-            if at < part.rows.start {
-                pieces.push(y.narrow(axis, at, part.rows.start - at)?);
-            }
-            let own = y.narrow(axis, part.rows.start, part.rows.len())?;
+        // DoRA needs the weight, of which a packed one is dequantised.
+        let scales = self.parts.iter().any(|part| part.magnitude.is_some());
+        let weight = if scales { Some(layer.weight()?.detach()) } else { None };
+        self.by_rows(y, -1, |part, own| {
             let update = part.update(&dropped)?;
-            pieces.push(match &part.magnitude {
-                None => own.add(&update)?,
-                Some(magnitude) => {
-                    let weight = layer.values()?.detach().narrow(0, part.rows.start, part.rows.len())?;
-                    let factors = part.factors(magnitude, &weight)?;
-                    // Of an input with dropout the product itself keeps the whole one, as in PEFT.
-                    let base = if self.dropout > 0.0 { dropped.linear(&weight, None)? } else { own.clone() };
-                    own.add(&base.mul(&factors.affine(1.0, -1.0)?)?)?.add(&update.mul(&factors)?)?
-                }
-            });
-            at = part.rows.end;
-        }
-        if at < width {
-            pieces.push(y.narrow(axis, at, width - at)?);
-        }
-        let pieces: Vec<&Tensor> = pieces.iter().collect_vec();
-        if let [one] = pieces[..] { Ok(one.clone()) } else { Tensor::cat(&pieces, axis) }
+            let (Some(magnitude), Some(weight)) = (&part.magnitude, &weight) else { return own.add(&update) };
+            let weight = weight.narrow(0, part.rows.start, part.rows.len())?;
+            let factors = part.factors(magnitude, &weight)?;
+            // Of an input with dropout the product itself keeps the whole one, as in PEFT.
+            let base = if self.dropout > 0.0 { dropped.linear(&weight, None)? } else { own.clone() };
+            own.add(&base.mul(&factors.affine(1.0, -1.0)?)?)?.add(&update.mul(&factors)?)
+        })
     }
 
     /// Returns the weight with all updates.
     pub fn merged(&self, weight: &Tensor) -> Result<Tensor> {
-        let mut pieces = Vec::new();
-        let mut at = 0;
-        let rows = weight.dim(0)?;
+        self.by_rows(&weight.detach(), 0, LoraPart::merged)
+    }
+
+    /// Replaces the rows of each part, which lie along `dim`, by what `f` returns for them; the others stay.
+    fn by_rows(&self, whole: &Tensor, dim: isize, f: impl Fn(&LoraPart, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
+        let size = whole.dim(dim)?;
+        let (mut pieces, mut at) = (Vec::new(), 0);
         for part in &self.parts {
             if at < part.rows.start {
-                pieces.push(weight.detach().narrow(0, at, part.rows.start - at)?);
+                pieces.push(whole.narrow(dim, at, part.rows.start - at)?);
             }
-            pieces.push(part.merged(&weight.narrow(0, part.rows.start, part.rows.len())?)?);
+            pieces.push(f(part, &whole.narrow(dim, part.rows.start, part.rows.len())?)?);
             at = part.rows.end;
         }
-        if at < rows {
-            pieces.push(weight.detach().narrow(0, at, rows - at)?);
+        if at < size {
+            pieces.push(whole.narrow(dim, at, size - at)?);
         }
         let pieces: Vec<&Tensor> = pieces.iter().collect_vec();
-        Tensor::cat(&pieces, 0)
+        if let [one] = pieces[..] { Ok(one.clone()) } else { Tensor::cat(&pieces, dim) }
     }
 }

@@ -66,6 +66,10 @@ pub(super) fn describe(config: &TransformerWrapperConfig, family: Family) -> Res
         sizes.max_attend_past.is_none(),
         Error::option("attn_max_attend_past", "cannot be described in GGUF: its models attend to all earlier tokens")
     );
+    ensure!(
+        sizes.positions > 0,
+        Error::option("max_seq_len", "is 0, no limit; GGUF needs a context length, expected at least 1")
+    );
     let architecture = if family == Family::Qwen2 { "qwen2" } else { "llama" };
     let mut metadata = BTreeMap::new();
     metadata.insert("general.architecture".to_string(), Metadata::Text(architecture.to_string()));

@@ -23,18 +23,16 @@ const NEUTRAL: [(&str, &str); 6] = [
     ("peft_type", "\"LORA\""),
     ("bias", "\"none\""),
     ("init_lora_weights", "true"),
+    ("init_lora_weights", "\"gaussian\""),
     ("megatron_core", "\"megatron.core\""),
     ("qalora_group_size", "16"),
-    ("peft_version", ""),
 ];
 /// Options that say nothing about what is computed.
-const DESCRIPTIVE: [&str; 10] = [
+const DESCRIPTIVE: [&str; 8] = [
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
-    "loftq_config",
     "eva_config",
-    "corda_config",
     "peft_version",
     "revision",
     "runtime_config",
@@ -158,11 +156,15 @@ fn read(folder: &Path) -> Result<(LoraOptions, BTreeMap<String, Tensor>)> {
             value.as_f64().ok_or_else(|| Error::file(&path, format_args!("`{key}` is {value}, expected a number")))
         }
     };
-    let flag = |key: &str| config.get(key).and_then(Value::as_bool).unwrap_or(false);
+    let flag = |key: &str| match config.get(key) {
+        None | Some(Value::Null) => Ok(false),
+        Some(Value::Bool(flag)) => Ok(*flag),
+        Some(value) => Err(Error::file(&path, format_args!("`{key}` is {value}, expected true or false"))),
+    };
     read.r = number("r", 8.0)? as usize;
     read.lora_alpha = number("lora_alpha", 8.0)?;
     read.lora_dropout = number("lora_dropout", 0.0)?;
-    (read.use_rslora, read.use_dora) = (flag("use_rslora"), flag("use_dora"));
+    (read.use_rslora, read.use_dora) = (flag("use_rslora")?, flag("use_dora")?);
     let file = [WEIGHTS, "adapter_model.bin"].map(|name| folder.join(name));
     let file = file.iter().find(|path| path.is_file()).unwrap_or(&file[0]);
     let weights = TensorFile::open(file)?.tensors()?;
@@ -181,9 +183,8 @@ fn read(folder: &Path) -> Result<(LoraOptions, BTreeMap<String, Tensor>)> {
                 ),
             ));
         };
-        if read.target_modules.last().is_none_or(|last| last != place)
-            && !read.target_modules.iter().any(|known| known == place)
-        {
+        // Names are in alphabetical order: those of a module follow each other.
+        if read.target_modules.last().is_none_or(|last| last != place) {
             read.target_modules.push(place.to_string());
         }
     }

@@ -185,6 +185,8 @@ fn unsupported_adapters_are_refused() -> Result<()> {
         ("\"rank_pattern\": {}", "\"rank_pattern\": {\"q_proj\": 2}", "`rank_pattern`"),
         ("\"r\": 4", "\"r\": 5", "adapter_model.safetensors"),
         ("\"r\": 4", "\"r\": \"four\"", "`r` is \"four\""),
+        ("\"use_rslora\": false", "\"use_rslora\": \"yes\"", "`use_rslora` is \"yes\", expected true or false"),
+        ("\"loftq_config\": {}", "\"loftq_config\": {\"loftq_bits\": 4}", "`loftq_config`"),
     ] {
         assert!(config.contains(from), "{config}");
         let error = refused(&config.replace(from, to));

@@ -86,6 +86,7 @@ fn windows_and_other_architectures_are_not_written() -> Result<()> {
     let zeros = |_: &str| Tensor::zeros([1], DType::F32, &Device::Cpu);
     for (config, expected) in [
         (TransformerWrapperConfig { logits_bias: true, ..llama(1) }, "`logits_bias`"),
+        (TransformerWrapperConfig { max_seq_len: 0, ..llama(1) }, "GGUF needs a context length"),
         (
             TransformerWrapperConfig { num_memory_tokens: 2, ..llama(1) },
             "`num_memory_tokens` is `2`, expected the default",

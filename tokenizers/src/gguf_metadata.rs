@@ -134,7 +134,7 @@ impl Tokenizer {
             differing = differing.or(found);
         }
         let text = differing.unwrap_or_default();
-        Err(broken(&format!("splits texts such as {text:?} as no tokenizer does that llama.cpp has a name for")))
+        Err(broken(&format!("splits {text:?} differently from every pre-tokenizer that llama.cpp knows")))
     }
 
     /// Returns the metadata of a GGUF file whose tokens are bytes, with a vocabulary of this size, which may be less or

@@ -41,7 +41,7 @@ pub struct Training<'a> {
     pub metrics: Metrics,
     pub progress: Progress,
     pub device: Device,
-    /// Meaning of the tokens, if it is known: without it there are no samples.
+    /// Tokenizer or bytes; without either the run has no samples.
     pub language: Option<Language>,
     pub unit: Unit,
     /// Bits per byte of the order-2 model, for bytes.

@@ -344,7 +344,7 @@ fn a_dry_run_writes_nothing() {
         assert!(output.contains(part), "{part:?} in\n{output}");
     }
     assert!(!Path::new(&out).exists());
-    // What the run would refuse, it refuses.
+    // It refuses all that the run would refuse.
     assert!(fails(&[&train[..], &["--seq-len", "8", "--lr", "0"]].concat()).contains("lr"));
 }
 

@@ -193,7 +193,7 @@ impl ViTransformerWrapperConfig {
     /// combination.
     pub fn plan(&self) -> Result<ViTransformerPlan> {
         at_least_one("channels", self.channels)?;
-        // What both versions check.
+        // Checks of both versions.
         let first = wrappers::ViTransformerWrapperConfig {
             image_size: self.image_size,
             patch_size: self.patch_size,

@@ -68,7 +68,7 @@ options! {
         attn_pool_depth: usize = 1,
         /// Width of the pooled vectors. Default the width of the model.
         dim_pooled_tokens: Option<usize> = None,
-        /// If `true`, a single logit is no dimension of the output.
+        /// If `true`, the dimension of a single logit is squeezed.
         squeeze_out_last_dim: bool = false,
     } with {
         /// The attention layers. Required.
