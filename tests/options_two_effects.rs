@@ -179,8 +179,9 @@ fn of_wrapper() -> Vec<Row> {
     ]
 }
 
-/// Options that act only on gradients, or where masks and causality together leave no key.
-const ELSEWHERE: [&str; 3] = ["emb_frac_gradient", "sparse_topk_straight_through", "flash"];
+/// Options that act only on gradients, or where masks and causality together leave no key, or in cross-attention.
+const ELSEWHERE: [&str; 4] =
+    ["emb_frac_gradient", "sparse_topk_straight_through", "flash", "learned_value_residual_mix"];
 
 fn extend(into: &mut Value, more: &Value) {
     let more: Map<String, Value> = more.as_object().unwrap().clone();

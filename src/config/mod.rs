@@ -27,7 +27,7 @@ pub use branch_plan::{
     AttentionPath, AttentionPlan, FeedForwardPlan, Normalize, PaddingPlan, QkNormPlan, ScoreResidual, TalkingHeads,
     Temperature, ValueGate, ValueResidual,
 };
-pub use call::{BeamCall, Call, GenerateCall};
+pub use call::{BeamCall, Call, GenerateCall, MaskedCall};
 pub use model_plan::ModelPlan;
 pub use options::{
     AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, Llama3Scaling,
@@ -40,7 +40,8 @@ pub use plan::{
 pub use rotary::RotaryPlan;
 pub use wrapper_plan::{
     AbsolutePositions, AroundPlan, AttentionPoolPlan, AutoregressivePlan, ContinuousAutoregressivePlan, ContinuousLoss,
-    ContinuousPlan, LossPlan, MemoryPlan, PoolerPlan, TransformerPlan, ViTransformerPlan, VisionHead, XTransformerPlan,
+    ContinuousPlan, CriticPlan, LossPlan, MaskedPlan, MemoryPlan, PoolerPlan, TransformerPlan, ViTransformerPlan,
+    VisionHead, XTransformerPlan,
 };
 pub use wrappers::{
     AutoregressiveConfig, ContinuousTransformerWrapperConfig, FilterLogits, SamplingConfig, TransformerWrapperConfig,

@@ -38,6 +38,8 @@ pub struct LayersPlan {
     pub layers: Vec<LayerPlan>,
     /// Number of the module that computes each sublayer; a repeated number repeats the weights.
     pub modules: Vec<usize>,
+    /// Modules that compute no sublayer: they have weights in a state dict only.
+    pub idle: Vec<(usize, LayerPlan)>,
     /// Bound of the output before the final norm, which `bound · tanh(x / bound)` keeps softly.
     pub softclamp: Option<f64>,
     /// Final norm after the last layer.

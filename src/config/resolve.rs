@@ -91,6 +91,7 @@ fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
         positions,
         layers,
         modules,
+        idle: Vec::new(),
         softclamp: None,
         final_norm,
         owns_final_norm: false,

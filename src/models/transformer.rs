@@ -285,7 +285,10 @@ impl TransformerWrapper {
         if only_embeddings {
             return Ok(output);
         }
-        if let (Some(pool), Some(AttentionPoolPlan { used: true, .. })) = (&self.attn_pool, &self.plan.pool) {
+        let pools = !options.return_logits_and_embeddings;
+        if let (Some(pool), Some(AttentionPoolPlan { used: true, .. }), true) =
+            (&self.attn_pool, &self.plan.pool, pools)
+        {
             output.out = pool.forward(&x, mask.as_ref(), None).context("attn_pool")?;
             return Ok(output);
         }

@@ -109,14 +109,14 @@ impl AttentionLayers {
             let place = store.at("layers").at(index);
             Layer::new(layer, plan.dim, plan.norms_memories, rotary.as_ref(), &place, custom)
         };
-        let count = plan.modules.iter().max().map_or(0, |last| last + 1);
+        let count = plan.modules.len() + plan.idle.len();
         let mut modules = Vec::with_capacity(count);
         for index in 0..count {
             // Repeated layers share a module.
             let at = plan.modules.iter().position(|&module| module == index);
-            let missing = || Error::option("layers_execute_order", format_args!("leaves out sublayer {index}"));
-            let at = at.ok_or_else(missing)?;
-            modules.push(layer((index, &plan.layers[at]))?);
+            let idle = || plan.idle.iter().find(|(module, _)| *module == index).map(|(_, layer)| layer);
+            let Some(own) = at.map(|at| &plan.layers[at]).or_else(idle) else { break };
+            modules.push(layer((index, own))?);
         }
         let layers: Vec<Layer> = plan.modules.iter().map(|&index| modules[index].clone()).collect_vec();
         let bias = RelativePositionBias::new(plan.positions.bias, &store.at("rel_pos"))?;
@@ -474,7 +474,7 @@ impl AttentionLayers {
 
     /// Adds the bias on the scores of self-attention, if there is one.
     fn add_bias(&self, own: &mut AttentionInput, x: &Tensor, options: &ForwardOptions) -> Result<()> {
-        let Some(bias) = &self.bias else {
+        let Some(bias) = self.bias.as_ref().filter(|_| self.plan.self_attentions() > 0) else {
             own.dense_bias = options.attn_bias.clone();
             return Ok(());
         };
@@ -499,7 +499,8 @@ impl AttentionLayers {
             RelativePositionBias::T5 { .. } => plans.all(fits),
             _ => options.pos.is_none() && plans.all(|plan| plan.causal && fits(plan)),
         };
-        if fits && memories == 0 {
+        // ALiBi by the key's position shifts rows of scores, which the softmax takes back.
+        if fits && memories == 0 && !options.return_scores {
             own.bias = Some(bias.forward().context("rel_pos")?);
         } else {
             own.dense_bias = Some(

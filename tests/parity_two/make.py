@@ -189,6 +189,10 @@ def public_cases():
       dict(x=tok(2, 14, V), lens=ints(14, 6)), same=("pad_value", "ignore_index"))
     P("autoregressive_loss_prepend_embeds", ar(tw(dec(depth=1, rotary_pos_emb=True))),
       dict(x=tok(2, 10, V), prepend_embeds=flt(2, 3, D)))
+    P("autoregressive_return_outputs", ar(tw(dec(depth=1)), call=dict(return_outputs=True)), dict(x=tok(2, 9, V)))
+    P("xl_autoregressive_tbptt", dict(model="XLAutoregressiveWrapper", tbptt_steps=2,
+                                      net=tw(dec(depth=1, alibi_pos_bias=True), max_seq_len=5, max_mem_len=5)),
+      {"x": tok(2, 16, V), "mems.0": flt(2, 4, D)})
     P("autoregressive_attn_z_loss", ar(tw(dec(depth=2)), add_attn_z_loss=True), dict(x=tok(2, 10, V)))
     P("xl_autoregressive_loss", dict(model="XLAutoregressiveWrapper",
                                      net=tw(dec(depth=2, rotary_pos_emb=True, attn_dim_head=8), max_seq_len=6, max_mem_len=6)),
@@ -411,6 +415,45 @@ def public_cases():
     P("xval_loss", dict(model="XValAutoregressiveWrapper", numerical_loss_weight=0.5, net=xval),
       dict(x=tok(2, 12, 8), x_num=flt(2, 12), mask=lens(12, 12, 7)))
 
+    # --- tokens that are filled in: draws are inputs ------------------------------------------------------------------
+    nar = dict(model="NonAutoregressiveWrapper", mask_id=25, no_replace_prob=0.0, random_token_prob=0.0,
+               net=tw(enc(depth=1), max_seq_len=9), call=dict(generator_sample_temperature=0.0))
+    drawn = {"x": tok(2, 9, 25), "times": ints(0.3, 0.8), "order": ints((3, 1, 8, 0, 2, 7, 4, 6, 5), (8, 7, 0, 1, 5, 2, 6, 3, 4))}
+    P("nonautoregressive", nar, drawn, same=("generator_sample_temperature",))
+    P("nonautoregressive_cosine_self_cond", {**nar, "schedule": "cosine", "self_cond": True, "self_cond_train_prob": 1.0,
+                                             "use_simple_mdlm_loss_weight": False}, drawn)
+    P("nonautoregressive_null_embed_critic", {**nar, "self_cond": True, "self_cond_train_prob": 0.0, "schedule": "cosine",
+                                              "self_token_critic": True, "critic_loss_weight": 0.7}, drawn)
+    P("nonautoregressive_token_critic",
+      {**nar, "token_critic": tw(enc(depth=1, heads=2), max_seq_len=9, logits_dim=1), "steps": 4}, drawn)
+    fills = dict(method="generate", start_temperature=0.0, noise_level_scale=0.0)
+    P("nonautoregressive_generate", {**nar, "steps": 5, "call": {**fills, "batch_size": 2}}, {})
+    P("nonautoregressive_generate_again",
+      {**nar, "steps": 4, "schedule": "cosine", "self_cond": True, "can_mask_prev_unmasked": True, "call": fills}, {})
+    P("nonautoregressive_fill_critic",
+      {**nar, "steps": 4, "self_token_critic": True, "call": {**fills, "filter_thres": 0.9}}, {})
+
+    # --- combinations that were once off ------------------------------------------------------------------------------
+    P("layers_execute_order_leaves_out", tw(dec(depth=2, layers_execute_order=[0, 3, 0, 3])), x12)
+    P("pre_and_post_norm", tw(dec(depth=1, pre_and_post_norm=True)), x12)
+    P("pre_and_post_norm_without_pre", tw(enc(depth=1, pre_norm=False, pre_and_post_norm=True)), x12, same=("pre_and_post_norm",))
+    P("continuous_pos", cont(enc(depth=1, rotary_pos_emb=True, disable_abs_pos_emb=False, attn_dim_head=8), dim_in=6, max_seq_len=24),
+      dict(x=flt(2, 8, 6), pos=ints(0, 1, 2, 5, 6, 9, 10, 20), seq_start_pos=ints(0, 3)))
+    P("attn_z_loss_alibi", ar(tw(dec(depth=2, alibi_pos_bias=True)), add_attn_z_loss=True), dict(x=tok(2, 10, V)))
+    P("attn_z_loss_sink_selective", ar(tw(dec(depth=1, attn_head_learned_sink=True, attn_selective=True)), add_attn_z_loss=True),
+      dict(x=tok(2, 10, V)))
+    P("attn_selective_residual_attn", tw(dec(depth=2, attn_selective=True, residual_attn=True)), x12)
+    P("rotary_mem_kv_mems", tw(dec(depth=1, rotary_pos_emb=True, attn_num_mem_kv=2, attn_dim_head=8), max_mem_len=6),
+      {"x": tok(2, 6, V), "mems.0": flt(2, 5, D)})
+    P("rotary_mem_kv_cross", tw(dec(depth=1, rotary_pos_emb=True, cross_attend=True, attn_num_mem_kv=2, attn_dim_head=8)),
+      dict(x=tok(2, 6, V), context=flt(2, 5, D)))
+    P("attn_pool_logits_and_embeddings", tw(enc(depth=1), attn_pool=True, call=dict(return_logits_and_embeddings=True)),
+      dict(x=tok(2, 9, V)), same=("attn_pool",))
+    P("polar_pos_emb_one_kv_head", tw(dec(depth=1, polar_pos_emb=True, attn_one_kv_head=True)), x12)
+    P("cross_attn_learned_value_residual_mix",
+      tw(dec(depth=2, cross_attend=True, add_value_residual=True, cross_attn_learned_value_residual_mix=True)),
+      dict(x=tok(2, 6, V), context=flt(2, 6, D)))
+
     # --- generation: greedy, so that there is nothing to draw ---------------------------------------------------------
     greedy = dict(method="generate", temperature=0.0)
     g = tw(dec(depth=1), max_seq_len=16)
@@ -419,6 +462,8 @@ def public_cases():
                                             filter_kwargs={"k": 1})), dict(prompts=tok(2, 4, V)))
     P("generate_prompt_lens", ar(tw(dec(depth=2, rotary_pos_emb=True, attn_dim_head=8), max_seq_len=20),
                                  call={**greedy, "seq_len": 6}), dict(prompts=tok(3, 7, V), prompt_lens=ints(7, 3, 5)))
+    P("generate_prompts_list", ar(tw(dec(depth=1, rotary_pos_emb=True, attn_dim_head=8), max_seq_len=20),
+                                  call={**greedy, "seq_len": 5}), {"prompts.0": ("row", 3, V), "prompts.1": ("row", 6, V)})
     P("generate_prompt_lens_absolute", ar(g, call={**greedy, "seq_len": 6}),
       dict(prompts=tok(2, 7, V), prompt_lens=ints(4, 7)))
     P("generate_sliding_window", ar(tw(dec(depth=1, rotary_pos_emb=True, attn_dim_head=8), max_seq_len=8),
@@ -433,6 +478,9 @@ def public_cases():
     P("xl_generate", dict(model="XLAutoregressiveWrapper", call={**greedy, "seq_len": 7},
                           net=tw(dec(depth=2, rotary_pos_emb=True, attn_dim_head=8), max_seq_len=5, max_mem_len=5)),
       dict(start_tokens=tok(2, 12, V)))
+    P("xval_generate", dict(model="XValAutoregressiveWrapper", net={**xval, "max_seq_len": 9},
+                            call=dict(method="generate", seq_len=7, filter_logits_fn="top_k", filter_kwargs={"k": 1})),
+      dict(start_tokens=("rows", ((3, 1, 3, 2), (5, 3, 3, 0))), start_numbers=flt(2, 4)))
     for nm, c in (("top_k", dict(frac_num_tokens=0.1)), ("top_k_k", dict(k=4)), ("top_p", dict(thres=0.9)),
                   ("top_a", dict(min_p_pow=2.0, min_p_ratio=0.02)), ("min_p", dict(min_p=0.1))):
         fn = "top_k" if nm == "top_k_k" else nm
@@ -532,6 +580,8 @@ class Ref:
             return self.attn_layers({"kind": model, **cfg})
         if "net" in cfg:
             net = self.build(cfg.pop("net"))
+            if "token_critic" in cfg:
+                cfg["token_critic"] = self.build(cfg.pop("token_critic"))
             out = getattr(self.pkg, model)(net, **self.keywords(cfg))
             return out
         if model == "XTransformer":
@@ -603,15 +653,40 @@ class Ref:
         return {k: ([v[i] for i in sorted(v)] if isinstance(v, dict) and all(isinstance(i, int) for i in v) else v)
                 for k, v in args.items()}
 
+    @contextlib.contextmanager
+    def given_draws(self, times, order):
+        """Gives the draws of NonAutoregressiveWrapper: times of rows, and the ranks of the positions."""
+        torch = self.torch
+        uniform, rand = torch.Tensor.uniform_, torch.rand
+
+        def drawn(t, *a, **k):
+            with torch.no_grad():
+                return t.copy_(times.detach()) if t.shape == times.shape else t.fill_(0.5)
+        torch.Tensor.uniform_, torch.rand = drawn, lambda *a, **k: order.argsort(dim=-1).double()
+        try:
+            yield
+        finally:
+            torch.Tensor.uniform_, torch.rand = uniform, rand
+
     def forward(self, model, cfg, inp):
         """Returns (outputs with gradients, extras without)."""
         call = {k: tuples(v) for k, v in cfg.get("call", {}).items()}
+        if cfg["model"] == "NonAutoregressiveWrapper":
+            with self.given_draws(inp["times"], inp["order"]):
+                loss = model(inp["x"], **call)
+            # x-transformers has the weights of masked diffusion with the wrong sign
+            weighted = cfg.get("use_simple_mdlm_loss_weight", True)
+            critic = 0.0 if loss.critic_loss is None else model.critic_loss_weight * loss.critic_loss
+            return {"out": (-loss.generator_loss if weighted else loss.generator_loss) + critic}, {}
         out = model(**self.arguments(inp), **call)
         extras = {}
         if call.get("return_mems") or call.get("return_attn"):
             out, rest = out
             tag = "mems" if call.get("return_mems") else "attn"
             extras = {f"{tag}.{i}": t.detach() for i, t in enumerate(rest)}
+        if call.get("return_outputs"):
+            out, (logits, _) = out
+            extras = {"logits": logits.detach()}
         if call.get("return_logits_and_embeddings"):
             logits, embeddings = out
             return {"out": logits, "embeddings": embeddings}, extras
@@ -628,15 +703,26 @@ class Ref:
         net = model.decoder.net if cfg["model"] == "XTransformer" else getattr(model, "net", model)
         hook = None
         if margins is not None and method == "generate" and cfg["model"] != "ContinuousAutoregressiveWrapper":
+            every = cfg["model"] == "NonAutoregressiveWrapper"
+
             def grab(_m, _i, out):
+                if every and not isinstance(out, tuple):
+                    return  # embeddings for the critic
                 logits = out[0] if isinstance(out, tuple) else out
-                t = logits[:, -1].topk(2, dim=-1).values
+                t = (logits if every else logits[:, -1:]).topk(2, dim=-1).values.flatten(0, 1)
                 margins.append(float((t[:, 0] - t[:, 1]).min()))
             hook = net.register_forward_hook(grab)
         torch.manual_seed(0)
+        if cfg["model"] == "XValAutoregressiveWrapper" and "filter_logits_fn" in call:
+            call["filter_logits_fn"] = self.arw.FILTER_LOGITS_FN[call["filter_logits_fn"]]
+        if cfg["model"] == "NonAutoregressiveWrapper":
+            with self.given_draws(torch.zeros(0), torch.zeros(0)):
+                return {"out": model.generate(**call)}
         out = getattr(model, method)(**self.arguments(inp), **call)
         if hook:
             hook.remove()
+        if cfg["model"] == "XValAutoregressiveWrapper":
+            return {"out": out[0], "numbers": torch.nan_to_num(out[1], nan=0.0)}
         if method == "beam_search" and call.get("return_beams_and_scores"):
             return {"out": out[0], "scores": out[1]}
         return {"out": out}
@@ -716,6 +802,8 @@ def make_input(torch, spec, g):
         return torch.tensor(spec[1])
     if kind == "rows":
         return torch.tensor(spec[1])
+    if kind == "row":
+        return torch.randint(0, spec[2], (spec[1],), generator=g)
     if kind == "rowscale":  # alternating row magnitudes
         scale = torch.tensor([spec[2][i % len(spec[2])] for i in range(spec[1][1])])
         return torch.randn(spec[1], generator=g) * scale[None, :, None]
@@ -782,7 +870,7 @@ def generate_set(ref, which, out_dir, only=None):
     return not failed
 
 
-def generate_case(ref, which, name, c, out_dir, stored_weights, load_file, save_file):
+def generate_case(ref, which, name, c, out_dir, stored_weights, load_file, save_file, attempts=90):
     torch = ref.torch
     cfg = json.loads(json.dumps(c["cfg"]))
     root = name
@@ -792,7 +880,7 @@ def generate_case(ref, which, name, c, out_dir, stored_weights, load_file, save_
     folder = os.path.join(out_dir, name)
     os.makedirs(folder, exist_ok=True)
     last = None
-    for attempt in range(90):
+    for attempt in range(attempts):
         g = torch.Generator().manual_seed(seed + 7919 * attempt)
         if cfg["model"] == "SamplingFilter":
             sd = {}

@@ -250,6 +250,8 @@ options! {
         gate_values: bool = false,
         /// If `true`, that gate is a SiLU in place of a sigmoid.
         swiglu_values: bool = false,
+        /// If `true`, the mixture of values is learned in cross-attention too; self-attention has the option of the layers.
+        learned_value_residual_mix: bool = false,
         /// If `true`, the output projection starts at 0.
         zero_init_output: bool = false,
         /// If `true`, all weight is on the highest score, with the gradient of the softmax.

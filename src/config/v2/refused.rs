@@ -21,7 +21,7 @@ pub(super) const ATTENTION: &str = "
     data_dependent_alibi=false data_dependent_alibi_per_row=false data_dependent_alibi_per_row_dim_head=8
     data_dependent_alibi_kwargs={} use_rel_proj_pos_bias=false rel_proj_num_distance_basis=16
     rel_proj_max_dist=1024 use_cope=false cope_max_pos=16 cope_soft_onehot_pos=false cope_talking_heads=false
-    learned_value_residual_mix=false orthog_projected_values=false orthog_projected_values_per_head=false
+    orthog_projected_values=false orthog_projected_values_per_head=false
     qkv_receive_diff_residuals=false project_out=null use_latent_q=false dim_latent_q=null use_latent_kv=false
     dim_latent_kv=null latent_rope_subheads=null inverted_attention=false flash_pack_seq=false
 ";

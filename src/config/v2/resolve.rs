@@ -74,11 +74,7 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
             CrossAttention => BranchPlan::CrossAttention(cross[at].clone()),
             FeedForward => BranchPlan::FeedForward(forward[at].clone()),
         };
-        let norms = [
-            config.pre_norm || config.pre_and_post_norm,
-            config.sandwich_norm,
-            !config.pre_norm || config.pre_and_post_norm,
-        ];
+        let norms = [config.pre_norm, config.sandwich_norm, !config.pre_norm || config.pre_and_post_norm];
         let layer_scale = layer_scale(config, condition);
         let half = config.macaron && kind == FeedForward;
         let wrap = WrapPlan { layer_scale, shifts: shifts[index].clone(), half, ..WrapPlan::default() };
@@ -95,12 +91,14 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
     check_residual(config)?;
     let final_norm = (config.pre_norm && has_final_norm(config) && !config.pre_and_post_norm).then_some(norm);
     let (positions, layers) = (positions(config, causal)?, modules.iter().map(|&at| plans[at].clone()).collect_vec());
+    let idle = plans.into_iter().enumerate().filter(|(index, _)| !modules.contains(index)).collect_vec();
     Ok(LayersPlan {
         dim: config.dim,
         cross_attend: crosses,
         positions,
         layers,
         modules,
+        idle,
         softclamp: config.softclamp_output.then_some(config.softclamp_output_value),
         final_norm,
         owns_final_norm: true,

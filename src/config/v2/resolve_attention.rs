@@ -51,6 +51,10 @@ pub(super) fn attentions(
     let cross_options = if cross == 0 { Vec::new() } else { each(cross_options, cross, "cross_attn_*")? };
     ensure!(own > 0 || !config.residual_attn, Error::option("residual_attn", "needs self-attention"));
     ensure!(cross > 0 || !config.cross_residual_attn, Error::option("cross_residual_attn", "needs cross-attention"));
+    ensure!(
+        own > 0 || matches!(config.attn, PerLayer::All(_)),
+        Error::option("attn_*", "arrays have a value for each self-attention, and there is none")
+    );
     let rotary = rotary(config, causal)?;
     let residual = |on: bool| if on { ScoreResidual::Masked } else { ScoreResidual::None };
     let own = own_options.iter().enumerate().map(|(index, options)| {
@@ -59,11 +63,21 @@ pub(super) fn attentions(
             (true, false) => ValueResidual::Half,
             (true, true) => ValueResidual::Learned,
         };
+        ensure!(
+            !options.learned_value_residual_mix,
+            Error::option(
+                "attn_learned_value_residual_mix",
+                "is set by `learned_value_residual_mix`, like in x-transformers; only `cross_attn_` takes it"
+            )
+        );
         let plan = attention(config, options, rotary.as_ref(), "attn_")?;
         let causal = causal && config.kind != LayersKind::PrefixDecoder;
         let polar = config.polar_pos_emb;
         ensure!(
-            !polar || plan.kv_heads == plan.heads && plan.num_mem_kv == 0 && plan.dim_head == config.dim_head(),
+            !polar
+                || (plan.kv_heads == plan.heads || plan.kv_heads == 1)
+                    && plan.num_mem_kv == 0
+                    && plan.dim_head == config.dim_head(),
             Error::option(
                 "polar_pos_emb",
                 "cannot be used with memory key/values, fewer key heads or heads of several widths, like x-transformers"
@@ -73,7 +87,15 @@ pub(super) fn attentions(
     });
     let own = own.try_collect_vec()?;
     let cross = cross_options.iter().map(|options| {
-        let value_residual = if config.add_value_residual { ValueResidual::Half } else { ValueResidual::None };
+        ensure!(
+            config.add_value_residual || !options.learned_value_residual_mix,
+            Error::option("cross_attn_learned_value_residual_mix", "needs `add_value_residual` = true, which is off")
+        );
+        let value_residual = match (config.add_value_residual, options.learned_value_residual_mix) {
+            (false, _) => ValueResidual::None,
+            (true, false) => ValueResidual::Half,
+            (true, true) => ValueResidual::Learned,
+        };
         let plan = attention(config, options, rotary.as_ref(), "cross_attn_")?;
         let dim_context = options.dim_context.unwrap_or(config.dim);
         let residual = residual(config.cross_residual_attn);

@@ -44,10 +44,6 @@ impl Attention {
         if let Some(keep) = keep {
             scores = keep.where_cond(&scores, &lowest)?;
         }
-        let passed_on = match scaled {
-            Some(scaled) => Some(scaled),
-            None => (self.plan.residual == ScoreResidual::Masked || input.return_scores).then(|| scores.clone()),
-        };
         if self.plan.selective {
             scores = selected(&scores)?;
         }
@@ -61,6 +57,10 @@ impl Attention {
             }
             scores = Tensor::cat(&[&sink, &scores], -1)?;
         }
+        let passed_on = match scaled {
+            Some(scaled) => Some(scaled),
+            None => (self.plan.residual == ScoreResidual::Masked || input.return_scores).then(|| scores.clone()),
+        };
         let mut weights = self.weights(&scores, &lowest)?;
         if let Some(signs) = &signs {
             weights = weights.mul(signs)?;
@@ -142,7 +142,7 @@ impl Attention {
     }
 
     /// Repeats key or value heads for all query heads: `[b, kv_heads, n, d] → [b, heads, n, d]`.
-    fn repeat_heads(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn repeat_heads(&self, x: &Tensor) -> Result<Tensor> {
         let (b, kv_heads, n, d) = (x.dim(0)?, x.dim(1)?, x.dim(2)?, x.dim(3)?);
         if kv_heads == self.plan.heads {
             return Ok(x.clone());

@@ -9,7 +9,7 @@ impl Attention {
     pub(super) fn operands(&self, x: &Tensor, input: &AttentionInput) -> Result<([Tensor; 3], Option<Tensor>)> {
         let ([q, k, v], values) = self.project(x, input)?;
         let [q, k, v] = self.rotate(q, k, v, input)?;
-        let [k, v] = self.prepend_memory(k, v)?;
+        let [k, v] = self.prepend_memory(k, v, input)?;
         let v = self.exponentials(v)?;
         let [k, v] = if self.plan.zero_kv { [zero_first(&k)?, zero_first(&v)?] } else { [k, v] };
         Ok(([self.scale_queries(q)?, self.normalize_length(k)?, v], values))
@@ -147,7 +147,7 @@ impl Attention {
     /// queries are the last of them.
     pub(super) fn rotate(&self, q: Tensor, k: Tensor, v: Tensor, input: &AttentionInput) -> Result<[Tensor; 3]> {
         if let Some(polar) = &input.polar {
-            return Ok([polar.queries(&q)?, polar.keys(&k)?, v]);
+            return Ok([polar.queries(&q)?, polar.keys(&self.repeat_heads(&k)?)?, self.repeat_heads(&v)?]);
         }
         if let Some([of_queries, of_keys]) = &input.turns {
             let (q, k) = (self.pairs_as_halves(q)?, self.pairs_as_halves(k)?);
@@ -165,7 +165,7 @@ impl Attention {
     }
 
     /// Prepends learned keys and values.
-    pub(super) fn prepend_memory(&self, k: Tensor, v: Tensor) -> Result<[Tensor; 2]> {
+    pub(super) fn prepend_memory(&self, k: Tensor, v: Tensor, input: &AttentionInput) -> Result<[Tensor; 2]> {
         let Some([mem_k, mem_v]) = &self.memory else { return Ok([k, v]) };
         let batch = k.dim(0)?;
         let prepend = |memory: Tensor, x: &Tensor| {
@@ -173,7 +173,22 @@ impl Attention {
             Tensor::cat(&[&memory.expand(shape)?, x], 2)
         };
         let mem_k = self.scaled_keys(self.norm_groups(mem_k.tensor())?)?;
-        Ok([prepend(self.pairs_as_halves(mem_k)?, &k)?, prepend(mem_v.tensor(), &v)?])
+        Ok([prepend(self.turned_memory(mem_k, input)?, &k)?, prepend(mem_v.tensor(), &v)?])
+    }
+
+    /// Orders the features of memory keys `[kv_heads, m, d]` like those of keys that were turned. They lie at the
+    /// position of the first token, which memories shift.
+    fn turned_memory(&self, mem_k: Tensor, input: &AttentionInput) -> Result<Tensor> {
+        if input.context.is_some() && input.turns.is_none() {
+            return Ok(mem_k);
+        }
+        let mem_k = self.pairs_as_halves(mem_k)?;
+        match (&self.rotary, &input.mem) {
+            (Some(rotation), Some(mem)) if self.plan.rotary.is_some() && !self.plan.mem_kv_counted => {
+                mem_k.unsqueeze(2)?.rotary(&rotation.frequencies()?, mem.dim(1)?)?.squeeze(2)
+            }
+            _ => Ok(mem_k),
+        }
     }
 
     /// Divides the queries by the learned temperature, if there is one: there are fewer queries than scores.
