@@ -7,8 +7,8 @@ use super::{
     },
     order::layer_order,
     plan::{
-        AlibiPlan, BranchPlan, DropPlan, LayerPlan, LayersPlan, NormPlan, PositionBiasPlan, Positions, ResidualPlan,
-        T5Plan, WrapPlan,
+        AlibiPlan, BranchPlan, DropPlan, LayerPlan, LayersPlan, LinkPlan, NormPlan, PositionBiasPlan, Positions,
+        ResidualPlan, T5Plan, WrapPlan,
     },
     ranges::{WIDEST, at_least_one, probability, without},
     rotary::RotaryPlan,
@@ -92,6 +92,7 @@ fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
         layers,
         modules,
         idle: Vec::new(),
+        links: LinkPlan::default(),
         softclamp: None,
         final_norm,
         owns_final_norm: false,

@@ -433,6 +433,59 @@ def public_cases():
     P("nonautoregressive_fill_critic",
       {**nar, "steps": 4, "self_token_critic": True, "call": {**fills, "filter_thres": 0.9}}, {})
 
+    # --- one paper each -----------------------------------------------------------------------------------------------
+    cross6 = dict(x=tok(2, 7, V), context=flt(2, 6, D), context_mask=lens(6, 6, 4), mask=lens(7, 7, 5))
+    P("use_dynamic_tanh", tw(dec(depth=1, use_dynamic_tanh=True, dynamic_tanh_init_alpha=0.7)), x12)
+    P("use_dynamic_tanh_without_offset", tw(enc(depth=1, use_dynamic_tanh=True, norm_add_unit_offset=False, sandwich_norm=True)), x12)
+    P("rotate_num_heads", tw(dec(depth=1, rotary_pos_emb=True, rotate_num_heads=1, attn_dim_head=8)), x12)
+    P("mv_split_residual", tw(enc(depth=1, mv_split_residual=True)), dict(x=tok(2, 9, V), mask=lens(9, 9, 5)))
+    P("scale_residual_number", tw(dec(depth=1, scale_residual=0.8)), x12)
+    P("depth_scale_residual_number", tw(dec(depth=1, depth_scale_residual=0.6, macaron=True)), x12)
+    P("unet_skips", tw(enc(depth=4, unet_skips=True)), dict(x=tok(2, 8, V)))
+    P("integrate_layers", tw(dec(depth=2, integrate_layers=True, rotary_pos_emb=True, attn_dim_head=8)), x12)
+    P("integrate_layers_relu_cross", tw(enc(depth=2, integrate_layers=True, layer_integrate_use_softmax=False, cross_attend=True)), cross6)
+    P("reinject_input", tw(dec(depth=1, reinject_input=True, learned_reinject_input_gate=True)), x12)
+    P("reinject_input_layers", tw(enc(depth=2, reinject_input=True, integrate_layers=True)), x12)
+    P("attn_pre_scale_post_talking_heads", tw(dec(depth=1, attn_pre_scale_post_talking_heads=True)), x12)
+    P("attn_gate_values_rank", tw(dec(depth=1, attn_gate_values=True, attn_gate_values_rank=5)), x12)
+    P("attn_output_gate", tw(dec(depth=1, attn_output_gate=True, attn_output_gate_rank=4, attn_low_rank_silu_gates=False)), x12)
+    P("attn_gate_values_headwise_output_gate",
+      tw(enc(depth=1, attn_gate_values=True, attn_gate_values_headwise=True, attn_output_gate=True, attn_swiglu_values=True)), x12)
+    P("attn_output_gate_headwise", tw(enc(depth=1, attn_output_gate=True, attn_output_gate_headwise=True, attn_gate_values=True)), x12)
+    P("cross_attn_inverted_attention", tw(enc(depth=1, cross_attend=True, cross_attn_inverted_attention=True)), cross6)
+    P("cross_attn_inverted_attention_mem_kv",
+      tw(dec(depth=1, cross_attend=True, cross_attn_inverted_attention=True, cross_attn_num_mem_kv=1, cross_attn_kv_heads=2)),
+      dict(x=tok(2, 7, V), context=flt(2, 6, D)))
+    P("attn_data_dependent_alibi", tw(dec(depth=1, attn_data_dependent_alibi=True)), x12)
+    P("attn_data_dependent_alibi_encoder", tw(enc(depth=1, attn_data_dependent_alibi=True, attn_num_mem_kv=2)),
+      dict(x=tok(2, 9, V), mask=lens(9, 9, 6)))
+    P("attn_data_dependent_alibi_per_row",
+      tw(dec(depth=1, attn_data_dependent_alibi=True, attn_data_dependent_alibi_per_row=True,
+             attn_data_dependent_alibi_per_row_dim_head=5)), x12)
+    P("attn_use_rel_proj_pos_bias", tw(dec(depth=1, attn_use_rel_proj_pos_bias=True, attn_rel_proj_num_distance_basis=3,
+                                           attn_rel_proj_max_dist=7)), x12)
+    P("attn_use_rel_proj_pos_bias_alibi",
+      tw(enc(depth=1, attn_use_rel_proj_pos_bias=True, attn_rel_proj_num_distance_basis=3, alibi_pos_bias=True,
+             attn_rel_proj_max_dist=20), max_mem_len=5), {"x": tok(2, 7, V), "mems.0": flt(2, 5, D)})
+    P("attn_use_cope", tw(dec(depth=1, attn_use_cope=True, attn_cope_max_pos=5)), x12)
+    P("attn_use_cope_talking", tw(dec(depth=1, attn_use_cope=True, attn_cope_max_pos=6, attn_cope_talking_heads=True,
+                                      rotary_pos_emb=True, attn_dim_head=8, attn_kv_heads=2)), x12)
+    P("attn_use_latent", tw(dec(depth=1, attn_use_latent_q=True, attn_dim_latent_q=9, attn_use_latent_kv=True,
+                                attn_dim_latent_kv=7)), x12)
+    P("attn_latent_rope_subheads", tw(dec(depth=1, attn_use_latent_kv=True, attn_dim_latent_kv=7, attn_dim_head=8,
+                                          attn_latent_rope_subheads=2, rotary_pos_emb=True)), x12)
+    P("ff_solu", tw(dec(depth=1, ff_solu=True)), x12)
+    P("ff_solu_glu", tw(dec(depth=1, ff_solu=True, ff_glu=True, ff_post_act_ln=True)), x12)
+    P("ff_softclamp_value", tw(dec(depth=1, ff_softclamp_value=0.8)), x12)
+    P("ff_solu_softclamp", tw(dec(depth=1, ff_softclamp_value=1.5, ff_solu=True)), x12)
+    P("ff_glu_softclamp", tw(dec(depth=1, ff_glu=True, ff_glu_softclamp=True, ff_glu_gate_softclamp_value=0.7,
+                                 ff_glu_up_softclamp_value=1.1)), x12)
+    P("ff_glu_softclamp_swish", tw(dec(depth=1, ff_glu=True, ff_swish=True, ff_glu_softclamp=True, ff_glu_mult_bias=True)), x12)
+    P("mixture_of_softmax", tw(dec(depth=1), mixture_of_softmax=True, mixture_of_softmax_k=3), x12)
+    P("mixture_of_softmax_loss", ar(tw(dec(depth=1), mixture_of_softmax=True, tie_embedding=True)), x12)
+    P("sigsoftmax_logits", tw(dec(depth=1), sigsoftmax_logits=True), x12)
+    P("sigsoftmax_mixture_loss", ar(tw(dec(depth=1), sigsoftmax_logits=True, mixture_of_softmax=True)), x12)
+
     # --- combinations that were once off ------------------------------------------------------------------------------
     P("layers_execute_order_leaves_out", tw(dec(depth=2, layers_execute_order=[0, 3, 0, 3])), x12)
     P("pre_and_post_norm", tw(dec(depth=1, pre_and_post_norm=True)), x12)
@@ -444,6 +497,8 @@ def public_cases():
       dict(x=tok(2, 10, V)))
     P("attn_selective_residual_attn", tw(dec(depth=2, attn_selective=True, residual_attn=True)), x12)
     P("rotary_mem_kv_mems", tw(dec(depth=1, rotary_pos_emb=True, attn_num_mem_kv=2, attn_dim_head=8), max_mem_len=6),
+      {"x": tok(2, 6, V), "mems.0": flt(2, 5, D)})
+    P("rotary_xpos_mems", tw(dec(depth=1, rotary_xpos=True, rotary_xpos_scale_base=16, attn_num_mem_kv=1, attn_dim_head=8), max_mem_len=6),
       {"x": tok(2, 6, V), "mems.0": flt(2, 5, D)})
     P("rotary_mem_kv_cross", tw(dec(depth=1, rotary_pos_emb=True, cross_attend=True, attn_num_mem_kv=2, attn_dim_head=8)),
       dict(x=tok(2, 6, V), context=flt(2, 5, D)))

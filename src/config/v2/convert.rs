@@ -344,7 +344,7 @@ fn layers(
         macaron: first.macaron,
         pre_norm: first.pre_norm,
         gate_residual: first.gate_residual,
-        scale_residual: first.scale_residual,
+        scale_residual: first.scale_residual.into(),
         shift_tokens: first.shift_tokens.clone(),
         sandwich_norm: first.sandwich_norm,
         zero_init_branch_output: first.zero_init_branch_output,

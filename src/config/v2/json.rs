@@ -81,7 +81,7 @@ impl Config {
                 let mut config = MultiInputConfig { attn_layers, ..Default::default() };
                 required(&map, &["num_tokens", "max_seq_len"])?;
                 take(&mut config, "", &mut map)?;
-                finish(map, "", "attn_z_loss_weight=0.0001", &[MultiInputConfig::NAMES])?;
+                finish(map, "", "", &[MultiInputConfig::NAMES])?;
                 Self::MultiInput(config)
             }
             "XValTransformerWrapper" => Self::XVal(numbers(map)?),

@@ -14,7 +14,7 @@ mod resolve_wrappers;
 mod wrappers;
 
 pub use convert::Conversion;
-pub use layers::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, LayersKind, PerLayer};
+pub use layers::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, LayersKind, PerLayer, SwitchOrFactor};
 pub use wrappers::{
     AttentionPoolConfig, AutoregressiveConfig, ContinuousAutoregressiveConfig, ContinuousTransformerWrapperConfig,
     DpoConfig, FilterConfig, MultiInputConfig, NonAutoregressiveConfig, SamplingConfig, TransformerWrapperConfig,

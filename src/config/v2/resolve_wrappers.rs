@@ -74,6 +74,12 @@ impl TransformerWrapperConfig {
             !(self.attn_pool && self.use_cls_token),
             Error::option("attn_pool", "cannot be used with `use_cls_token`")
         );
+        at_least_one("mixture_of_softmax_k", self.mixture_of_softmax_k)?;
+        let mixes = self.mixture_of_softmax || self.sigsoftmax_logits;
+        ensure!(
+            !mixes || self.num_output_heads == 1 && !self.return_only_embed,
+            Error::option("mixture_of_softmax", "and `sigsoftmax_logits` need one head of logits")
+        );
         let share = self.emb_frac_gradient;
         ensure!(
             share > 0.0 && share <= 1.0,
@@ -139,6 +145,8 @@ impl TransformerWrapperConfig {
             },
             numerical_token: None,
             squeeze_logits: self.squeeze_out_last_dim,
+            mixture: self.mixture_of_softmax.then_some(self.mixture_of_softmax_k),
+            sigsoftmax: self.sigsoftmax_logits,
             average_pool_embed: self.average_pool_embed,
             pooler: false,
             mlm_head: None,

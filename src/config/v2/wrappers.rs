@@ -70,6 +70,12 @@ options! {
         dim_pooled_tokens: Option<usize> = None,
         /// If `true`, the dimension of a single logit is squeezed.
         squeeze_out_last_dim: bool = false,
+        /// If `true`, the output is the logarithm of a mixture of softmaxes. <https://arxiv.org/abs/1711.03953>
+        mixture_of_softmax: bool = false,
+        /// Number of these softmaxes.
+        mixture_of_softmax_k: usize = 4,
+        /// If `true`, adds the logarithm of their sigmoid to logits. <https://arxiv.org/abs/1805.10829>
+        sigsoftmax_logits: bool = false,
     } with {
         /// The attention layers. Required.
         attn_layers: AttentionLayersConfig,
