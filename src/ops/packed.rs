@@ -138,12 +138,6 @@ impl PackedMatrix {
         quantised::copy_row(self.kind, &panels[row / ROWS * ROWS * out.len()..], row % ROWS, out);
     }
 
-    /// Returns a matrix of other rows of this type, made from the blocks of these ones.
-    pub(crate) fn with_rows(&self, rows: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Self> {
-        let blocks = rows(&self.blocks()?)?;
-        Self::of_blocks(self.kind, self.columns, blocks)
-    }
-
     /// Returns a copy on a device.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         match (self.device(), device) {

@@ -17,41 +17,52 @@ pub(crate) fn interleave(kind: QuantType, row_bytes: usize, rows: &mut [u8]) {
             let from = aligned::<u8>(area, ROWS * row_bytes);
             for panel in rows.chunks_exact_mut(ROWS * row_bytes) {
                 from.copy_from_slice(panel);
-                for_units(kind, row_bytes, &mut |at, size| {
-                    let to = &mut panel[ROWS * at..][..ROWS * size];
-                    match size {
-                        2 => gather::<2>(&from[at..], row_bytes, to),
-                        _ => gather::<4>(&from[at..], row_bytes, to),
-                    }
-                });
+                for block in (0..row_bytes).step_by(kind.block().1) {
+                    for_runs(kind, |at, bytes, size| {
+                        let rows = std::array::from_fn(|row| &from[row * row_bytes + block + at..][..bytes]);
+                        let to = &mut panel[ROWS * (block + at)..][..ROWS * bytes];
+                        if size == 2 { side_by_side::<2>(rows, to) } else { side_by_side::<4>(rows, to) }
+                    });
+                }
             }
         });
     });
 }
 
-fn gather<const SIZE: usize>(from: &[u8], row_bytes: usize, to: &mut [u8]) {
-    for (unit, row) in to.as_chunks_mut::<SIZE>().0.iter_mut().zip(from.chunks(row_bytes)) {
-        unit.copy_from_slice(&row[..SIZE]);
+fn side_by_side<const SIZE: usize>(rows: [&[u8]; ROWS], to: &mut [u8]) {
+    for (at, to) in to.chunks_exact_mut(ROWS * SIZE).enumerate() {
+        for (to, row) in to.as_chunks_mut::<SIZE>().0.iter_mut().zip(rows) {
+            *to = row.as_chunks().0[at];
+        }
     }
 }
 
 /// Copies a row of a panel to `out`, its blocks one after another.
 pub(crate) fn copy_row(kind: QuantType, panel: &[u8], row: usize, out: &mut [u8]) {
-    for_units(kind, out.len(), &mut |at, size| {
-        out[at..at + size].copy_from_slice(&panel[ROWS * at + row * size..][..size]);
-    });
+    let blocks = panel.chunks_exact(ROWS * kind.block().1);
+    for (out, blocks) in out.chunks_exact_mut(kind.block().1).zip(blocks) {
+        for_runs(kind, |at, bytes, size| {
+            let units = blocks[ROWS * at..][..ROWS * bytes].chunks_exact(ROWS * size);
+            for (out, units) in out[at..at + bytes].chunks_exact_mut(size).zip(units) {
+                out.copy_from_slice(&units[row * size..][..size]);
+            }
+        });
+    }
 }
 
-/// Calls `unit` with the first byte of each unit of a row, and its size.
-fn for_units(kind: QuantType, row_bytes: usize, unit: &mut dyn FnMut(usize, usize)) {
+/// Calls `run` with the first byte, the bytes and the size of a unit of each run of equal units of a block.
+fn for_runs(kind: QuantType, mut run: impl FnMut(usize, usize, usize)) {
     let (_, bytes) = kind.block();
-    for block in (0..row_bytes).step_by(bytes) {
-        let mut at = 0;
-        while at < bytes {
-            let size = if kind.scales().contains(&at) { 2 } else { 4 };
-            unit(block + at, size);
-            at += size;
+    let mut at = 0;
+    for &scale in kind.scales() {
+        if scale > at {
+            run(at, scale - at, 4);
         }
+        run(scale, 2, 2);
+        at = scale + 2;
+    }
+    if bytes > at {
+        run(at, bytes - at, 4);
     }
 }
 
