@@ -174,6 +174,7 @@ mod book {
         pytorch: "../docs/src/pytorch.md",
         training: "../docs/src/training.md",
         tokens: "../docs/src/tokens.md",
+        tuning: "../docs/src/tuning.md",
         adapters: "../docs/src/adapters.md",
         generation: "../docs/src/generation.md",
         gpu: "../docs/src/gpu.md",
