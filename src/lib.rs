@@ -178,6 +178,7 @@ mod book {
         training: "../docs/src/training.md",
         distributed: "../docs/src/distributed.md",
         tokens: "../docs/src/tokens.md",
+        tuning: "../docs/src/tuning.md",
         adapters: "../docs/src/adapters.md",
         generation: "../docs/src/generation.md",
         gpu: "../docs/src/gpu.md",
