@@ -68,7 +68,7 @@ impl Attention {
     /// Computes attention of new queries to a context, whose keys and values do not change.
     fn extend_to_context(&self, x: &Tensor, input: &AttentionInput, cache: &AttentionCache) -> Result<AttentionOutput> {
         let [k, v] = cache.keys_values()?;
-        let q = self.norm_queries(self.queries(&self.to_q.forward(x).context("to_q")?)?)?;
+        let q = self.norm_queries(self.queries(&self.query_projection(x)?)?)?;
         let q = self.scale_queries(q)?;
         self.attend(x, &[q, k.clone(), v.clone()], input)
     }
@@ -136,17 +136,20 @@ impl Attention {
             }
             None => x.clone(),
         };
-        let q = self.to_q.forward(&infused).context("to_q")?;
-        let k = self.to_k.forward(&infused).context("to_k")?;
-        let values = self.split_heads(&self.to_v.forward(x).context("to_v")?, self.plan.dim_value)?;
+        let (keys, values) = match &input.sources {
+            Some([keys, values]) => (keys, values),
+            None => (&infused, x),
+        };
+        let [q, k, values] = self.linears([&infused, keys, values])?;
+        let values = self.split_heads(&values, self.plan.dim_value)?;
         let mut v = self.norm_heads(self.mix_values(x, &values, input)?, 2)?;
-        let k = if self.plan.shared.is_some() { k.unsqueeze(1)? } else { self.split_heads(&k, self.plan.dim_head)? };
+        let k = if self.plan.shared.is_some() { k.unsqueeze(1)? } else { self.key_heads(&k, keys)? };
         let mut q = self.norm_queries(self.queries(&q)?)?.detach();
         let mut k = self.norm_keys(k)?.detach();
         v = self.exponentials(v)?.detach();
         if let (Some(table), Some(plan)) = (&tables.rotary, &self.plan.rotary) {
             let rotate = |x: &Tensor| x.rotate_rows(table, &step.device_lengths, cache.memories);
-            (q, k) = (rotate(&self.pairs_as_halves(q)?)?, rotate(&self.pairs_as_halves(k)?)?);
+            (q, k) = (self.rotated(self.pairs_as_halves(q)?, rotate)?, self.rotated(self.pairs_as_halves(k)?, rotate)?);
             v = if plan.values { rotate(&v)? } else { v };
         }
         let k = self.normalize_length(k)?;
