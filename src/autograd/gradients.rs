@@ -95,6 +95,11 @@ impl Gradients {
         self.leaves.values_mut().iter_mut()
     }
 
+    /// Sets the gradient of a leaf.
+    pub(crate) fn replace(&mut self, leaf: LeafId, grad: Tensor) {
+        self.leaves.insert(leaf, grad);
+    }
+
     /// Takes the gradient of a leaf out.
     pub(super) fn take(&mut self, leaf: LeafId) -> Option<Tensor> {
         self.leaves.remove(&leaf)

@@ -109,6 +109,20 @@ impl Linear {
         Self::with_init(store, fan_in, fan_out, init, bias.then_some(init))
     }
 
+    /// Like [`Linear::output`], with a weight normal around 0 and smaller with the depth, `1 / √(2 in depth)`, if one is
+    /// given.
+    pub(super) fn output_at(
+        store: &ParamStore,
+        [fan_in, fan_out]: [usize; 2],
+        bias: bool,
+        zero: bool,
+        depth: Option<usize>,
+    ) -> Result<Self> {
+        let Some(depth) = depth.filter(|_| !zero) else { return Self::output(store, fan_in, fan_out, bias, zero) };
+        let weight = Init::Normal(((2 * fan_in * depth) as f64).powf(-0.5));
+        Self::with_init(store, fan_in, fan_out, weight, bias.then_some(Init::linear(fan_in)))
+    }
+
     /// Creates a layer with these initial values, and a bias if it has one.
     pub fn with_init(
         store: &ParamStore,
