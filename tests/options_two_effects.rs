@@ -349,6 +349,33 @@ fn every_option_changes_an_output() -> Result<()> {
     Ok(())
 }
 
+/// Options that act on scores by themselves leave attention fused; the others say why not.
+#[test]
+fn what_acts_on_scores_runs_fused() -> Result<()> {
+    let plan = |layers: Value| -> Result<String> {
+        let ModelPlan::Transformer(plan) = Config::from_value(config(&layers, &json!({})))?.plan()? else {
+            panic!("{layers}")
+        };
+        Ok(plan.layers.to_string())
+    };
+    for layers in [
+        json!({"attn_softclamp_logits": true}),
+        json!({"attn_head_learned_sink": true, "attn_kv_heads": 2}),
+        json!({"attn_add_zero_kv": true, "attn_num_mem_kv": 2}),
+        json!({"attn_softclamp_logits": true, "attn_head_learned_sink": true, "attn_add_zero_kv": true}),
+    ] {
+        let text = plan(layers.clone())?;
+        assert!(text.contains("; fused") && !text.contains("explicit"), "{layers}: {text}");
+    }
+    for bias in ["alibi_pos_bias", "rel_pos_bias", "dynamic_pos_bias"] {
+        let text = plan(json!({bias: true, "attn_num_mem_kv": 2}))?;
+        assert!(text.contains("; fused") && text.contains("position bias: "), "{bias}: {text}");
+    }
+    let text = plan(json!({"attn_head_learned_sink": true, "attn_cog_signed": true}))?;
+    assert!(text.contains("explicit: weights have the signs"), "{text}");
+    Ok(())
+}
+
 /// Training leaves half of the context's tokens out, each as often as any other; a mask's padding counts for none.
 #[test]
 fn tokens_of_the_context_are_left_out_in_training() -> Result<()> {

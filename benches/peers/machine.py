@@ -66,8 +66,12 @@ def processor():
 
 
 def commit():
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip()
+    """Of the tree without its results, which a run appends to."""
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!benches/results")
+    return git("describe", "--always") + ("-dirty" if changed else "")
 
 
 def level(xt):

@@ -8,7 +8,7 @@ use std::{
 
 use clap::Args;
 use rayon::prelude::*;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use x_transformers::train::ByteText;
 
 use crate::{
@@ -47,7 +47,9 @@ impl Documents {
             Self::Text { text, separator } => {
                 Box::new(text.files().flat_map(move |(path, bytes)| parts(path, bytes, separator.as_deref())))
             }
-            Self::Records { paths, field } => Box::new(paths.iter().flat_map(move |path| records(path, field))),
+            Self::Records { paths, field } => Box::new(paths.iter().flat_map(move |path| {
+                lines(path, move |line| text_of(line, field)).map(|found| found.map(|(_, text)| text))
+            })),
         }
     }
 }
@@ -74,8 +76,11 @@ fn parts<'t>(
     }
 }
 
-/// The documents of a JSONL file; an error names its line.
-fn records<'r>(path: &'r Path, field: &'r str) -> impl Iterator<Item = Result<String>> + Send + 'r {
+/// The records of a JSONL file as `parse` reads them, with their lines; an error names its line.
+pub fn lines<'r, T>(
+    path: &'r Path,
+    parse: impl Fn(&[u8]) -> std::result::Result<T, String> + Send + 'r,
+) -> impl Iterator<Item = Result<(u64, T)>> + Send + 'r {
     let mut reader = Some(File::open(path).map(BufReader::new));
     let mut number = 0u64;
     std::iter::from_fn(move || {
@@ -96,7 +101,7 @@ fn records<'r>(path: &'r Path, field: &'r str) -> impl Iterator<Item = Result<St
                 Ok(0) => return None,
                 Ok(_) if line.trim_ascii().is_empty() => continue,
                 Ok(length) if length as u64 == MAX_LINE => Err(wrong(format!("has more than {MAX_LINE} bytes"))),
-                Ok(_) => text_of(&line, field).map_err(wrong),
+                Ok(_) => parse(&line).map(|parsed| (number, parsed)).map_err(wrong),
             };
             if result.is_err() {
                 reader = None;
@@ -108,8 +113,7 @@ fn records<'r>(path: &'r Path, field: &'r str) -> impl Iterator<Item = Result<St
 
 /// The text in a field of a record.
 fn text_of(line: &[u8], field: &str) -> std::result::Result<String, String> {
-    let record: Value = serde_json::from_slice(line).map_err(|why| format!("is not JSON: {why}"))?;
-    let Value::Object(mut fields) = record else { return Err("is not a JSON object".to_string()) };
+    let mut fields = fields_of(line)?;
     match fields.remove(field) {
         Some(Value::String(text)) if text.is_empty() => Err(format!("field `{field}` is empty")),
         Some(Value::String(text)) => Ok(text),
@@ -121,7 +125,15 @@ fn text_of(line: &[u8], field: &str) -> std::result::Result<String, String> {
     }
 }
 
-fn kind(value: &Value) -> &'static str {
+/// The fields of a record.
+pub fn fields_of(line: &[u8]) -> std::result::Result<Map<String, Value>, String> {
+    match serde_json::from_slice(line).map_err(|why| format!("is not JSON: {why}"))? {
+        Value::Object(fields) => Ok(fields),
+        _ => Err("is not a JSON object".to_string()),
+    }
+}
+
+pub fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -182,19 +194,22 @@ impl Split {
 }
 
 /// Tokens of all documents, each after the token that begins a document. `take` gets them in order, with `true` for those of
-/// the validation, and the bytes of their text.
+/// the validation, and the bytes of their text. Unless they are `plain`, the tokenizer puts its own tokens around a text too.
 pub fn encode(
     documents: &Documents,
     split: &Split,
     tokenizer: &Tokenizer,
-    begin: i64,
+    (begin, plain): (i64, bool),
     mut take: impl FnMut(bool, &[i64], usize) -> Result<()>,
 ) -> Result<()> {
     /// Bytes that all processors work on at a time.
     const TOGETHER: usize = 4 << 20;
     let (mut together, mut bytes) = (Vec::new(), 0);
     let mut flush = |together: &mut Vec<(bool, String)>| -> Result<()> {
-        let encoded: Vec<_> = together.par_iter().map(|(_, text)| tokenizer.encode_plain(text)).collect();
+        let encoded: Vec<_> = together
+            .par_iter()
+            .map(|(_, text)| if plain { tokenizer.encode_plain(text) } else { tokenizer.encode(text) })
+            .collect();
         for ((validation, text), tokens) in together.drain(..).zip(encoded) {
             take(validation, &[begin], 0)?;
             take(validation, &tokens?, text.len())?;

@@ -9,16 +9,16 @@ use std::{
 use clap::{ArgGroup, Args, value_parser};
 use x_transformers::{
     Device, Tensor,
-    config::{FilterLogits, SamplingConfig},
     io::read_limited,
     models::{AutoregressiveWrapper, BeamOptions, ForwardOptions, GenerateOptions},
 };
 
 use crate::{
-    compute::{finite, fraction, positive, positive_or_zero},
+    compute::finite,
     failure::{Failure, Result, print},
-    language::Language,
+    language::{Language, Turn},
     sample,
+    sampling::SamplingArgs,
     source::{Source, WeightsArgs},
     text::decode,
     unused::StrictArgs,
@@ -35,6 +35,10 @@ pub struct GenerateArgs {
     /// Path of the tokenizer: its folder, or a .json, .model or .txt file in it [default: that of the checkpoint]
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
+
+    /// Path of a low-rank adapter in PEFT's layout, for a pretrained model
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
 
     /// Text to continue; repeat it to continue several texts independently [default: a newline, or the start of a document
     /// if `xt train` taught the model documents]
@@ -53,35 +57,8 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 256)]
     length: usize,
 
-    /// Sampling temperature, which divides the logits; 0 always takes the most likely token
-    #[arg(long, value_name = "T", default_value_t = 1.0, value_parser = positive_or_zero)]
-    temperature: f64,
-
-    /// Top-k sampling: keep the N most likely tokens [default: a tenth of the vocabulary, unless another filter is
-    /// given]
-    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..), group = "filter")]
-    top_k: Option<u32>,
-
-    /// Nucleus (top-p) sampling: keep the smallest set of tokens whose probability reaches P
-    #[arg(long, value_name = "P", value_parser = fraction, group = "filter")]
-    top_p: Option<f64>,
-
-    /// Min-p sampling: keep tokens with at least P times the probability of the most likely one
-    #[arg(long, value_name = "P", value_parser = fraction, group = "filter")]
-    min_p: Option<f64>,
-
-    /// Top-a sampling: keep tokens with at least P times the squared probability of the most likely one, and draw them
-    /// uniformly
-    #[arg(long, value_name = "P", value_parser = fraction, group = "filter")]
-    top_a: Option<f64>,
-
-    /// Sample from the 1.3-entmax of the logits instead of their softmax
-    #[arg(long, group = "filter")]
-    entmax: bool,
-
-    /// Penalty on tokens that are already in the text; above 1 makes them less likely
-    #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = positive)]
-    repetition_penalty: f64,
+    #[command(flatten)]
+    sampling: SamplingArgs,
 
     /// ID of a token that ends the text, such as 10 (newline) for bytes; may be repeated [default: the end tokens of a
     /// pretrained model]
@@ -91,10 +68,6 @@ pub struct GenerateArgs {
     /// Stop string, which ends the text and is not printed; may be repeated
     #[arg(long, value_name = "TEXT", value_parser = some_text)]
     stop: Vec<String>,
-
-    /// Seed of the random number generator; the same seed gives the same text
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
 
     /// Number of beams of a beam search, which replaces sampling and prints the most likely text found
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..), conflicts_with_all = ["filter", "draft"])]
@@ -155,7 +128,10 @@ struct Prompt {
 pub fn run(args: GenerateArgs) -> Result<()> {
     let device = Device::parse(&args.device)?;
     let tokenizer = args.tokenizer.as_deref();
-    let source = Source::open(&args.checkpoint, tokenizer, args.strict, args.types)?;
+    let mut source = Source::open(&args.checkpoint, tokenizer, args.strict, args.types)?;
+    if let Some(adapter) = &args.adapter {
+        source.add_adapter(adapter)?;
+    }
     if let Some(path) = &args.score {
         return score(&source, args.types, path, &device);
     }
@@ -183,14 +159,11 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     }
     let model = source.model(args.types, &device)?;
     let options = GenerateOptions {
-        sampling: args.sampling(),
         eos_tokens: args.ends(&source)?,
         eos_in_prompt: false,
-        seed: args.seed,
-        repetition_penalty: args.repetition_penalty,
         prefill_chunk: args.prefill as usize,
         recompute: args.no_cache,
-        ..Default::default()
+        ..args.sampling.options(1.0)
     };
     let start = Instant::now();
     let (mut tokens, mut note) = (0, String::new());
@@ -256,7 +229,9 @@ impl GenerateArgs {
         }
         for text in if self.prompt.is_empty() { &nothing[..] } else { &self.prompt } {
             let (shown, tokens) = if self.chat {
-                (String::new(), source.language.chat(self.system.as_deref(), text)?)
+                let system = self.system.as_deref().map(|system| Turn::new("system", system));
+                let turns: Vec<Turn> = system.into_iter().chain([Turn::new("user", text)]).collect();
+                (String::new(), source.language.chat(&turns, "omit `--chat`")?)
             } else {
                 (decode(text.as_bytes()), source.language.encode(text)?)
             };
@@ -281,23 +256,6 @@ impl GenerateArgs {
             ends.extend(token.filter(|&token| (token as usize) < source.vocabulary()));
         }
         Ok(ends)
-    }
-
-    fn sampling(&self) -> SamplingConfig {
-        let config = SamplingConfig { temperature: self.temperature, ..Default::default() };
-        match (self.top_p, self.min_p, self.top_a, self.entmax) {
-            (Some(mass), ..) => {
-                SamplingConfig { filter_logits_fn: FilterLogits::Nucleus, filter_thres: mass, ..config }
-            }
-            (_, Some(share), ..) => {
-                SamplingConfig { filter_logits_fn: FilterLogits::MinP, min_p_ratio: share, ..config }
-            }
-            (_, _, Some(share), _) => {
-                SamplingConfig { filter_logits_fn: FilterLogits::TopA, min_p_ratio: share, ..config }
-            }
-            (.., true) => SamplingConfig { filter_logits_fn: FilterLogits::Entmax, ..config },
-            _ => SamplingConfig { k: self.top_k.map(|k| k as usize), ..config },
-        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! Texts as the tokens of a model, and back.
 
+use std::path::Path;
+
 use x_transformers::{
     Result as LibraryResult,
     models::{RowEnd, StopMatcher},
@@ -7,10 +9,24 @@ use x_transformers::{
 
 use crate::{
     failure::{Failure, Result},
+    stored::Origin,
     text::{self, Decoder},
     tokenize,
     tokenizer::{self, TextStream, Tokenizer},
 };
+
+/// Turn of a chat.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Turn {
+    pub role: String,
+    pub content: String,
+}
+
+impl Turn {
+    pub fn new(role: &str, content: impl Into<String>) -> Self {
+        Self { role: role.to_string(), content: content.into() }
+    }
+}
 
 /// Meaning of the tokens of a model.
 pub enum Language {
@@ -21,18 +37,38 @@ pub enum Language {
         tokenizer: Box<Tokenizer>,
         /// Token before every text, for models of `xt train`; the tokenizer of a pretrained model has its own.
         begin: Option<i64>,
+        /// Tokens that end a text.
+        ends: Vec<i64>,
     },
 }
 
 impl Language {
     /// The language of a pretrained model.
-    pub fn pretrained(tokenizer: Tokenizer) -> Self {
-        Self::Pieces { tokenizer: Box::new(tokenizer), begin: None }
+    pub fn pretrained(tokenizer: Tokenizer, ends: &[i64]) -> Self {
+        Self::Pieces { tokenizer: Box::new(tokenizer), begin: None, ends: ends.to_vec() }
     }
 
     /// The language of a model of `xt train`, whose documents begin with a token.
     pub fn own(tokenizer: Tokenizer) -> Self {
-        Self::Pieces { begin: tokenize::begin(&tokenizer).ok(), tokenizer: Box::new(tokenizer) }
+        let begin = tokenize::begin(&tokenizer).ok();
+        Self::Pieces { begin, ends: begin.into_iter().collect(), tokenizer: Box::new(tokenizer) }
+    }
+
+    /// The language of the tokenizer in a folder or a file: that of a pretrained model if a run that tuned one keeps it.
+    pub fn open(path: &Path) -> Result<Self> {
+        let tokenizer = tokenizer::open(path)?;
+        Ok(match Origin::read(path)? {
+            Some(Origin { ends, .. }) => Self::pretrained(tokenizer, &ends),
+            None => Self::own(tokenizer),
+        })
+    }
+
+    /// The tokenizer, unless tokens are bytes.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        match self {
+            Self::Bytes => None,
+            Self::Pieces { tokenizer, .. } => Some(tokenizer),
+        }
     }
 
     /// The token before every text, with which a text that is continued from nothing begins.
@@ -43,27 +79,35 @@ impl Language {
         }
     }
 
+    /// The tokens that end a text.
+    pub fn ends(&self) -> &[i64] {
+        match self {
+            Self::Bytes => &[],
+            Self::Pieces { ends, .. } => ends,
+        }
+    }
+
     /// Tokens of a text, with those that the model expects around it.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
         match self {
             Self::Bytes => Ok(text.bytes().map(i64::from).collect()),
-            Self::Pieces { tokenizer, begin: None } => Ok(tokenizer.encode(text)?),
-            Self::Pieces { tokenizer, begin: Some(begin) } => {
+            Self::Pieces { tokenizer, begin: None, .. } => Ok(tokenizer.encode(text)?),
+            Self::Pieces { tokenizer, begin: Some(begin), .. } => {
                 Ok([&[*begin][..], &tokenizer.encode_plain(text)?].concat())
             }
         }
     }
 
-    /// Tokens of a question, and of what the model is told beforehand, in the form of its chats, up to where the answer
-    /// begins.
-    pub fn chat(&self, system: Option<&str>, question: &str) -> Result<Vec<i64>> {
+    /// Tokens of a chat in the form of the model's chats, up to where the answer begins; `advice` is for models without
+    /// such a form.
+    pub fn chat(&self, turns: &[Turn], advice: &str) -> Result<Vec<i64>> {
         match self {
             Self::Bytes => {
-                Err(Failure::new("`--chat` requires a pretrained model; models of `xt train` continue bytes"))
+                Err(Failure::new("chats require a pretrained model, or one tuned from it; this one continues bytes"))
             }
             Self::Pieces { tokenizer, .. } => {
-                let tokens = tokenizer::chat(tokenizer, system, question);
-                tokens.map_err(|why| if tokenizer.has_chat_template() { why } else { why.advising("omit `--chat`") })
+                let tokens = tokenizer::chat(tokenizer, turns);
+                tokens.map_err(|why| if tokenizer.has_chat_template() { why } else { why.advising(advice) })
             }
         }
     }

@@ -4,6 +4,8 @@
 
 mod allocator;
 mod bench;
+mod chat;
+mod classify;
 mod compute;
 mod convert;
 mod corpus;
@@ -12,10 +14,13 @@ mod describe;
 mod devices;
 mod documents;
 mod embed;
+mod events;
+mod export;
 mod failure;
 mod files;
 mod generate;
 mod info;
+mod interrupt;
 #[cfg(feature = "cuda")]
 mod kernels;
 mod keywords;
@@ -29,6 +34,7 @@ mod quantize;
 mod replacement;
 mod run;
 mod sample;
+mod sampling;
 mod source;
 mod stored;
 mod text;
@@ -70,6 +76,12 @@ enum Command {
     Tokenize(tokenize::TokenizeArgs),
     /// Generate text with a trained or pretrained model
     Generate(generate::GenerateArgs),
+    /// Chat with a pretrained or tuned model
+    Chat(chat::ChatArgs),
+    /// Classify texts with a tuned encoder
+    Classify(classify::ClassifyArgs),
+    /// Export a trained model to transformers, PEFT or PyTorch x-transformers
+    Export(export::ExportArgs),
     /// Quantize the weights of a GGUF file
     Quantize(quantize::QuantizeArgs),
     /// Convert a config or run of x-transformers 0.22 to version 2
@@ -105,6 +117,9 @@ impl Command {
             Self::Train(args) => train::run(*args),
             Self::Tokenize(args) => tokenize::run(args),
             Self::Generate(args) => generate::run(args),
+            Self::Chat(args) => chat::run(args),
+            Self::Classify(args) => classify::run(args),
+            Self::Export(args) => export::run(args),
             Self::Quantize(args) => quantize::run(args),
             Self::Convert(args) => convert::run(args),
             Self::Embed(args) => embed::run(args),

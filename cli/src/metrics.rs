@@ -15,7 +15,7 @@ const HEADER: &str = "step,split,loss,bits_per_byte,lr,tokens_per_second";
 /// The table, and the curves that it holds.
 ///
 /// A `train` row holds the loss that step computed before its update, steps counting from 0; a `validation` row holds
-/// the loss after `step` updates. Losses are in nats per token; a column has them in bits per byte of text, if those are
+/// the loss after `step` updates, and a row of a score, such as `accuracy`, the score. Losses are in nats per token; a column has them in bits per byte of text, if those are
 /// known.
 pub struct Metrics {
     path: PathBuf,
@@ -39,6 +39,18 @@ enum Rows {
 pub struct Unit {
     /// Bytes of text per token, if known.
     pub bytes_per_token: Option<f64>,
+    pub target: Target,
+}
+
+/// What is predicted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// Each token of a text.
+    Token,
+    /// The class of a text.
+    Class,
+    /// The number of a text.
+    Value,
 }
 
 impl Unit {
@@ -49,7 +61,12 @@ impl Unit {
 
     /// The name of the unit of curves.
     pub fn name(self) -> &'static str {
-        if self.bytes_per_token.is_some() { "bits per byte" } else { "nats per token" }
+        match self.target {
+            Target::Token if self.bytes_per_token.is_some() => "bits per byte",
+            Target::Token => "nats per token",
+            Target::Class => "nats per text",
+            Target::Value => "mean square error",
+        }
     }
 
     /// A loss as text.
@@ -62,8 +79,18 @@ impl Unit {
 
     /// A value of a curve as text.
     pub fn short(self, value: f64) -> String {
-        let unit = if self.bytes_per_token.is_some() { "bits/byte" } else { "nats/token" };
+        let unit = match self.target {
+            Target::Token if self.bytes_per_token.is_some() => "bits/byte",
+            Target::Token => "nats/token",
+            Target::Class => "nats/text",
+            Target::Value => "mean square error",
+        };
         format!("{value:.3} {unit}")
+    }
+
+    /// The unit of speeds.
+    pub fn speed(self) -> &'static str {
+        if self.target == Target::Token { "tokens/s" } else { "texts/s" }
     }
 
     /// The two columns of a loss.
@@ -105,7 +132,7 @@ impl Metrics {
             Err(error) => Err(error),
         };
         let text = text.map_err(|error| Failure::io(path, &error))?;
-        let (mut train, mut validation) = (Vec::new(), Vec::new());
+        let (mut train, mut validation, mut scores) = (Vec::new(), Vec::new(), Vec::new());
         let mut kept = format!("{HEADER}\n");
         for line in text.lines() {
             // A row that was cut off is not a row.
@@ -113,6 +140,9 @@ impl Metrics {
             let curve = match split {
                 "train" if step < done => &mut train,
                 "validation" if step <= done => &mut validation,
+                "train" | "validation" => continue,
+                // A score, which is in no curve.
+                _ if step <= done => &mut scores,
                 _ => continue,
             };
             curve.push((step, value));
@@ -166,12 +196,17 @@ impl Metrics {
         self.write(&format!("{step},validation,{loss},,"))
     }
 
+    /// Adds the row of a score of a validation, such as the accuracy, in the column of losses.
+    pub fn score(&mut self, step: u64, name: &str, value: f64) -> Result<()> {
+        self.write(&format!("{step},{name},{value:.6},,,"))
+    }
+
     fn write(&mut self, row: &str) -> Result<()> {
         // Read back from the row, so that a resumed run draws the same curves.
         match self.unit.parse(row) {
             Some(("train", step, value)) => self.train.push((step, value)),
-            Some((_, step, value)) => self.validation.push((step, value)),
-            None => {}
+            Some(("validation", step, value)) => self.validation.push((step, value)),
+            _ => {}
         }
         let row = format!("{row}\n");
         match &mut self.rows {
@@ -185,9 +220,9 @@ impl Metrics {
 
 #[cfg(test)]
 mod tests {
-    use super::{HEADER, Metrics, Unit};
+    use super::{HEADER, Metrics, Target, Unit};
 
-    const BYTES: Unit = Unit { bytes_per_token: Some(1.0) };
+    const BYTES: Unit = Unit { bytes_per_token: Some(1.0), target: Target::Token };
 
     #[test]
     fn resuming_drops_what_will_be_done_again() {
@@ -218,17 +253,22 @@ mod tests {
     fn tokens_without_bytes_have_no_bits() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("metrics.csv");
-        let unit = Unit { bytes_per_token: None };
+        let unit = Unit { bytes_per_token: None, target: Target::Class };
         let mut metrics = Metrics::create(&path, unit).expect("create");
         metrics.validation(0, 5.5).expect("row");
+        metrics.score(0, "accuracy", 0.5).expect("row");
         metrics.train(0, 4.25, 1e-3, 100.0).expect("row");
+        metrics.score(2, "accuracy", 0.75).expect("a row of a step that will be done again");
         drop(metrics);
         let metrics = Metrics::resume(&path, unit, 1).expect("resume");
         assert_eq!((metrics.train, metrics.validation), (vec![(0, 4.25)], vec![(0, 5.5)]));
         let text = std::fs::read_to_string(&path).expect("read");
-        assert!(text.ends_with("0,validation,5.500000,,,\n0,train,4.250000,,1.000000e-3,100\n"), "{text}");
+        assert!(
+            text.ends_with("0,validation,5.500000,,,\n0,accuracy,0.500000,,,\n0,train,4.250000,,1.000000e-3,100\n"),
+            "{text}"
+        );
         // Four bytes a token.
-        let four = Unit { bytes_per_token: Some(4.0) };
+        let four = Unit { bytes_per_token: Some(4.0), target: Target::Token };
         assert_eq!((four.bits(4.0 * std::f64::consts::LN_2), four.name()), (Some(1.0), "bits per byte"));
     }
 }

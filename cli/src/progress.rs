@@ -60,7 +60,8 @@ impl Progress {
         if self.bar.is_none() && !done.is_multiple_of(self.interval) && done != self.steps {
             return;
         }
-        let figures = format!("loss {}  {} tokens/s", self.unit.show(loss), Short(tokens_per_second));
+        let (speed, unit) = (Short(tokens_per_second), self.unit.speed());
+        let figures = format!("loss {}  {speed} {unit}", self.unit.show(loss));
         let left = duration(self.left(done));
         let peak = bytes(peak_memory(&self.device));
         match &self.bar {

@@ -49,8 +49,23 @@ pub fn settle(run: &Run) -> Result<()> {
         && saved == announced[TRAINING]
     {
         write_atomically(run.metrics(), |file| file.write_all(rows.as_bytes()))?;
+        if saved["options"]["keep_best"] != true {
+            remove_best(run)?;
+        }
     }
     remove(run)
+}
+
+/// Removes the best checkpoint of the run that was replaced, if the new one keeps none.
+pub fn remove_best(run: &Run) -> Result<()> {
+    let best = run.best();
+    if !Checkpoint::is_in(&best) {
+        return Ok(());
+    }
+    match retry_interrupted(|| fs::remove_dir_all(&best)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Failure::io(&best, &error)),
+        _ => Ok(()),
+    }
 }
 
 /// Forgets what was announced: it was done.

@@ -40,14 +40,14 @@ pub fn stream(
 pub fn block(
     model: &AutoregressiveWrapper,
     language: &Language,
+    prompt: &[i64],
     length: usize,
     options: &GenerateOptions,
     device: &Device,
 ) -> Result<String> {
     let mut text = String::new();
-    let prompt = [language.begin().unwrap_or(i64::from(b'\n'))];
-    let shown = language.shown(&prompt, &options.eos_tokens, &[])?;
-    stream(model, shown, &prompt, length, options, device, |piece| {
+    let shown = language.shown(prompt, &options.eos_tokens, &[])?;
+    stream(model, shown, prompt, length, options, device, |piece| {
         text.push_str(piece);
         Ok(())
     })?;

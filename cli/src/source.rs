@@ -11,7 +11,7 @@ use x_transformers::{
     config::{AutoregressivePlan, ModelPlan},
     models::AutoregressiveWrapper,
     pretrained::Pretrained,
-    train::Checkpoint,
+    train::{Checkpoint, LoraConfig, LoraModel},
 };
 
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
     failure::{Failure, Result},
     files,
     language::Language,
-    tokenizer::{self, Tokenizer},
+    tokenizer::Tokenizer,
     unused::StrictArgs,
 };
 
@@ -102,11 +102,15 @@ pub struct Source {
     pub language: Language,
     kind: Kind,
     path: PathBuf,
+    /// Folder of an adapter in PEFT's layout.
+    adapter: Option<PathBuf>,
 }
 
 enum Kind {
     Trained(Box<AutoregressivePlan>, BTreeMap<String, Tensor>),
     Pretrained(Box<Pretrained>),
+    /// A run that trained an adapter.
+    Lora(Box<AutoregressivePlan>),
 }
 
 impl Source {
@@ -128,28 +132,47 @@ impl Source {
                 );
                 return Err(Failure::new(why).within(path));
             }
-            let language = Language::pretrained(Tokenizer::of(&pretrained, tokenizer)?);
+            let language = Language::pretrained(Tokenizer::of(&pretrained, tokenizer)?, pretrained.end_tokens());
             drop(pretrained.take_metadata());
             allocator::trim();
-            return Ok(Self { language, kind: Kind::Pretrained(Box::new(pretrained)), path: path.to_path_buf() });
+            let kind = Kind::Pretrained(Box::new(pretrained));
+            return Ok(Self { language, kind, path: path.to_path_buf(), adapter: None });
         }
         let path = files::checkpoint(path);
-        let (config, values) = Checkpoint::load_averaged(&path)?;
         let broken = |error: Error| Failure::from(error).within(&path);
+        if let Some(config) = LoraConfig::read(&path)? {
+            let ModelPlan::Autoregressive(plan) = config.base_config().and_then(|base| base.plan()).map_err(broken)?
+            else {
+                return Err(Failure::new("expected an adapter of an AutoregressiveWrapper").within(&path));
+            };
+            let language = language(&path, tokenizer, plan.net.num_tokens)?;
+            return Ok(Self { language, kind: Kind::Lora(Box::new(plan)), path, adapter: None });
+        }
+        let (config, values) = Checkpoint::load_averaged(&path)?;
         let ModelPlan::Autoregressive(plan) = config.plan().map_err(broken)? else {
             let why = "expected an AutoregressiveWrapper; name a folder that `xt train` wrote";
             return Err(Failure::new(why).within(&path));
         };
         let language = language(&path, tokenizer, plan.net.num_tokens)?;
-        Ok(Self { language, kind: Kind::Trained(Box::new(plan), values), path })
+        Ok(Self { language, kind: Kind::Trained(Box::new(plan), values), path, adapter: None })
+    }
+
+    /// Adds an adapter in PEFT's layout, with which the model will be made.
+    ///
+    /// Errors: a model that is not pretrained.
+    pub fn add_adapter(&mut self, folder: &Path) -> Result<()> {
+        let Kind::Pretrained(_) = &self.kind else {
+            let why =
+                "is not a pretrained model; `--adapter` is in PEFT's layout, whose names are those of transformers";
+            return Err(Failure::new(why).within(&self.path));
+        };
+        self.adapter = Some(folder.to_path_buf());
+        Ok(())
     }
 
     /// The tokens that end a text, or a turn of a chat, as the files name them.
     pub fn ends(&self, chat: bool) -> Vec<i64> {
-        let mut ends = match &self.kind {
-            Kind::Trained(..) => self.language.begin().into_iter().collect(),
-            Kind::Pretrained(pretrained) => pretrained.end_tokens().to_vec(),
-        };
+        let mut ends = self.language.ends().to_vec();
         let of_turns = self.language.end_of_turn().filter(|&end| chat && (end as usize) < self.vocabulary());
         ends.extend(of_turns.filter(|end| !ends.contains(end)));
         ends
@@ -158,7 +181,7 @@ impl Source {
     /// Tokens that the model sees.
     pub fn window(&self) -> usize {
         match &self.kind {
-            Kind::Trained(plan, _) => plan.net.window(),
+            Kind::Trained(plan, _) | Kind::Lora(plan) => plan.net.window(),
             Kind::Pretrained(pretrained) => pretrained.config().max_seq_len,
         }
     }
@@ -166,7 +189,9 @@ impl Source {
     /// Tokens that a loss predicts at once. One of version 2 reads the last token too, which a table of positions must hold.
     pub fn predicted(&self) -> usize {
         match &self.kind {
-            Kind::Trained(plan, _) if plan.loss.reads_all && plan.net.absolute_positions.is_table() => {
+            Kind::Trained(plan, _) | Kind::Lora(plan)
+                if plan.loss.reads_all && plan.net.absolute_positions.is_table() =>
+            {
                 self.window().saturating_sub(1).max(1)
             }
             _ => self.window(),
@@ -176,7 +201,7 @@ impl Source {
     /// Number of tokens in the vocabulary.
     pub fn vocabulary(&self) -> usize {
         match &self.kind {
-            Kind::Trained(plan, _) => plan.net.num_tokens,
+            Kind::Trained(plan, _) | Kind::Lora(plan) => plan.net.num_tokens,
             Kind::Pretrained(pretrained) => pretrained.config().num_tokens,
         }
     }
@@ -185,7 +210,7 @@ impl Source {
     /// continue from the last tokens in their context.
     pub fn room(&self, tokens: usize) -> Result<usize> {
         match &self.kind {
-            Kind::Trained(..) => Ok(usize::MAX),
+            Kind::Trained(..) | Kind::Lora(_) => Ok(usize::MAX),
             Kind::Pretrained(_) => {
                 let window = self.window();
                 if tokens >= window {
@@ -203,7 +228,22 @@ impl Source {
         let dtype = types.dtype();
         let broken = |error: Error| Failure::from(error).within(&self.path);
         let mut model = match &self.kind {
-            Kind::Pretrained(pretrained) => pretrained.autoregressive(dtype, device)?,
+            Kind::Pretrained(pretrained) => match &self.adapter {
+                None => pretrained.autoregressive(dtype, device)?,
+                Some(folder) => {
+                    let (mut model, _) = pretrained.with_adapter(folder, dtype, device)?;
+                    if types.weights != Weights::Stored {
+                        model.net.merge_lora()?;
+                    }
+                    model
+                }
+            },
+            Kind::Lora(_) => {
+                // As it is stored means: what is quantized stays so, with the adapter beside it. Else it is in the weights.
+                let packed = types.weights == Weights::Stored;
+                let model = LoraModel::load(&self.path, dtype, device, packed)?;
+                if packed { model.into_inner() } else { model.merged()?.0 }
+            }
             Kind::Trained(plan, values) => {
                 let store = ParamStore::zeros(dtype, device);
                 let model = AutoregressiveWrapper::from_plan((**plan).clone(), &store).map_err(broken)?;
@@ -232,11 +272,11 @@ fn language(checkpoint: &Path, given: Option<&Path>, num_tokens: usize) -> Resul
             }
         };
     };
-    let tokenizer = tokenizer::open(path)?;
-    let count = tokenizer.num_tokens();
+    let language = Language::open(path)?;
+    let count = language.tokenizer().map_or(0, Tokenizer::num_tokens);
     if count > num_tokens {
         let why = format!("has a vocabulary of {count} tokens, but the model has {num_tokens}");
         return Err(Failure::new(why).within(path));
     }
-    Ok(Language::own(tokenizer))
+    Ok(language)
 }

@@ -97,7 +97,7 @@ pub fn run(args: TokenizeArgs) -> Result<()> {
     let create = |name: &str| TokenWriter::create(output.join(name), count, Some(begin));
     let mut writers = [create(TRAIN)?, create(VALIDATION)?];
     let mut lengths = [0; 2];
-    encode(&documents, &split, &tokenizer, begin, |validation, tokens, length| {
+    encode(&documents, &split, &tokenizer, (begin, true), |validation, tokens, length| {
         let part = usize::from(validation);
         lengths[part] += length as u64;
         Ok(writers[part].write(tokens)?)

@@ -5,23 +5,39 @@ pub use x_transformers_tokenizers::{Prompt, SentencePipeline, TextStream, Tokeni
 
 #[cfg(feature = "tokenizers")]
 mod with {
-    use std::path::Path;
+    use std::{
+        path::Path,
+        time::{Duration, UNIX_EPOCH},
+    };
 
     use x_transformers::{models::RowEnd, pretrained::Family};
-    use x_transformers_tokenizers::{ChatOptions, Message, Tokenizer, learn_byte_level_bpe};
+    use x_transformers_tokenizers::{ChatOptions, ChatTurns, Message, Tokenizer, learn_byte_level_bpe};
 
-    use crate::failure::Result;
+    use crate::{failure::Result, language::Turn, stored::Origin};
 
-    /// Tokens of a question in the form of the model's chats, up to where the answer begins.
-    pub fn chat(tokenizer: &Tokenizer, system: Option<&str>, question: &str) -> Result<Vec<i64>> {
-        let turns: Vec<Message> = system.map(Message::system).into_iter().chain([Message::user(question)]).collect();
-        Ok(tokenizer.chat(&turns, &ChatOptions::default())?)
+    fn messages(turns: &[Turn]) -> Vec<Message> {
+        turns.iter().map(|turn| Message::new(&turn.role, &turn.content)).collect()
+    }
+
+    /// Tokens of a chat in the form of the model's chats, up to where the answer begins.
+    pub fn chat(tokenizer: &Tokenizer, turns: &[Turn]) -> Result<Vec<i64>> {
+        Ok(tokenizer.chat(&messages(turns), &ChatOptions::default())?)
+    }
+
+    /// Tokens of a whole chat, and which of them are the assistant's.
+    pub fn chat_turns(tokenizer: &Tokenizer, turns: &[Turn]) -> Result<(Vec<i64>, Vec<bool>)> {
+        // The day that Llama 3 names where there is no clock: a run that is resumed on another day has the same tokens.
+        let now = Some(UNIX_EPOCH + Duration::from_secs(1_721_995_200));
+        let ChatTurns { tokens, answers } =
+            tokenizer.chat_turns(&messages(turns), &ChatOptions { now, ..ChatOptions::default() })?;
+        Ok((tokens, answers))
     }
 
     /// The tokenizer in a folder or a file, of a model of `xt train`.
     pub fn open(path: &Path) -> Result<Tokenizer> {
         // A folder that names no class of tokenizers is read like those of this family.
-        Ok(Tokenizer::open(path, Family::Llama)?)
+        let family = Origin::read(path)?.map_or(Family::Llama, |origin| origin.family);
+        Ok(Tokenizer::open(path, family)?)
     }
 
     /// Learns a byte-level BPE vocabulary, and gives its `tokenizer.json`.
@@ -39,7 +55,7 @@ mod with {
     }
 }
 #[cfg(feature = "tokenizers")]
-pub use with::{chat, learn, open, stop_end};
+pub use with::{chat, chat_turns, learn, open, stop_end};
 
 #[cfg(not(feature = "tokenizers"))]
 mod without {
@@ -52,7 +68,10 @@ mod without {
         pretrained::{Pretrained, Similarity},
     };
 
-    use crate::failure::{Failure, Result};
+    use crate::{
+        failure::{Failure, Result},
+        language::Turn,
+    };
 
     /// A tokenizer that cannot be had.
     pub struct Tokenizer(Infallible);
@@ -116,6 +135,10 @@ mod without {
             Err(missing())
         }
 
+        pub fn folder_files(_: &Pretrained) -> Result<Vec<(String, Vec<u8>)>> {
+            Err(missing())
+        }
+
         /// A GGUF file needs no description of its tokenizer: it has one.
         pub fn gguf_metadata(pretrained: &Pretrained, _: Option<&Path>) -> Result<BTreeMap<String, Metadata>> {
             if pretrained.file().format() == Format::Gguf { Ok(BTreeMap::new()) } else { Err(missing()) }
@@ -170,7 +193,11 @@ mod without {
         Err(missing())
     }
 
-    pub fn chat(tokenizer: &Tokenizer, _: Option<&str>, _: &str) -> Result<Vec<i64>> {
+    pub fn chat(tokenizer: &Tokenizer, _: &[Turn]) -> Result<Vec<i64>> {
+        match tokenizer.0 {}
+    }
+
+    pub fn chat_turns(tokenizer: &Tokenizer, _: &[Turn]) -> Result<(Vec<i64>, Vec<bool>)> {
         match tokenizer.0 {}
     }
 
@@ -179,4 +206,4 @@ mod without {
     }
 }
 #[cfg(not(feature = "tokenizers"))]
-pub use without::{Prompt, SentencePipeline, TextStream, Tokenizer, chat, learn, open, stop_end};
+pub use without::{Prompt, SentencePipeline, TextStream, Tokenizer, chat, chat_turns, learn, open, stop_end};

@@ -1,52 +1,47 @@
 //! `xt train`: a language model from text or tokens, with checkpoints, curves and samples.
 
 use std::{
-    collections::BTreeMap,
     fmt,
     io::{Write, stderr},
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use clap::{Args, value_parser};
 use x_transformers::{
-    DType, Device, Error, Tensor,
-    config::{
-        AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, ModelPlan, TransformerWrapperConfig, v2,
-    },
+    Device, Error,
+    config::{AutoregressiveConfig, Config, ModelPlan, TransformerWrapperConfig, v2},
     models::AutoregressiveWrapper,
-    pretrained::Pretrained,
-    train::{ByteText, Checkpoint, OptimizerKind, TrainModel, TrainOptions, Trainer},
+    train::{
+        ByteText, Checkpoint, Classifier, ClassifierConfig, LoraConfig, LoraModel, TrainModel, TrainOptions, Trainer,
+        TrainingState,
+    },
 };
 
+mod chats;
 mod data;
-mod interrupt;
+mod labels;
+mod options;
 mod rehearsal;
+mod start;
+mod task;
 mod training;
 
 use self::{
-    data::{Data, DataArgs},
+    data::{About, Data, DataArgs, Own},
+    options::{LoraArgs, ModelArgs, OptionArgs},
+    task::{Kind, Task},
     training::Training,
 };
 use crate::{
-    compute::{dtypes, fraction, optimizers},
+    events::Events,
     failure::{Failure, Result},
     files::{self, Run},
+    interrupt,
     keywords::KeywordArgs,
-    metrics::{Metrics, Unit},
+    metrics::Metrics,
     profiler::{ProfileArgs, Profiler},
     progress::Progress,
 };
-
-/// Defaults of a run without arguments; all other options have the library's defaults.
-mod defaults {
-    pub const DIM: usize = 128;
-    pub const DEPTH: usize = 4;
-    pub const HEADS: usize = 4;
-    pub const STEPS: u64 = 600;
-    /// Of the model that is trained when nothing is said about it: it has rotary positions, which a short run learns
-    /// with, while learned absolute positions need thousands of steps to look further back than a byte or two.
-    pub const DIM_HEAD: usize = 32;
-}
 
 #[derive(Args)]
 pub struct TrainArgs {
@@ -58,9 +53,22 @@ pub struct TrainArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["dim", "depth", "heads", "resume"])]
     config: Option<PathBuf>,
 
-    /// Path of a checkpoint of `xt train` to continue from: its weights, model and tokenizer, with new data and options
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "dim", "depth", "heads", "set", "resume"])]
+    /// Path of a model to continue from, with its weights and tokenizer, and new data and options: a checkpoint of `xt train`,
+    /// or a pretrained Llama, Mistral or Qwen 2 (a GGUF file or a `transformers` folder)
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["config", "dim", "depth", "heads", "set", "resume"])]
     from: Option<PathBuf>,
+
+    /// What the model is trained for: lm (to continue texts), or with --from an encoder such as MiniLM and --jsonl classify or
+    /// regress, on records with `text` and `label`
+    #[arg(long, value_enum, default_value = "lm", conflicts_with = "resume")]
+    task: Kind,
+
+    /// Names of the classes of --task classify, in order [default: the labels that occur]
+    #[arg(long, value_name = "NAME", num_args = 2.., requires = "from", conflicts_with = "resume")]
+    labels: Vec<String>,
+
+    #[command(flatten)]
+    lora: LoraArgs,
 
     #[command(flatten)]
     model: ModelArgs,
@@ -83,9 +91,13 @@ pub struct TrainArgs {
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
 
+    /// Write event files for TensorBoard beside metrics.csv
+    #[arg(long)]
+    tensorboard: bool,
+
     /// Folder of a run to resume, with its model, its tokenizer and all its options; requires the same data: --text,
     /// --tokens with --validation, or --jsonl, with the same --field and --separator. --steps and --every override those of
-    /// the run; --device, --profile and --trace are not saved with it
+    /// the run; --device, --profile, --trace and --tensorboard are not saved with it
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
 
@@ -102,153 +114,10 @@ pub struct TrainArgs {
     profile: ProfileArgs,
 }
 
-/// The shape of the plain decoder.
-#[derive(Args)]
-struct ModelArgs {
-    /// Model dimension of the decoder; --dim, --depth or --heads selects learned positions and heads of 64 features, in
-    /// place of rotary positions and heads of 32 [default: 128]
-    #[arg(long, value_name = "N", conflicts_with = "resume")]
-    dim: Option<usize>,
-
-    /// Number of decoder blocks, each attention and feedforward [default: 4]
-    #[arg(long, value_name = "N", conflicts_with = "resume")]
-    depth: Option<usize>,
-
-    /// Number of attention heads per block [default: 4]
-    #[arg(long, value_name = "N", conflicts_with = "resume")]
-    heads: Option<usize>,
-}
-
-impl ModelArgs {
-    fn layers(&self, document_mask: bool) -> AttentionLayersConfig {
-        let Self { dim, depth, heads } = *self;
-        let plain = AttentionLayersConfig {
-            heads: heads.unwrap_or(defaults::HEADS),
-            ..AttentionLayersConfig::decoder(dim.unwrap_or(defaults::DIM), depth.unwrap_or(defaults::DEPTH))
-        };
-        if dim.is_some() || depth.is_some() || heads.is_some() {
-            return plain;
-        }
-        let attn = AttentionConfig { dim_head: defaults::DIM_HEAD, ..plain.attn };
-        // Rotated values know where a row begins, which documents in it must not.
-        AttentionLayersConfig { rotary_pos_emb: true, rotary_qk_only: document_mask, attn, ..plain }
-    }
-}
-
-#[derive(Args)]
-struct OptionArgs {
-    /// Context length, in tokens [default: 256, or the config's max_seq_len if that is smaller]
-    #[arg(long, value_name = "N", conflicts_with = "resume")]
-    seq_len: Option<usize>,
-
-    /// Number of sequences in a micro-batch
-    #[arg(long, value_name = "N", default_value_t = TrainOptions::default().batch_size, conflicts_with = "resume")]
-    batch_size: usize,
-
-    /// Number of micro-batches per step, whose gradients are averaged (gradient accumulation)
-    #[arg(long, value_name = "N", default_value_t = TrainOptions::default().accumulate, conflicts_with = "resume")]
-    accumulate: usize,
-
-    /// Take the windows of the data in a random order, each once an epoch, instead of at random offsets
-    #[arg(long, conflicts_with = "resume")]
-    shuffle: bool,
-
-    /// Keep attention within documents; requires tokens, and a model with rotary or relative positions
-    #[arg(long, conflicts_with = "resume")]
-    document_mask: bool,
-
-    /// Number of training steps; with --resume, the new total, to which the learning rate schedule adapts [default:
-    /// 600, with --resume that of the run]
-    #[arg(long, value_name = "N")]
-    steps: Option<u64>,
-
-    /// Peak learning rate, which decays to a tenth along a cosine
-    #[arg(long, value_name = "X", default_value_t = TrainOptions::default().lr, conflicts_with = "resume")]
-    lr: f64,
-
-    /// Number of linear warmup steps to the peak learning rate
-    #[arg(long, value_name = "N", default_value_t = TrainOptions::default().warmup, conflicts_with = "resume")]
-    warmup: u64,
-
-    /// Maximum global norm of the gradients; larger gradients are scaled down to it
-    #[arg(long, value_name = "X", default_value_t = TrainOptions::default().clip, conflicts_with = "resume")]
-    clip: f64,
-
-    /// Optimizer; Muon trains the matrices of the layers, and AdamW embeddings, logits and vectors
-    #[arg(long, default_value = "adamw", value_parser = optimizers(), conflicts_with = "resume")]
-    optimizer: OptimizerKind,
-
-    /// Momentum of SGD and Muon [default: 0.9 for SGD, 0.95 for Muon]
-    #[arg(long, value_name = "X", conflicts_with = "resume")]
-    momentum: Option<f64>,
-
-    /// Weight decay; parameters of fewer than two dimensions, such as biases, do not decay
-    #[arg(long, value_name = "X", default_value_t = TrainOptions::default().weight_decay, conflicts_with = "resume")]
-    weight_decay: f64,
-
-    /// Apply weight decay to parameters of fewer than two dimensions too, as PyTorch does by default
-    #[arg(long, conflicts_with = "resume")]
-    decay_all: bool,
-
-    /// Decay of an exponential moving average of the weights, from 0 to 1, for validation and samples [default: no
-    /// average]
-    #[arg(long, value_name = "DECAY", value_parser = fraction, conflicts_with = "resume")]
-    ema: Option<f64>,
-
-    /// Stop after N validations in a row without a lower loss, at the next checkpoint; implies --keep-best
-    #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..), conflicts_with = "resume")]
-    patience: Option<u64>,
-
-    /// Keep the checkpoint with the lowest validation loss in the folder `best`
-    #[arg(long, conflicts_with = "resume")]
-    keep_best: bool,
-
-    /// Seed of the initial weights, the batches and dropout
-    #[arg(long, value_name = "N", default_value_t = TrainOptions::default().seed, conflicts_with = "resume")]
-    seed: u64,
-
-    /// Data type of the weights and activations; with bf16 and f16 the optimizer keeps f32 weights, with f16 the loss
-    /// is scaled
-    #[arg(long, default_value = "f32", value_parser = dtypes([DType::F32, DType::BF16, DType::F16]), conflicts_with = "resume")]
-    dtype: DType,
-}
-
-impl OptionArgs {
-    fn resolve(&self, max_seq_len: usize) -> TrainOptions {
-        let defaults = TrainOptions::default();
-        TrainOptions {
-            steps: self.steps.unwrap_or(defaults::STEPS),
-            batch_size: self.batch_size,
-            // 0 means no limit.
-            seq_len: self.seq_len.unwrap_or(if max_seq_len == 0 {
-                defaults.seq_len
-            } else {
-                defaults.seq_len.min(max_seq_len)
-            }),
-            accumulate: self.accumulate,
-            shuffle: self.shuffle,
-            document_mask: self.document_mask,
-            lr: self.lr,
-            warmup: self.warmup,
-            clip: self.clip,
-            optimizer: self.optimizer,
-            momentum: self.momentum,
-            weight_decay: self.weight_decay,
-            decay_all: self.decay_all,
-            ema_decay: self.ema,
-            patience: self.patience,
-            keep_best: self.keep_best || self.patience.is_some(),
-            seed: self.seed,
-            dtype: self.dtype,
-            ..defaults
-        }
-    }
-}
-
 impl TrainArgs {
-    /// The options of a new run.
-    fn train_options(&self, max_seq_len: usize) -> TrainOptions {
-        let options = self.options.resolve(max_seq_len);
+    /// The options of a new run, with this learning rate by default.
+    fn train_options(&self, max_seq_len: usize, lr: f64) -> TrainOptions {
+        let options = self.options.resolve(max_seq_len, lr);
         TrainOptions { every: self.every.unwrap_or(options.every), ..options }
     }
 
@@ -301,97 +170,95 @@ fn longest(config: &Config) -> usize {
     }
 }
 
+/// Learning rate by default, for models with random weights, for trained ones and for adapters.
+const RATES: [f64; 3] = [1e-3, 5e-5, 2e-4];
+
 pub fn run(args: TrainArgs) -> Result<()> {
     let device = Device::parse(&args.device)?;
-    if args.resume.is_some() && !args.keywords.is_empty() {
-        return Err(Failure::new("`--set` cannot change the model of a resumed run; start a new run"));
-    }
-    let resumed = args.resume.as_deref().map(Run::find).transpose()?;
-    let own = match &resumed {
-        Some(run) if !run.is_begun() && run.metrics().is_file() => {
+    if let Some(dir) = &args.resume {
+        if !args.keywords.is_empty() {
+            return Err(Failure::new("`--set` cannot change the model of a resumed run; start a new run"));
+        }
+        let run = Run::find(dir)?;
+        if !run.is_begun() && run.metrics().is_file() {
             let why = "the run was interrupted before its first checkpoint; start it again without `--resume`";
             return Err(Failure::new(why).within(&run.dir));
         }
-        Some(run) => Checkpoint::load_training(run.checkpoint())?.tokenizer.map(|name| run.checkpoint().join(name)),
-        None => None,
-    };
-    let start = args.from.as_deref().map(Start::open).transpose()?;
-    let own = own.or_else(|| start.as_ref().and_then(|start| start.tokenizer.clone()));
-    let Data { source, language, num_tokens, tokenizer, baseline, bytes_per_token, about } =
-        args.data.open(own.as_deref())?;
-    let unit = Unit { bytes_per_token };
-    let (run, trainer, metrics) = match resumed {
-        Some(run) => {
-            let mut trainer = Trainer::resume(run.checkpoint(), source, &device)?;
-            args.options.steps.map_or(Ok(()), |steps| trainer.set_steps(steps))?;
-            args.every.map_or(Ok(()), |every| trainer.set_every(every))?;
-            let metrics = Metrics::resume(&run.metrics(), unit, trainer.steps_done())?;
-            (run, trainer, metrics)
+        let training = Checkpoint::load_training(run.checkpoint())?;
+        if LoraConfig::read(run.checkpoint())?.is_some() {
+            return resume::<LoraModel>(&args, run, &training, &device);
         }
+        if ClassifierConfig::read(run.checkpoint())?.is_some() {
+            return resume::<Classifier>(&args, run, &training, &device);
+        }
+        return resume::<AutoregressiveWrapper>(&args, run, &training, &device);
+    }
+    match &args.from {
+        Some(from) if args.task == Kind::Lm => start::begin(&args, from, &device),
+        Some(from) => start::labelled(&args, from, &device),
+        None if args.task != Kind::Lm => Err(Failure::new(
+            "`--task classify` and `--task regress` require `--from` a pretrained encoder, such as MiniLM",
+        )),
         None => {
-            let mut trainer = match start {
-                Some(Start { config, weights, .. }) => {
-                    let options = args.train_options(longest(&config));
-                    Trainer::start_from(config, &weights, options, source, &device)?
-                }
-                None => {
-                    let config = args.config(num_tokens)?;
-                    let options = args.train_options(longest(&config));
-                    Trainer::new(config, options, source, &device)?
-                }
-            };
-            if args.dry_run {
-                return rehearsal::run(trainer, &device, &about);
-            }
-            let run = Run::create(&args.out, args.overwrite)?;
-            if let Some(tokenizer) = &tokenizer {
-                // Its name is that of its content: a run that is replaced keeps its own until the first save.
-                tokenizer.write(&run.checkpoint().join(tokenizer.name()))?;
-                trainer.set_tokenizer(Some(tokenizer.name()));
-            }
-            let table = run.metrics();
-            let metrics = if run.is_begun() { Metrics::hold(&table, unit) } else { Metrics::create(&table, unit)? };
-            (run, trainer, metrics)
+            let Data { source, about } = args.data.open(None)?;
+            let config = args.config(about.num_tokens)?;
+            let options = args.train_options(longest(&config), RATES[0]);
+            begin(&args, Trainer::new(config, options, source, &device)?, about, &device)
         }
-    };
+    }
+}
+
+/// Goes on with a run.
+fn resume<T: Task>(args: &TrainArgs, run: Run, training: &TrainingState, device: &Device) -> Result<()> {
+    let own = training.tokenizer.as_ref().map(|name| Own::open(&run.checkpoint().join(name))).transpose()?;
+    let Data { source, about } = T::data(&args.data, own, &run.checkpoint())?;
+    let mut trainer = Trainer::<T>::resume_from(run.checkpoint(), source, device)?;
+    args.options.steps.map_or(Ok(()), |steps| trainer.set_steps(steps))?;
+    args.every.map_or(Ok(()), |every| trainer.set_every(every))?;
+    let metrics = Metrics::resume(&run.metrics(), about.unit(), trainer.steps_done())?;
+    proceed(args, run, trainer, metrics, about, device)
+}
+
+/// Begins a run, or only tries its steps.
+fn begin<T: Task>(args: &TrainArgs, mut trainer: Trainer<T>, about: About, device: &Device) -> Result<()> {
+    if args.dry_run {
+        return rehearsal::run(trainer, device, &about);
+    }
+    let run = Run::create(&args.out, args.overwrite)?;
+    if let Some(tokenizer) = &about.tokenizer {
+        // Its name is that of its content: a run that is replaced keeps its own until the first save.
+        tokenizer.write(&run.checkpoint().join(tokenizer.name()))?;
+        trainer.set_tokenizer(Some(tokenizer.name()));
+    }
+    let (table, unit) = (run.metrics(), about.unit());
+    let metrics = if run.is_begun() { Metrics::hold(&table, unit) } else { Metrics::create(&table, unit)? };
+    proceed(args, run, trainer, metrics, about, device)
+}
+
+/// Runs the steps that are left.
+fn proceed<T: Task>(
+    args: &TrainArgs,
+    run: Run,
+    trainer: Trainer<T>,
+    metrics: Metrics,
+    about: About,
+    device: &Device,
+) -> Result<()> {
     interrupt::listen();
     let TrainOptions { steps, every, .. } = *trainer.options();
-    let progress = Progress::start(trainer.steps_done(), steps, every, &device, unit);
+    let progress = Progress::start(trainer.steps_done(), steps, every, device, about.unit());
     let profiler = Profiler::new(&args.profile);
-    let mut training = Training { run, trainer, metrics, progress, device, language, unit, baseline, profiler };
+    let events = args.tensorboard.then(|| Events::create(&run.dir, trainer.steps_done())).transpose()?;
+    let device = device.clone();
+    let mut training = Training { run, trainer, metrics, events, progress, device, about, profiler };
     if training.metrics.held().is_none() {
         // A run that is resumed may have been killed after the checkpoint and before the picture. The one of a new run
         // is empty, and not that of an earlier one.
         training.draw().map_err(|failure| training.unsaved(failure))?;
     }
-    training.introduce(&about);
+    training.introduce();
     training.all_steps()?;
     training.conclude()
-}
-
-/// A model of `xt train` whose weights a new run starts with.
-struct Start {
-    config: Config,
-    weights: BTreeMap<String, Tensor>,
-    /// Folder of its tokenizer.
-    tokenizer: Option<PathBuf>,
-}
-
-impl Start {
-    fn open(path: &Path) -> Result<Self> {
-        if Pretrained::is_one(path) {
-            let why = "is a pretrained model; `--from` continues models of `xt train`";
-            return Err(Failure::new(why).within(path));
-        }
-        let folder = files::checkpoint(path);
-        let (config, weights) = Checkpoint::load_averaged(&folder)?;
-        if !matches!(config.plan().map_err(|error| Failure::from(error).within(path))?, ModelPlan::Autoregressive(_)) {
-            let why = "expected an AutoregressiveWrapper; name a folder that `xt train` wrote";
-            return Err(Failure::new(why).within(path));
-        }
-        let tokenizer = Checkpoint::load_training(&folder).ok().and_then(|training| training.tokenizer);
-        Ok(Self { config, weights, tokenizer: tokenizer.map(|name| folder.join(name)) })
-    }
 }
 
 /// Names the files below the folders of `--text` that could not be read.
@@ -432,7 +299,7 @@ mod tests {
         Changeable(&'static str),
         /// It is not part of the run; the help of `--resume` says so.
         NotSaved(&'static str),
-        /// It says where the run is, as `--resume` does, or where its tokenizer comes from, which the checkpoint keeps.
+        /// It says where the run is, as `--resume` does, or what a new one begins with, which the checkpoint keeps.
         Folder(&'static str),
     }
     use Kept::{Changeable, Folder, NotSaved, Saved};
@@ -445,7 +312,7 @@ mod tests {
     /// The model and the options of a new run.
     fn run_of(args: &TrainArgs) -> serde_json::Value {
         let config = args.config(Some(256)).expect("a config");
-        json!([args.train_options(longest(&config)), config.to_value()])
+        json!([args.train_options(longest(&config), RATES[0]), config.to_value()])
     }
 
     /// Every option of the command is in this table, so that none is forgotten by `--resume`.
@@ -482,10 +349,19 @@ mod tests {
             ("momentum", Saved("0.5")),
             ("weight_decay", Saved("0.5")),
             ("decay_all", Saved("")),
+            ("group", Saved("*emb* lr=0.5")),
             ("ema", Saved("0.5")),
             ("patience", Saved("3")),
             ("keep_best", Saved("")),
             ("from", Folder("file")),
+            ("task", Folder("classify")),
+            ("labels", Folder("good")),
+            ("lora_rank", Folder("4")),
+            ("lora_alpha", Folder("4")),
+            ("lora_dropout", Folder("0.5")),
+            ("lora_targets", Folder("q_proj")),
+            ("lora_rs", Folder("")),
+            ("dora", Folder("")),
             ("dry_run", Folder("")),
             ("seed", Saved("7")),
             ("dtype", Saved("bf16")),
@@ -496,6 +372,7 @@ mod tests {
             ("every", Changeable("7")),
             ("profile", NotSaved("")),
             ("trace", NotSaved("file")),
+            ("tensorboard", NotSaved("")),
         ]);
         let command = Alone::command();
         let help = command.get_arguments().find(|argument| argument.get_id() == "resume").and_then(|a| a.get_help());
@@ -513,6 +390,9 @@ mod tests {
             let needs: &[&str] = match id {
                 "validation" => &["--tokens", "file"],
                 "field" => &["--jsonl", "file"],
+                "lora_rank" => &["--from", "file"],
+                "labels" => &["--from", "file", "--labels", "bad"],
+                id if id.starts_with("lora_") || id == "dora" => &["--from", "file", "--lora-rank", "4"],
                 _ => &[],
             };
             let own = [name.as_str(), value].into_iter().filter(|part| !part.is_empty());

@@ -506,12 +506,6 @@ impl AttentionPlan {
         if self.selective {
             return Some("selective attention reads the scores of earlier queries");
         }
-        if self.softclamp.is_some() {
-            return Some("the soft clamp acts on scores with their biases");
-        }
-        if self.sink {
-            return Some("the learned sink is one more score per row");
-        }
         if self.residual != ScoreResidual::None {
             return Some("residual attention passes scores to the next layer");
         }
@@ -537,6 +531,8 @@ impl fmt::Display for AttentionPlan {
             (self.num_mem_kv > 0, "memory key/values"),
             (self.window != Window::default(), "limited past"),
             (matches!(self.temperature, Temperature::Learned(_)), "learned temperature"),
+            (self.softclamp.is_some(), "soft clamp"),
+            (self.sink, "learned sink"),
             (self.head_scale, "head scale"),
             (self.gate_heads, "gated heads"),
             (self.gate_values != ValueGate::None, "gated values"),

@@ -370,7 +370,14 @@ impl LayersPlan {
 impl fmt::Display for LayersPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.layers.len().saturating_sub(1).to_string().len();
-        self.layers.iter().enumerate().try_for_each(|(index, layer)| writeln!(f, "{index:width$}  {layer}"))
+        self.layers.iter().enumerate().try_for_each(|(index, layer)| writeln!(f, "{index:width$}  {layer}"))?;
+        let bias = match self.positions.bias {
+            PositionBiasPlan::None => return Ok(()),
+            PositionBiasPlan::T5(_) => "T5's buckets",
+            PositionBiasPlan::Alibi(_) => "ALiBi",
+            PositionBiasPlan::Dynamic(_) => "a network's",
+        };
+        writeln!(f, "position bias: {bias}, by distance in fused attention, as a matrix in explicit attention")
     }
 }
 

@@ -185,18 +185,18 @@ pub(super) fn raw(source: &Source, entry: &Entry) -> Reading<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Reads a matrix of a quantised type as it lies in the file.
-pub(super) fn packed(source: &Source, entry: &Entry) -> Reading<PackedMatrix> {
-    let (Stored::Quantized(kind), &[rows, columns]) = (entry.stored, &entry.shape[..]) else {
+/// Reads the blocks of a matrix of a quantised type as they lie in the file, and makes a matrix of other rows of them.
+pub(super) fn packed(source: &Source, entry: &Entry, rows: &dyn Fn(Tensor) -> Result<Tensor>) -> Reading<PackedMatrix> {
+    let (Stored::Quantized(kind), &[count, columns]) = (entry.stored, &entry.shape[..]) else {
         return Err(format!("is {} {:?}, not a matrix of a quantised type", entry.stored, entry.shape).into());
     };
     if !kind.is_packed() {
         return Err(format!("is {kind}, which is not multiplied packed; dequantise it").into());
     }
     let (values, bytes) = kind.block();
-    let mut blocks = Tensor::uninit(Shape::new(&[rows, columns / values * bytes])?, DType::Bool, &Device::Cpu)?;
+    let mut blocks = Tensor::uninit(Shape::new(&[count, columns / values * bytes])?, DType::Bool, &Device::Cpu)?;
     read_parts(source, entry.start, blocks.values_mut::<bool>()?)?;
-    PackedMatrix::of_blocks(kind, columns, blocks).map_err(|_| "holds NaN or infinity".into())
+    PackedMatrix::of_blocks(kind, columns, rows(blocks)?).map_err(|_| "holds NaN or infinity".into())
 }
 
 fn check_bool(bytes: &[u8]) -> Parsed<()> {

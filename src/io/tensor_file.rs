@@ -433,8 +433,14 @@ impl TensorFile {
     /// Errors: those of [`TensorFile::tensor`]; a tensor that is not a matrix of a type that
     /// [is packed](crate::QuantType::is_packed); scales that are not finite.
     pub fn packed(&self, name: &str) -> Result<PackedMatrix> {
+        self.packed_from(name, &Ok)
+    }
+
+    /// Reads a matrix with other rows, made from the blocks of those in the file, `[out, bytes of a row]` as bytes; like
+    /// [`TensorFile::packed`].
+    pub(crate) fn packed_from(&self, name: &str, rows: &dyn Fn(Tensor) -> Result<Tensor>) -> Result<PackedMatrix> {
         let entry = self.entry(name)?;
-        entry.checked(&self.parts[entry.part], name, stored::packed)
+        entry.checked(&self.parts[entry.part], name, |source, entry| stored::packed(source, entry, rows))
     }
 
     fn entry(&self, name: &str) -> Result<&Entry> {

@@ -17,7 +17,7 @@ use crate::{
     DType, Error, Init, Param, ParamStore, Result, Tensor,
     autograd::dropout_stream,
     collect::CollectVec,
-    config::{AttentionPlan, BranchPlan, Forget, LayerPlan, LayersPlan, RotaryPlan, ScoreResidual, ValueResidual},
+    config::{BranchPlan, Forget, LayerPlan, LayersPlan, RotaryPlan, ScoreResidual, ValueResidual},
     error::{ErrorContext, ensure},
     ops::Window,
 };
@@ -511,28 +511,14 @@ impl AttentionLayers {
         }
         let n = x.dim(1)?;
         let memories = options.mems.iter().flatten().map(|mem| mem.shape()[1]).max().unwrap_or(0);
-        // The fused op counts queries from 0 and adds ALiBi by the key's position, which is the same only in these cases.
-        let mut plans = self.plan.layers.iter().filter_map(|layer| match &layer.branch {
-            BranchPlan::SelfAttention(plan) => Some(plan),
-            _ => None,
+        // T5's buckets of the fused op count queries and keys from 0.
+        let plain = self.plan.layers.iter().all(|layer| match &layer.branch {
+            BranchPlan::SelfAttention(plan) => plan.prefix_len() == 0,
+            _ => true,
         });
-        let fits = |plan: &AttentionPlan| plan.prefix_len() == 0 && plan.needs_scores().is_none();
-        let fits = match bias {
-            RelativePositionBias::Dynamic(_) => false,
-            RelativePositionBias::T5 { .. } => plans.all(fits),
-            _ => options.pos.is_none() && plans.all(|plan| plan.causal && fits(plan)),
-        };
-        // ALiBi by the key's position shifts rows of scores, which the softmax takes back.
-        if fits && memories == 0 && !options.return_scores {
-            own.bias = Some(bias.forward().context("rel_pos")?);
-        } else {
-            own.dense_bias = Some(
-                match &options.pos {
-                    Some(positions) => bias.at(positions, x.dtype()),
-                    None => bias.dense(n, memories + n, x.dtype()),
-                }
-                .context("rel_pos")?,
-            );
+        match &options.pos {
+            Some(positions) => own.dense_bias = Some(bias.at(positions, x.dtype()).context("rel_pos")?),
+            None => own.bias = Some(bias.relative(n, memories + n, plain, x.dtype()).context("rel_pos")?),
         }
         Ok(())
     }

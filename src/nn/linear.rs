@@ -200,9 +200,17 @@ impl Linear {
         self.weight.pack(packer)
     }
 
-    /// Computes `activation(x Wᵀ + b)`, with the bias fused into the activation.
+    /// Returns the bias, if it should be added by the activation and not by the product.
+    fn late_bias(&self, x: &Tensor) -> Option<&Param> {
+        let by_product = matches!(x.device(), Device::Gpu(gpu) if gpu.limits().adds_biases)
+            && matches!(x.dtype(), DType::BF16 | DType::F16)
+            && self.lora.is_none();
+        self.bias.as_ref().filter(|_| !by_product)
+    }
+
+    /// Computes `activation(x Wᵀ + b)`, with the bias fused into the activation or the product.
     pub fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
-        let Some(bias) = &self.bias else { return activation.of(&self.forward(x)?) };
+        let Some(bias) = self.late_bias(x) else { return activation.of(&self.forward(x)?) };
         self.product(x)?.add_activation(&bias.tensor(), activation)
     }
 
@@ -214,7 +222,7 @@ impl Linear {
 
     /// Like [`Linear::activated`], but with a gated unit: `[.., in] → [.., out / 2]`, see [`Tensor::glu`].
     pub fn gated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
-        let Some(bias) = &self.bias else { return self.forward(x)?.glu(activation) };
+        let Some(bias) = self.late_bias(x) else { return self.forward(x)?.glu(activation) };
         self.product(x)?.add_glu(&bias.tensor(), activation)
     }
 }

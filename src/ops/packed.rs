@@ -1,5 +1,7 @@
 //! Products with packed weights, and rows of packed tables.
 
+use std::mem::replace;
+
 use crate::{
     DType, Device, Error, QuantType, Result, Tensor,
     autograd::{Backward, InputGrads, record},
@@ -41,8 +43,9 @@ const FEW: usize = 8;
 #[doc(alias = "Int8")]
 pub struct PackedMatrix {
     kind: QuantType,
+    rows: usize,
     columns: usize,
-    /// `[out, bytes of a row]`, as bytes.
+    /// `[out, bytes of a row]`, as bytes: on the CPU interleaved, with rows of zeros up to a whole panel.
     blocks: Tensor,
 }
 
@@ -66,7 +69,8 @@ impl PackedMatrix {
         Self::of_blocks(kind, columns, tensor)
     }
 
-    /// Creates a matrix from its blocks, `[out, bytes of a row]` as bytes on the CPU; like [`PackedMatrix::new`].
+    /// Creates a matrix from its blocks, `[out, bytes of a row]` as bytes on the CPU that no other tensor shares; like
+    /// [`PackedMatrix::new`].
     pub(crate) fn of_blocks(kind: QuantType, columns: usize, blocks: Tensor) -> Result<Self> {
         let (values, bytes) = kind.block();
         ensure!(
@@ -82,7 +86,22 @@ impl PackedMatrix {
             blocks.values::<bool>()?.chunks_exact(bytes).all(finite),
             Error::argument(OP, "expected finite scales, got NaN or infinity")
         );
-        Ok(Self { kind, columns, blocks })
+        Self { kind, rows: blocks.dim(0)?, columns, blocks }.interleaved()
+    }
+
+    /// Interleaves blocks that are not yet.
+    fn interleaved(mut self) -> Result<Self> {
+        let (row, panels) = (self.row_bytes(), self.rows.next_multiple_of(ROWS));
+        let mut blocks = replace(&mut self.blocks, Tensor::zeros([0, row], DType::Bool, &Device::Cpu)?);
+        if panels > self.rows {
+            let mut whole = Tensor::zeros([panels, row], DType::Bool, &Device::Cpu)?;
+            whole.values_mut::<bool>()?[..self.rows * row].copy_from_slice(blocks.values::<bool>()?);
+            blocks = whole;
+        }
+        if row > 0 {
+            quantised::interleave(self.kind, row, blocks.values_mut::<bool>()?);
+        }
+        Ok(Self { blocks, ..self })
     }
 
     /// Rounds a float matrix `[out, in]` to a type.
@@ -99,19 +118,33 @@ impl PackedMatrix {
         matrix.to_device(weight.device())
     }
 
-    /// Returns the blocks, `[out, bytes of a row]` as bytes.
-    pub(crate) fn blocks(&self) -> &Tensor {
-        &self.blocks
+    /// Returns the blocks as files store them, `[out, bytes of a row]` as bytes on the CPU.
+    pub(crate) fn blocks(&self) -> Result<Tensor> {
+        if *self.device() != Device::Cpu {
+            return self.blocks.to_device(&Device::Cpu);
+        }
+        let row = self.row_bytes();
+        let mut blocks = Tensor::uninit(Shape::new(&[self.rows, row])?, DType::Bool, &Device::Cpu)?;
+        let panels = self.blocks.values::<bool>()?;
+        cpu::for_rows(blocks.values_mut::<bool>()?, row, row, |first, blocks: &mut [u8]| {
+            for (at, out) in blocks.chunks_exact_mut(row).enumerate() {
+                self.copy_row(panels, first + at, out);
+            }
+        });
+        Ok(blocks)
     }
 
-    /// Returns a matrix of other rows of this type, made from the blocks of these ones.
-    pub(crate) fn with_rows(&self, rows: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Self> {
-        Ok(Self { blocks: rows(&self.blocks)?.contiguous()?, ..*self })
+    fn copy_row(&self, panels: &[u8], row: usize, out: &mut [u8]) {
+        quantised::copy_row(self.kind, &panels[row / ROWS * ROWS * out.len()..], row % ROWS, out);
     }
 
     /// Returns a copy on a device.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
-        Ok(Self { blocks: self.blocks.to_device(device)?, ..*self })
+        match (self.device(), device) {
+            (Device::Cpu, Device::Gpu(_)) => Ok(Self { blocks: self.blocks()?.to_device(device)?, ..*self }),
+            (Device::Gpu(_), Device::Cpu) => Self { blocks: self.blocks()?, ..*self }.interleaved(),
+            _ => Ok(Self { blocks: self.blocks.to_device(device)?, ..*self }),
+        }
     }
 
     /// Returns the type.
@@ -121,12 +154,17 @@ impl PackedMatrix {
 
     /// Returns the sizes `[out, in]`.
     pub fn shape(&self) -> [usize; 2] {
-        [self.blocks.shape()[0], self.columns]
+        [self.rows, self.columns]
     }
 
     /// Returns the number of bytes.
     pub fn bytes(&self) -> usize {
-        self.blocks.numel()
+        self.rows * self.row_bytes()
+    }
+
+    fn row_bytes(&self) -> usize {
+        let (values, bytes) = self.kind.block();
+        self.columns / values * bytes
     }
 
     /// Returns the device.
@@ -187,12 +225,13 @@ impl PackedMatrix {
         if let Some(&index) = at.and_then(|at| at.iter().find(|&&index| index as u64 >= rows as u64)) {
             return Err(Error::index("packed_embedding", "token", index, rows));
         }
-        let (blocks, width) = (self.blocks.values::<bool>()?, self.blocks.shape()[1]);
+        let (panels, width) = (self.blocks.values::<bool>()?, self.row_bytes());
         let mut y = Tensor::uninit(shape, DType::F32, &Device::Cpu)?;
         cpu::for_rows(y.values_mut::<f32>()?, columns, 4 * columns, |first, y| {
+            let mut blocks = vec![0; width];
             for (row, y) in y.chunks_exact_mut(columns).enumerate() {
-                let row = at.map_or(first + row, |at| at[first + row] as usize);
-                decode(self.kind, &blocks[row * width..][..width], y);
+                self.copy_row(panels, at.map_or(first + row, |at| at[first + row] as usize), &mut blocks);
+                decode(self.kind, &blocks, y);
             }
         });
         y.to_dtype(dtype)

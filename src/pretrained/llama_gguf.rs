@@ -180,11 +180,7 @@ pub(super) fn sizes(config: &TransformerWrapperConfig) -> Result<Sizes> {
     let shown = |value: &Value| if value.is_null() { "the default".to_string() } else { format!("`{value}`") };
     Err(Error::option(
         "architecture",
-        format_args!(
-            "expected that of Llama, which GGUF describes: `{key}` is {}, expected {}",
-            shown(&found),
-            shown(&expected)
-        ),
+        format_args!("expected that of Llama: `{key}` is {}, expected {}", shown(&found), shown(&expected)),
     ))
 }
 

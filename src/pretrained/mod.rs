@@ -2,6 +2,7 @@
 
 mod bert;
 mod ends;
+mod export;
 mod family;
 mod gguf;
 mod llama;
@@ -20,6 +21,7 @@ use std::{
 };
 
 pub use self::{
+    export::write_folder,
     family::Family,
     quantize::write_quantized,
     sentence::{SentenceOptions, Similarity},
@@ -30,7 +32,7 @@ use self::{
     options::{Options, is_mistaken, json},
 };
 use crate::{
-    DType, Device, Error, ErrorKind, ParamMap, ParamStore, Result,
+    DType, Device, Error, ErrorKind, ParamMap, ParamStore, Result, Tensor,
     collect::CollectVec,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
     error::ensure,
@@ -229,8 +231,35 @@ impl Pretrained {
         Ok(self.load_autoregressive(dtype, device)?.0)
     }
 
-    /// Like [`Pretrained::autoregressive`], and returns the parameters, those among them too that packed weights replace.
-    fn load_autoregressive(&self, dtype: DType, device: &Device) -> Result<(AutoregressiveWrapper, ParamMap)> {
+    /// Returns the options and the weights of the model that generates text, by this crate's names and dequantised: what a
+    /// run that tunes all of them begins with ([`Trainer::start_from`]).
+    ///
+    /// [`Trainer::start_from`]: crate::train::Trainer::start_from
+    ///
+    /// Errors: those of [`Pretrained::autoregressive`].
+    pub fn state_dict(&self) -> Result<(AutoregressiveConfig, BTreeMap<String, Tensor>)> {
+        self.check_causal()?;
+        self.check()?;
+        let config = AutoregressiveConfig { net: self.config.clone(), ..AutoregressiveConfig::default() };
+        let store = ParamStore::shapes(DType::F32, &Device::Cpu);
+        AutoregressiveWrapper::new(&config, &store)?;
+        self.names.load(&self.file, &store.params(), "net.", &HashSet::new())?;
+        Ok((config, store.params().state_dict()))
+    }
+
+    /// Returns the options and the weights of the model by itself, by this crate's names and dequantised, such as those of an
+    /// encoder that gets a head.
+    ///
+    /// Errors: those of [`Pretrained::model`].
+    pub fn encoder_state_dict(&self) -> Result<(TransformerWrapperConfig, BTreeMap<String, Tensor>)> {
+        self.check()?;
+        let store = ParamStore::shapes(DType::F32, &Device::Cpu);
+        TransformerWrapper::new(&self.config, &store)?;
+        self.names.load(&self.file, &store.params(), "", &HashSet::new())?;
+        Ok((self.config.clone(), store.params().state_dict()))
+    }
+
+    fn check_causal(&self) -> Result<()> {
         ensure!(
             self.family.is_causal(),
             Error::file(
@@ -238,6 +267,12 @@ impl Pretrained {
                 format_args!("belongs to the {} family, which does not generate text", self.family)
             )
         );
+        Ok(())
+    }
+
+    /// Like [`Pretrained::autoregressive`], and returns the parameters, those among them too that packed weights replace.
+    fn load_autoregressive(&self, dtype: DType, device: &Device) -> Result<(AutoregressiveWrapper, ParamMap)> {
+        self.check_causal()?;
         let config = AutoregressiveConfig { net: self.config.clone(), ..AutoregressiveConfig::default() };
         self.load(dtype, device, "net.", |store| AutoregressiveWrapper::new(&config, store), |model| &mut model.net)
     }

@@ -212,10 +212,10 @@ impl Weight {
         match &self.theirs {
             Source::One(name) => file.packed(name),
             Source::Stacked([first, second]) => {
-                let second = file.packed(second)?;
-                file.packed(first)?.with_rows(|first| Tensor::cat(&[first, second.blocks()], 0))
+                let second = file.packed(second)?.blocks()?;
+                file.packed_from(first, &|first| Tensor::cat(&[&first, &second], 0))
             }
-            Source::Halves(name, heads) => file.packed(name)?.with_rows(|rows| halves(rows, *heads)),
+            Source::Halves(name, heads) => file.packed_from(name, &|rows| halves(&rows, *heads)),
         }
     }
 }

@@ -66,10 +66,22 @@ impl Pretrained {
         dtype: DType,
         device: &Device,
     ) -> Result<(AutoregressiveWrapper, LoraAdapter)> {
+        let (model, _, adapter) = self.with_lora_and_params(options, seed, dtype, device)?;
+        Ok((model, adapter))
+    }
+
+    /// Like [`Pretrained::with_lora`], and returns the model's parameters, those among them too that packed weights replace.
+    pub(crate) fn with_lora_and_params(
+        &self,
+        options: &LoraOptions,
+        seed: u64,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<(AutoregressiveWrapper, ParamMap, LoraAdapter)> {
         let (mut model, params) = self.load_autoregressive(dtype, device)?;
         let adapter = model.net.attach_lora(&self.lora_targets(&params, "net.")?, options, seed)?;
         params.unique().for_each(|(_, param)| param.set_requires_grad(false));
-        Ok((model, adapter))
+        Ok((model, params, adapter))
     }
 
     /// Creates the model with an adapter that PEFT or [`Pretrained::save_adapter`] wrote.

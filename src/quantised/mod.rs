@@ -5,6 +5,7 @@
 
 mod blocks;
 mod encode;
+mod interleaved;
 mod k_blocks;
 mod kernels;
 mod panels;
@@ -15,6 +16,7 @@ use std::fmt;
 use half::f16;
 
 pub(crate) use self::{
+    interleaved::{copy_row, interleave},
     panels::ROWS,
     products::{Activations, multiply},
 };

@@ -1,7 +1,5 @@
 //! Panels: sixteen packed rows as kernels read them.
 
-use std::ops::Range;
-
 use super::{QuantType, blocks::LEVELS, k_blocks::sixes};
 
 /// Values of an input with a common scale, and of a part of a block.
@@ -26,7 +24,8 @@ pub(super) struct Panel<'a> {
     pub offsets: &'a mut [[f32; ROWS]],
 }
 
-/// Type of blocks that are multiplied as they are stored: groups of values `scale · q + offset`.
+/// Type of blocks that are multiplied as they are stored: groups of values `scale · q + offset`. Blocks of sixteen rows are
+/// [interleaved](super::interleaved).
 pub(super) trait Blocks {
     /// Bytes of a block.
     const BYTES: usize;
@@ -35,82 +34,98 @@ pub(super) trait Blocks {
     /// Scales of a group.
     const SCALES: usize;
 
-    /// Returns the integers of a group, signed ones by their bits.
+    /// Returns the integers of a step of a group, of eight rows, signed ones by their bits.
     ///
     /// # Safety
     ///
-    /// The pointer is that of a block; the processor has the instructions of the vectors.
-    unsafe fn integers<V: Bytes>(block: *const u8, group: usize) -> V;
+    /// The pointer is that of the blocks of sixteen rows, or 32 bytes behind it for the last eight; the processor has the
+    /// instructions of the vectors.
+    unsafe fn integers<V: Bytes>(blocks: *const u8, group: usize, step: usize) -> V;
 
-    /// Writes the scales and offsets of one block of each row.
+    /// Writes the scales and offsets of the blocks.
     ///
     /// # Safety
     ///
-    /// As for [`Blocks::integers`].
-    unsafe fn factors<V: Bytes>(blocks: [*const u8; ROWS], scales: &mut [[f32; ROWS]], offsets: &mut [[f32; ROWS]]);
+    /// The pointer is that of the blocks of sixteen rows; the processor has the instructions of the vectors.
+    unsafe fn factors<V: Bytes>(blocks: *const u8, scales: &mut [[f32; ROWS]], offsets: &mut [[f32; ROWS]]);
 }
 
-/// The integers of a group, 32 bytes: what unpacking needs.
+/// The integers of a step, of eight rows, 32 bytes: what unpacking needs.
 ///
 /// # Safety
 ///
 /// The methods may be called only where the processor has the instructions, with pointers to the bytes that they read.
 pub(super) unsafe trait Bytes: Copy {
-    /// If `true`, a value is a register, and rows are unpacked without calls.
-    const IN_REGISTERS: bool;
-    /// Fetches a cache line, of any address.
-    unsafe fn prefetch(at: *const u8);
     /// Loads 32 bytes.
     unsafe fn load(from: *const u8) -> Self;
-    /// Loads 16 bytes, for both halves.
-    unsafe fn load_twice(from: *const u8) -> Self;
-    /// Spreads 32 bits: 16 where a bit is set.
-    unsafe fn sixteens(from: *const u8) -> Self;
-    /// Shifts each half of the bytes to the right, and keeps the lowest bits in `mask`.
-    unsafe fn bits(self, low: u32, high: u32, mask: u8) -> Self;
+    /// Stores them. The bits of `flip` are inverted.
+    unsafe fn store(self, flip: u8, to: *mut u8);
+    /// Shifts bytes to the right, and keeps the lowest bits in `mask`, which come from the same byte.
+    unsafe fn bits(self, by: u32, mask: u8) -> Self;
     unsafe fn shifted_left(self, by: u32) -> Self;
+    /// Spreads four bits of each number of 32 bits, those of a step: 16 where a bit is set.
+    unsafe fn sixteens(self, step: usize) -> Self;
     unsafe fn or(self, other: Self) -> Self;
     unsafe fn minus(self, value: u8) -> Self;
     /// Looks up 4-bit integers.
     unsafe fn levels(self, table: &[i8; 16]) -> Self;
     /// Converts f16.
-    unsafe fn halves(bits: [u16; ROWS]) -> [f32; ROWS];
-    /// Writes eight rows into a panel, from `to` on, where steps are `4 · ROWS` bytes apart. The bits of `flip` are
-    /// inverted.
-    unsafe fn interleave(rows: [Self; 8], flip: u8, to: *mut u8);
+    unsafe fn halves(from: *const [u8; 2 * ROWS]) -> [f32; ROWS];
 }
 
-/// The 4-bit integers of sixteen bytes: the low halves first, then the high ones.
+/// Loads the four bytes from `at` on of blocks of eight rows.
 ///
 /// # Safety
 ///
 /// As for [`Blocks::integers`].
 #[inline(always)]
-unsafe fn nibbles<V: Bytes>(from: *const u8) -> V {
+unsafe fn unit<V: Bytes>(blocks: *const u8, at: usize) -> V {
     // SAFETY: see above.
-    unsafe { V::load_twice(from).bits(0, 4, 0xF) }
+    unsafe { V::load(blocks.add(ROWS * at)) }
 }
 
-/// The same with a fifth bit.
+/// The 4-bit integers of a step of sixteen bytes: the low halves first, then the high ones.
 ///
 /// # Safety
 ///
 /// As for [`Blocks::integers`].
 #[inline(always)]
-unsafe fn nibbles_with<V: Bytes>(from: *const u8, fifth: V) -> V {
+unsafe fn nibbles<V: Bytes>(blocks: *const u8, at: usize, step: usize) -> V {
     // SAFETY: see above.
-    unsafe { nibbles::<V>(from).or(fifth) }
+    unsafe { unit::<V>(blocks, at + STEP * (step % 4)).bits(4 * (step / 4) as u32, 0xF) }
 }
 
-/// The f16 at the same place of sixteen blocks.
+/// The same, with the bits of the four bytes in front as their fifth bits.
 ///
 /// # Safety
 ///
 /// As for [`Blocks::integers`].
 #[inline(always)]
-unsafe fn halves<V: Bytes>(blocks: [*const u8; ROWS], at: usize) -> [f32; ROWS] {
+unsafe fn nibbles_with_fifths<V: Bytes>(blocks: *const u8, at: usize, step: usize) -> V {
     // SAFETY: see above.
-    unsafe { V::halves(blocks.map(|block| u16::from_le_bytes(*block.add(at).cast()))) }
+    unsafe { nibbles::<V>(blocks, at, step).or(unit::<V>(blocks, at - STEP).sixteens(step)) }
+}
+
+/// The f16 at byte `at` of the blocks of all rows.
+///
+/// # Safety
+///
+/// As for [`Blocks::factors`].
+#[inline(always)]
+unsafe fn halves<V: Bytes>(blocks: *const u8, at: usize) -> [f32; ROWS] {
+    // SAFETY: see above.
+    unsafe { V::halves(blocks.add(ROWS * at).cast()) }
+}
+
+/// Bytes of the block of a row, from a unit of four bytes on.
+///
+/// # Safety
+///
+/// As for [`Blocks::factors`].
+#[inline(always)]
+unsafe fn bytes<const N: usize>(blocks: *const u8, at: usize, row: usize) -> [u8; N] {
+    // SAFETY: see above.
+    std::array::from_fn(|i| unsafe { *blocks.add(ROWS * (at + i / STEP * STEP) + STEP * row + i % STEP) })
 }
 
 /// Term added to integers times their scale.
@@ -124,7 +139,7 @@ enum Offset {
 
 /// Defines the types with one scale for 32 values: integers of a block, and its offset.
 macro_rules! blocks {
-    ($($name:ident($block:ident): $integers:expr, $offset:expr;)*) => {$(
+    ($($name:ident($blocks:ident, $step:ident): $integers:expr, $offset:expr;)*) => {$(
         struct $name;
 
         impl Blocks for $name {
@@ -133,14 +148,14 @@ macro_rules! blocks {
             const SCALES: usize = 1;
 
             #[inline(always)]
-            unsafe fn integers<V: Bytes>($block: *const u8, _group: usize) -> V {
+            unsafe fn integers<V: Bytes>($blocks: *const u8, _group: usize, $step: usize) -> V {
                 // SAFETY: see the trait.
                 unsafe { $integers }
             }
 
             #[inline(always)]
             unsafe fn factors<V: Bytes>(
-                blocks: [*const u8; ROWS],
+                blocks: *const u8,
                 scales: &mut [[f32; ROWS]],
                 offsets: &mut [[f32; ROWS]],
             ) {
@@ -159,17 +174,17 @@ macro_rules! blocks {
 }
 
 blocks! {
-    Q8_0(block): Bytes::load(block.add(2)), Offset::None;
-    Q4_0(block): nibbles(block.add(2)), Offset::Times(-8.0);
-    Q4_1(block): nibbles(block.add(4)), Offset::Stored;
-    Q5_0(block): nibbles_with(block.add(6), Bytes::sixteens(block.add(2))), Offset::Times(-16.0);
-    Q5_1(block): nibbles_with(block.add(8), Bytes::sixteens(block.add(4))), Offset::Stored;
-    Iq4Nl(block): Bytes::levels(nibbles(block.add(2)), &LEVELS), Offset::None;
+    Q8_0(blocks, step): unit(blocks, 2 + STEP * step), Offset::None;
+    Q4_0(blocks, step): nibbles(blocks, 2, step), Offset::Times(-8.0);
+    Q4_1(blocks, step): nibbles(blocks, 4, step), Offset::Stored;
+    Q5_0(blocks, step): nibbles_with_fifths(blocks, 6, step), Offset::Times(-16.0);
+    Q5_1(blocks, step): nibbles_with_fifths(blocks, 8, step), Offset::Stored;
+    Iq4Nl(blocks, step): Bytes::levels(nibbles(blocks, 2, step), &LEVELS), Offset::None;
 }
 
 /// Defines the types whose scales and minima are 6-bit integers times those of the block.
 macro_rules! k_blocks {
-    ($($name:ident($block:ident, $group:ident): $integers:expr;)*) => {$(
+    ($($name:ident($blocks:ident, $group:ident, $step:ident): $integers:expr;)*) => {$(
         struct $name;
 
         impl Blocks for $name {
@@ -178,22 +193,22 @@ macro_rules! k_blocks {
             const SCALES: usize = 1;
 
             #[inline(always)]
-            unsafe fn integers<V: Bytes>($block: *const u8, $group: usize) -> V {
+            unsafe fn integers<V: Bytes>($blocks: *const u8, $group: usize, $step: usize) -> V {
                 // SAFETY: see the trait.
                 unsafe { $integers }
             }
 
             #[inline(always)]
             unsafe fn factors<V: Bytes>(
-                blocks: [*const u8; ROWS],
+                blocks: *const u8,
                 scales: &mut [[f32; ROWS]],
                 offsets: &mut [[f32; ROWS]],
             ) {
                 // SAFETY: see the trait.
                 let (of_blocks, least) = unsafe { (halves::<V>(blocks, 0), halves::<V>(blocks, 2)) };
-                for (row, block) in blocks.into_iter().enumerate() {
+                for row in 0..ROWS {
                     // SAFETY: as above.
-                    let parts = sixes(unsafe { &*block.add(4).cast::<[u8; 12]>() });
+                    let parts = sixes(&unsafe { bytes::<12>(blocks, 4, row) });
                     for ((scales, offsets), [scale, below]) in scales.iter_mut().zip(&mut *offsets).zip(parts) {
                         scales[row] = of_blocks[row] * f32::from(scale);
                         offsets[row] = -least[row] * f32::from(below);
@@ -204,33 +219,34 @@ macro_rules! k_blocks {
     )*};
 }
 
-/// The 4-bit integers of a group: of two groups, the first in the lower halves of 32 bytes.
+/// The 4-bit integers of a step of a group: of two groups, the first in the lower halves of 32 bytes.
 ///
 /// # Safety
 ///
 /// As for [`Blocks::integers`].
 #[inline(always)]
-unsafe fn fours<V: Bytes>(from: *const u8, group: usize) -> V {
-    let shift = 4 * (group % 2) as u32;
+unsafe fn fours<V: Bytes>(blocks: *const u8, at: usize, group: usize, step: usize) -> V {
     // SAFETY: see above.
-    unsafe { V::load(from.add(32 * (group / 2))).bits(shift, shift, 0xF) }
+    unsafe { unit::<V>(blocks, at + GROUP * (group / 2) + STEP * step).bits(4 * (group % 2) as u32, 0xF) }
 }
 
-/// The 5-bit integers of a group: the fifth bits of all groups, then the others like [`fours`].
+/// The 5-bit integers of a step of a group: the fifth bits of all groups, then the others like [`fours`].
 ///
 /// # Safety
 ///
 /// As for [`Blocks::integers`].
 #[inline(always)]
-unsafe fn fives<V: Bytes>(from: *const u8, group: usize) -> V {
-    let shift = group as u32;
+unsafe fn fives<V: Bytes>(blocks: *const u8, at: usize, group: usize, step: usize) -> V {
     // SAFETY: see above.
-    unsafe { fours::<V>(from.add(32), group).or(V::load(from).bits(shift, shift, 1).shifted_left(4)) }
+    unsafe {
+        let fifths = unit::<V>(blocks, at + STEP * step).bits(group as u32, 1).shifted_left(4);
+        fours::<V>(blocks, at + GROUP, group, step).or(fifths)
+    }
 }
 
 k_blocks! {
-    Q4K(block, group): fours(block.add(16), group);
-    Q5K(block, group): fives(block.add(16), group);
+    Q4K(blocks, group, step): fours(blocks, 16, group, step);
+    Q5K(blocks, group, step): fives(blocks, 16, group, step);
 }
 
 struct Q6K;
@@ -241,26 +257,26 @@ impl Blocks for Q6K {
     const SCALES: usize = 2;
 
     #[inline(always)]
-    unsafe fn integers<V: Bytes>(block: *const u8, group: usize) -> V {
+    unsafe fn integers<V: Bytes>(blocks: *const u8, group: usize, step: usize) -> V {
         // 64 bytes of low halves and 32 bytes of the upper two bits hold four groups.
         let (half, part) = (group / 4, group % 4);
-        let (low, high) = (4 * (part / 2) as u32, 2 * part as u32);
+        let (low, high) = (64 * half + 32 * (part % 2) + STEP * step, 128 + 32 * half + STEP * step);
         // SAFETY: see the trait.
         unsafe {
-            let upper = V::load(block.add(128 + 32 * half)).bits(high, high, 3).shifted_left(4);
-            V::load(block.add(64 * half + 32 * (part % 2))).bits(low, low, 0xF).or(upper).minus(32)
+            let upper = unit::<V>(blocks, high).bits(2 * part as u32, 3).shifted_left(4);
+            unit::<V>(blocks, low).bits(4 * (part / 2) as u32, 0xF).or(upper).minus(32)
         }
     }
 
     #[inline(always)]
-    unsafe fn factors<V: Bytes>(blocks: [*const u8; ROWS], scales: &mut [[f32; ROWS]], _offsets: &mut [[f32; ROWS]]) {
+    unsafe fn factors<V: Bytes>(blocks: *const u8, scales: &mut [[f32; ROWS]], _offsets: &mut [[f32; ROWS]]) {
         // SAFETY: see the trait.
         let of_blocks = unsafe { halves::<V>(blocks, 208) };
-        for (row, block) in blocks.into_iter().enumerate() {
+        for row in 0..ROWS {
             // SAFETY: as above.
-            let parts = unsafe { *block.add(192).cast::<[i8; 16]>() };
-            for (scales, scale) in scales.iter_mut().zip(parts) {
-                scales[row] = of_blocks[row] * f32::from(scale);
+            let parts = unsafe { bytes::<16>(blocks, 192, row) };
+            for (scales, part) in scales.iter_mut().zip(parts) {
+                scales[row] = of_blocks[row] * f32::from(part as i8);
             }
         }
     }
@@ -275,106 +291,51 @@ pub(super) fn signed_parts(kind: QuantType) -> Option<usize> {
     }
 }
 
-/// Packed rows from the first of a panel to the last of the matrix, and the bytes of each that the panel holds.
-pub(super) struct Rows<'a> {
-    pub kind: QuantType,
-    pub bytes: &'a [u8],
-    pub row_bytes: usize,
-    pub part: Range<usize>,
-    /// Distance of a block to the one in its place in the panel that is filled next.
-    pub ahead: usize,
-}
-
-impl Rows<'_> {
-    /// Returns the first block of each row. Once, and not for each type.
-    #[inline(never)]
-    fn starts(&self) -> [*const u8; ROWS] {
-        let last = (self.bytes.len() / self.row_bytes).min(ROWS) - 1;
-        std::array::from_fn(|row| self.bytes[row.min(last) * self.row_bytes + self.part.start..].as_ptr())
-    }
-}
-
-/// Fills a panel. The bits of `flip` are inverted in every integer. Rows that the matrix does not have are copies of its
-/// last.
+/// Fills a panel from interleaved blocks of sixteen rows. The bits of `flip` are inverted in every integer.
 ///
 /// # Safety
 ///
 /// The processor has the instructions of the vectors.
 #[inline(always)]
-pub(super) unsafe fn fill<V: Bytes>(rows: &Rows, flip: u8, panel: &mut Panel) {
+pub(super) unsafe fn fill<V: Bytes>(kind: QuantType, blocks: &[u8], flip: u8, panel: &mut Panel) {
     // SAFETY: see above.
     unsafe {
-        match rows.kind {
-            QuantType::Q8_0 => fill_with::<V, Q8_0>(rows, flip, panel),
-            QuantType::Q4_0 => fill_with::<V, Q4_0>(rows, flip, panel),
-            QuantType::Q4_1 => fill_with::<V, Q4_1>(rows, flip, panel),
-            QuantType::Q5_0 => fill_with::<V, Q5_0>(rows, flip, panel),
-            QuantType::Q5_1 => fill_with::<V, Q5_1>(rows, flip, panel),
-            QuantType::Q4K => fill_with::<V, Q4K>(rows, flip, panel),
-            QuantType::Q5K => fill_with::<V, Q5K>(rows, flip, panel),
-            QuantType::Q6K => fill_with::<V, Q6K>(rows, flip, panel),
-            QuantType::Iq4Nl => fill_with::<V, Iq4Nl>(rows, flip, panel),
+        match kind {
+            QuantType::Q8_0 => fill_with::<V, Q8_0>(blocks, flip, panel),
+            QuantType::Q4_0 => fill_with::<V, Q4_0>(blocks, flip, panel),
+            QuantType::Q4_1 => fill_with::<V, Q4_1>(blocks, flip, panel),
+            QuantType::Q5_0 => fill_with::<V, Q5_0>(blocks, flip, panel),
+            QuantType::Q5_1 => fill_with::<V, Q5_1>(blocks, flip, panel),
+            QuantType::Q4K => fill_with::<V, Q4K>(blocks, flip, panel),
+            QuantType::Q5K => fill_with::<V, Q5K>(blocks, flip, panel),
+            QuantType::Q6K => fill_with::<V, Q6K>(blocks, flip, panel),
+            QuantType::Iq4Nl => fill_with::<V, Iq4Nl>(blocks, flip, panel),
             // Callers have refused these.
             QuantType::Q2K | QuantType::Q3K | QuantType::Iq4Xs => panel.scales.as_flattened_mut().fill(f32::NAN),
         }
     }
 }
 
-/// Returns the integers of a group by a call, once for each type.
-///
-/// # Safety
-///
-/// As for [`Blocks::integers`].
-#[inline(never)]
-unsafe fn integers_in_memory<V: Bytes, B: Blocks>(block: *const u8, group: usize) -> V {
-    // SAFETY: see above.
-    unsafe { B::integers(block, group) }
-}
-
 /// # Safety
 ///
 /// As for [`fill`].
 #[inline(always)]
-unsafe fn fill_with<V: Bytes, B: Blocks>(rows: &Rows, flip: u8, panel: &mut Panel) {
-    let (count, groups) = (rows.part.len() / B::BYTES, rows.part.len() / B::BYTES * B::GROUPS);
-    assert!(rows.part.end <= rows.row_bytes && groups * GROUP / STEP <= panel.integers.len());
-    let mut blocks = rows.starts();
-    let mut to = panel.integers.as_mut_ptr().cast::<u8>();
-    let of_panel = panel.scales.chunks_exact_mut(B::GROUPS * B::SCALES).zip(panel.offsets.chunks_exact_mut(B::GROUPS));
-    for (scales, offsets) in of_panel.take(count) {
-        // SAFETY: each row has as many blocks, and the panel as many groups.
+unsafe fn fill_with<V: Bytes, B: Blocks>(blocks: &[u8], flip: u8, panel: &mut Panel) {
+    let blocks = blocks.chunks_exact(ROWS * B::BYTES);
+    let integers = panel.integers.chunks_exact_mut(B::GROUPS * GROUP / STEP);
+    let factors = panel.scales.chunks_exact_mut(B::GROUPS * B::SCALES).zip(panel.offsets.chunks_exact_mut(B::GROUPS));
+    assert!(blocks.len() <= integers.len().min(factors.len()), "a panel ends before its blocks");
+    for ((blocks, integers), (scales, offsets)) in blocks.zip(integers).zip(factors) {
+        let blocks = blocks.as_ptr();
+        // SAFETY: the blocks are whole, those of sixteen rows; the panel has room for a step of each.
         unsafe {
             B::factors::<V>(blocks, scales, offsets);
-            for group in 0..B::GROUPS {
-                // Processors do not see sixteen interleaved streams coming.
-                let line = 64 * group;
-                if line < B::BYTES {
-                    for block in blocks {
-                        V::prefetch(block.wrapping_add(rows.ahead + line));
-                    }
-                }
-                for first in [0, 8] {
-                    // Without a closure, which would not have the instructions of this function.
-                    let [a, b, c, d, e, f, g, h] = [0, 1, 2, 3, 4, 5, 6, 7].map(|row| blocks[first + row]);
-                    let rows = if V::IN_REGISTERS {
-                        [
-                            B::integers::<V>(a, group),
-                            B::integers::<V>(b, group),
-                            B::integers::<V>(c, group),
-                            B::integers::<V>(d, group),
-                            B::integers::<V>(e, group),
-                            B::integers::<V>(f, group),
-                            B::integers::<V>(g, group),
-                            B::integers::<V>(h, group),
-                        ]
-                    } else {
-                        [a, b, c, d, e, f, g, h].map(|block| integers_in_memory::<V, B>(block, group))
-                    };
-                    V::interleave(rows, flip, to.add(STEP * first));
-                }
-                to = to.add(GROUP * ROWS);
+            for (at, rows) in integers.iter_mut().enumerate() {
+                let (group, step) = (at / (GROUP / STEP), at % (GROUP / STEP));
+                let to = rows.as_mut_ptr().cast::<u8>();
+                B::integers::<V>(blocks, group, step).store(flip, to);
+                B::integers::<V>(blocks.add(size_of::<V>()), group, step).store(flip, to.add(size_of::<V>()));
             }
-            blocks = blocks.map(|block| block.wrapping_add(B::BYTES));
         }
     }
 }

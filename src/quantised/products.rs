@@ -1,7 +1,7 @@
 //! Products of packed rows with inputs, in integers.
 //!
-//! Inputs are rounded to 8 bits, with a scale for each [`GROUP`] values. Of sixteen packed rows at a time the integers are
-//! interleaved in a panel, so that a register holds those of all rows at the same depth, and multiplied by inputs as in any
+//! Inputs are rounded to 8 bits, with a scale for each [`GROUP`] values. The integers of sixteen interleaved rows at a time
+//! are unpacked to a panel, so that a register holds those of all rows at the same depth, and multiplied by inputs as in any
 //! matrix product. The sum of a group is exact; the scales, and what a type adds to its integers, are applied to it in f32,
 //! group after group. So a product has the same bits whatever other rows and inputs there are, and at every level that
 //! fuses multiplications and additions.
@@ -9,7 +9,7 @@
 use super::{
     QuantType,
     kernels::{Instructions, Part},
-    panels::{DEPTH, GROUP, Panel, ROWS, Rows, STEP, signed_parts},
+    panels::{DEPTH, GROUP, Panel, ROWS, STEP, signed_parts},
 };
 use crate::device::{
     cpu,
@@ -80,8 +80,8 @@ vectorized! {
     }
 }
 
-/// Computes `products[panel][input][row] = Σ row · input` for packed rows, [`ROWS`] to a panel, of a type that
-/// [is packed](QuantType::is_packed). What the last panel has beyond the rows is unspecified.
+/// Computes `products[panel][input][row] = Σ row · input` for [interleaved](super::interleaved) rows, [`ROWS`] to a panel,
+/// of a type that [is packed](QuantType::is_packed).
 pub(crate) fn multiply(kind: QuantType, rows: &[u8], x: &Activations, products: &mut [f32]) {
     by(Instructions::best(), kind, rows, x, products);
 }
@@ -104,11 +104,8 @@ fn by(instructions: Instructions, kind: QuantType, bytes: &[u8], x: &Activations
                 products.fill(0.0);
                 for depth in (0..columns).step_by(DEPTH) {
                     let end = columns.min(depth + DEPTH);
-                    let part = depth / values * size..end / values * size;
-                    let ahead = if end < columns { part.len() } else { ROWS * row_bytes - part.start };
-                    let bytes = &bytes[(first + index) * ROWS * row_bytes..];
-                    let rows = Rows { kind, bytes, row_bytes, part, ahead };
-                    instructions.fill(&rows, &mut panel);
+                    let at = |depth: usize| ROWS * ((first + index) * row_bytes + depth / values * size);
+                    instructions.fill(kind, &bytes[at(depth)..at(end)], &mut panel);
                     let part = Part { first: depth / GROUP, groups: (end - depth) / GROUP, signed: signed_parts(kind) };
                     instructions.add(&panel, part, x, products.as_chunks_mut().0);
                 }
@@ -120,7 +117,10 @@ fn by(instructions: Instructions, kind: QuantType, bytes: &[u8], x: &Activations
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{philox::Philox, quantised::decode};
+    use crate::{
+        philox::Philox,
+        quantised::{decode, interleave},
+    };
 
     /// Products of every type by all instructions of this processor: those of the rounded inputs with the dequantised
     /// weights, with the same bits by each vector instruction and for any number of inputs.
@@ -138,6 +138,9 @@ mod tests {
             }
             let mut weights = vec![0.0; rows * columns];
             decode(kind, &packed, &mut weights);
+            let mut panels = packed.clone();
+            panels.resize(rows.next_multiple_of(ROWS) * columns / values * size, 0);
+            interleave(kind, columns / values * size, &mut panels);
             let x: Vec<f32> = (0..count * columns).map(|i| random.below(i as u64, 2000) as f32 / 999.0 - 1.0).collect();
             let rounded = Activations::new(&x, columns, kind);
             let scale = |at: usize| f64::from(rounded.factors[at / GROUP].scale);
@@ -147,7 +150,7 @@ mod tests {
             for instructions in Instructions::usable() {
                 let run = |x: &Activations| {
                     let mut products = vec![f32::NAN; rows.next_multiple_of(ROWS) * x.count()];
-                    by(instructions, kind, &packed, x, &mut products);
+                    by(instructions, kind, &panels, x, &mut products);
                     let at = |row: usize, input: usize| (row / ROWS * x.count() + input) * ROWS + row % ROWS;
                     (0..x.count()).map(|input| (0..rows).map(|row| products[at(row, input)]).collect()).collect()
                 };

@@ -231,6 +231,14 @@ impl Checkpoint {
 }
 
 impl<C: DeserializeOwned> Checkpoint<C> {
+    /// Reads the model of a checkpoint, with the averaged weights of a run that has them.
+    pub(super) fn averaged(folder: &Path) -> Result<(C, BTreeMap<String, Tensor>)> {
+        let Self { config, mut model, optimizer, .. } = Self::load_as(folder)?;
+        let averages = optimizer.into_iter().filter_map(|(name, value)| Some((name.strip_prefix(EMA)?.into(), value)));
+        model.extend(averages);
+        Ok((config, model))
+    }
+
     /// Reads a checkpoint whose model has options of this type.
     ///
     /// Errors: those of [`Checkpoint::load`].
@@ -300,6 +308,16 @@ fn json(folder: &Path, value: &impl Serialize) -> Result<Vec<u8>> {
     let mut text = serde_json::to_vec_pretty(value).map_err(|error| Error::io(folder, error.into()))?;
     text.push(b'\n');
     Ok(text)
+}
+
+/// Returns the options of the model in a folder, or `None` if its `model` is of another class.
+pub(super) fn config_of<T: DeserializeOwned>(folder: &Path, class: &str) -> Result<Option<T>> {
+    let value: serde_json::Value = undisturbed(folder, || read_json(folder, CONFIG))?;
+    if value.get("model").and_then(serde_json::Value::as_str) != Some(class) {
+        return Ok(None);
+    }
+    let damaged = |error| Error::file(folder.join(CONFIG), format_args!("is damaged: {error}"));
+    serde_json::from_value(value).map(Some).map_err(damaged)
 }
 
 fn read_json<T: DeserializeOwned>(folder: &Path, name: &str) -> Result<T> {

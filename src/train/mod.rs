@@ -1,9 +1,11 @@
 //! Training: data, optimizers, learning-rate schedule, moving averages, checkpoints, and the loop over all of them.
 
 mod checkpoint;
+mod classifier;
 mod data;
 mod ema;
 mod grad_scaler;
+mod lora;
 mod model;
 mod optimizer;
 mod options;
@@ -11,18 +13,21 @@ mod random;
 #[cfg(feature = "cuda")]
 mod recorded;
 mod schedule;
+mod scores;
 mod trainer;
 
 #[cfg(feature = "cuda")]
 pub use self::recorded::{RecordedInfo, RecordedStep};
 pub use self::{
     checkpoint::{Checkpoint, Losses, TrainingState},
+    classifier::{Classifier, ClassifierConfig},
     data::{
-        Batch, BatchRequest, BatchSource, ByteText, DataPrint, Mixture, Sequence, Sequences, TokenBatch, TokenData,
-        TokenFile, TokenFormat, TokenWriter,
+        Batch, BatchRequest, BatchSource, ByteText, DataPrint, Examples, Label, LabelledBatch, LabelledText,
+        LabelledTexts, Mixture, Sequence, Sequences, TokenBatch, TokenData, TokenFile, TokenFormat, TokenWriter,
     },
     ema::{Ema, Swapped},
     grad_scaler::GradScaler,
+    lora::{LoraConfig, LoraModel},
     model::TrainModel,
     optimizer::{
         Adafactor, AdafactorOptions, AdamW, AdamWOptions, AdjustLr, Lion, LionOptions, Muon, MuonOptions, Optimizer,
@@ -30,5 +35,6 @@ pub use self::{
     },
     options::TrainOptions,
     schedule::Schedule,
+    scores::{accuracy, macro_f1, spearman},
     trainer::{StepReport, Trainer},
 };

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::{Batch, TokenBatch, TrainOptions};
 use crate::{
-    Error, ParamStore, Result, Tensor,
+    Error, ParamMap, ParamStore, Result, Tensor,
     config::{AbsolutePositions, AttentionPlan, AutoregressivePlan, BranchPlan, Config, ModelPlan},
     error::ensure,
     models::{AutoregressiveWrapper, ForwardOptions},
@@ -24,6 +24,11 @@ pub trait TrainModel: Sized {
     ///
     /// Errors: illegal options.
     fn build(config: &Self::Config, store: &ParamStore) -> Result<Self>;
+
+    /// Returns the parameters that are trained and that a checkpoint keeps. Default: those of the store.
+    fn trained_params(&self, store: &ParamStore) -> ParamMap {
+        store.params()
+    }
 
     /// Computes the mean loss of a batch, for language models in nats per predicted token, a scalar. All randomness comes
     /// from the tape, which makes a resumed run draw the same numbers.

@@ -1,5 +1,7 @@
 //! Training loop.
 
+mod validation;
+
 use std::{cell::Cell, collections::BTreeMap, fmt, io, path::Path, sync::Arc};
 
 use serde_json::Value;
@@ -141,8 +143,35 @@ impl<M: TrainModel> Trainer<M> {
         data: impl BatchSource<Batch = M::Batch> + 'static,
         device: &Device,
     ) -> Result<Self> {
+        Self::start_with(config, options, data, device, TrainOptions::build_optimizer)
+    }
+
+    /// Starts a run like [`Trainer::start`], with an optimizer of the caller's in place of that of the options.
+    ///
+    /// ```
+    /// use x_transformers::{prelude::*, train::{Lion, LionOptions, Optimizer}};
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let net = TransformerWrapperConfig::new(256, 16, AttentionLayersConfig::decoder(16, 1));
+    /// let config = AutoregressiveConfig { net, ..Default::default() }.into();
+    /// let options = TrainOptions { seq_len: 16, batch_size: 2, ..Default::default() };
+    /// let text = ByteText::from_bytes("It was the best of times. ".repeat(20))?;
+    /// let own = |_: &TrainOptions, _: &ParamMap| Ok(Box::new(Lion::new(LionOptions::default())?) as Box<dyn Optimizer>);
+    /// let mut trainer = Trainer::<AutoregressiveWrapper>::start_with(config, options, text, &Device::Cpu, own)?;
+    /// trainer.step()?; // `resume_with` goes on with the same one
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// Errors: those of [`Trainer::start`] and of `optimizer`.
+    pub fn start_with(
+        config: M::Config,
+        options: TrainOptions,
+        data: impl BatchSource<Batch = M::Batch> + 'static,
+        device: &Device,
+        mut optimizer: impl FnMut(&TrainOptions, &ParamMap) -> Result<Box<dyn Optimizer>>,
+    ) -> Result<Self> {
         let store = ParamStore::new(options.seed, options.dtype, device);
-        Self::build(config, options, Arc::new(data), store, None)
+        Self::build(config, options, Arc::new(data), store, None, &mut optimizer)
     }
 
     /// Starts a run with given weights, a state dict, which are converted to the dtype of the options: a model that was
@@ -157,7 +186,7 @@ impl<M: TrainModel> Trainer<M> {
         device: &Device,
     ) -> Result<Self> {
         let store = ParamStore::zeros(options.dtype, device);
-        Self::build(config, options, Arc::new(data), store, Some(weights))
+        Self::build(config, options, Arc::new(data), store, Some(weights), &mut TrainOptions::build_optimizer)
     }
 
     fn build(
@@ -166,14 +195,15 @@ impl<M: TrainModel> Trainer<M> {
         data: Arc<dyn BatchSource<Batch = M::Batch>>,
         store: ParamStore,
         weights: Option<&BTreeMap<String, Tensor>>,
+        optimizer: &mut dyn FnMut(&TrainOptions, &ParamMap) -> Result<Box<dyn Optimizer>>,
     ) -> Result<Self> {
         options.check(M::max_seq_len(&config))?;
         M::check(&config, &options)?;
         data.check(&options.request(0, 0, M::num_tokens(&config)))?;
         let model = M::build(&config, &store)?;
-        let params = store.params();
+        let params = model.trained_params(&store);
         weights.map_or(Ok(()), |weights| params.load(weights))?;
-        let optimizer = options.build_optimizer(&params)?;
+        let optimizer = optimizer(&options, &params)?;
         let ema = options.ema_decay.map(|decay| Ema::new(&params, decay)).transpose()?;
         let print = data.print()?;
         let scaler = (options.dtype == DType::F16).then(GradScaler::default);
@@ -204,6 +234,18 @@ impl<M: TrainModel> Trainer<M> {
         data: impl BatchSource<Batch = M::Batch> + 'static,
         device: &Device,
     ) -> Result<Self> {
+        Self::resume_with(folder, data, device, TrainOptions::build_optimizer)
+    }
+
+    /// Resumes a run that [`Trainer::start_with`] started.
+    ///
+    /// Errors: those of [`Trainer::resume_from`]; a state of another optimizer.
+    pub fn resume_with(
+        folder: impl AsRef<Path>,
+        data: impl BatchSource<Batch = M::Batch> + 'static,
+        device: &Device,
+        mut optimizer: impl FnMut(&TrainOptions, &ParamMap) -> Result<Box<dyn Optimizer>>,
+    ) -> Result<Self> {
         let folder = folder.as_ref();
         match Checkpoint::complete(folder) {
             Err(error)
@@ -213,7 +255,7 @@ impl<M: TrainModel> Trainer<M> {
                 ) => {}
             completed => completed?,
         }
-        let Checkpoint { config, model, optimizer, training } = Checkpoint::<Value>::load_as(folder)?;
+        let Checkpoint { config, model, optimizer: state, training } = Checkpoint::<Value>::load_as(folder)?;
         let broken = |error| Error::file(folder.join(CONFIG), format_args!("does not match the checkpoint: {error}"));
         let config = M::config_from_json(config).map_err(broken)?;
         let TrainingState { step, options, data: print, losses, grad_scaler, tokenizer, .. } = training;
@@ -222,7 +264,8 @@ impl<M: TrainModel> Trainer<M> {
             Error::file(folder, format_args!("is from step {step}, expected at most {MAX_STEPS}"))
         );
         let store = ParamStore::zeros(options.dtype, device);
-        let mut trainer = Self::build(config, options, Arc::new(data), store, None).context(folder.display())?;
+        let mut trainer =
+            Self::build(config, options, Arc::new(data), store, None, &mut optimizer).context(folder.display())?;
         ensure!(
             trainer.print == print,
             Error::option(
@@ -238,7 +281,7 @@ impl<M: TrainModel> Trainer<M> {
             saved.check().context(folder.display())?;
             *scaler = saved;
         }
-        trainer.load(model, optimizer, step).context(folder.display())?;
+        trainer.load(model, state, step).context(folder.display())?;
         trainer.step = step;
         trainer.losses = Cell::new(losses);
         trainer.tokenizer = tokenizer;
@@ -389,47 +432,6 @@ impl<M: TrainModel> Trainer<M> {
         let (names, tensors): (Vec<_>, Vec<_>) = self.params.unique().filter_map(given).unzip();
         let squares = square_norms(&tensors.into_iter().try_collect_vec()?)?;
         Ok(squares.iter().position(|square| !square.is_finite()).map(|index| names[index]))
-    }
-
-    /// Computes the mean loss over the validation set of the source, in nats per token, without dropout and, with
-    /// `ema_decay`, with the averaged weights.
-    ///
-    /// Errors: those of [`BatchSource::validation_batches`]; [`ErrorKind::NonFinite`]; out of memory.
-    pub fn validate(&self) -> Result<f64> {
-        let request = self.options.request(0, 0, M::num_tokens(&self.config));
-        let batches = self.data.source().validation_batches(&request)?;
-        let weights: f64 = batches.iter().map(Batch::weight).sum();
-        ensure!(weights > 0.0, Error::argument("data", "no target of the validation set counts"));
-        let total = self.evaluate(|model| {
-            let mut total = 0.0;
-            for batch in batches.iter().filter(|batch| batch.weight() > 0.0) {
-                total += model.loss(&batch.to_device(&self.device)?)?.item()? * batch.weight();
-            }
-            Ok(total)
-        })?;
-        let loss = total / weights;
-        ensure!(
-            loss.is_finite(),
-            Error::new(ErrorKind::NonFinite { step: self.step, what: "validation loss".to_string() })
-        );
-        let losses = self.losses.get();
-        let improved = losses.best_validation.is_none_or(|best| loss < best);
-        self.losses.set(Losses {
-            last_validation: Some(loss),
-            best_validation: lower(losses.best_validation, loss),
-            since_best: if improved { 0 } else { losses.since_best + 1 },
-            ..losses
-        });
-        Ok(loss)
-    }
-
-    /// Calls `f` with the weights for inference: with `ema_decay` the averaged ones, which the parameters hold until
-    /// `f` returns.
-    ///
-    /// Errors: those of `f`; out of memory.
-    pub fn evaluate<R>(&self, f: impl FnOnce(&M) -> Result<R>) -> Result<R> {
-        let _swapped = self.ema.as_ref().map(|ema| ema.swap_in(&self.params)).transpose()?;
-        f(&self.model)
     }
 
     /// Saves a checkpoint in a folder with [`Checkpoint::save`].

@@ -3,6 +3,7 @@
 #[path = "../common/pretrained.rs"]
 mod reference;
 
+mod export;
 mod gguf;
 mod peft;
 mod pretrained;

@@ -4,10 +4,12 @@
 mod common;
 
 mod checkpoint;
+mod classifier;
 mod folder;
 mod optimizers;
 mod sources;
 mod token_files;
 mod training;
+mod tuned;
 
 use folder::Folder;

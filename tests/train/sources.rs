@@ -19,8 +19,8 @@ use x_transformers::{
     },
     models::{AutoregressiveWrapper, ForwardOptions},
     train::{
-        Batch, BatchRequest, BatchSource, ByteText, DataPrint, Mixture, Sequence, Sequences, TokenBatch, TokenData,
-        TokenWriter, TrainModel, TrainOptions, Trainer,
+        Batch, BatchRequest, BatchSource, ByteText, DataPrint, Examples, Mixture, Sequence, Sequences, TokenBatch,
+        TokenData, TokenWriter, TrainModel, TrainOptions, Trainer,
     },
 };
 
@@ -252,7 +252,7 @@ fn config(dropout: f64) -> AutoregressiveConfig {
 }
 
 /// The kinds of sources, with the options of their runs.
-const SOURCES: [&str; 6] = ["text", "tokens", "shuffled", "documents", "iterator", "mixture"];
+const SOURCES: [&str; 7] = ["text", "tokens", "shuffled", "documents", "iterator", "examples", "mixture"];
 
 /// A source of one of these kinds, whose files lie in a folder.
 fn source(kind: &str, folder: &Path) -> Source {
@@ -277,6 +277,14 @@ fn source(kind: &str, folder: &Path) -> Source {
         "text" => Box::new(text()),
         "tokens" | "shuffled" | "documents" => Box::new(files()),
         "iterator" => Box::new(iterator()),
+        "examples" => {
+            let example = |index: u64| {
+                let tokens = tokens(index % 5, 3 + index as usize % 30);
+                let loss_mask = (0..tokens.len()).map(|at| at > 1).collect();
+                Sequence { tokens, loss_mask }
+            };
+            Box::new(Examples::new((0..23).map(example).collect(), (0..5).map(example).collect()).expect("examples"))
+        }
         _ => {
             let parts: Vec<(f64, Source)> =
                 vec![(1.0, Box::new(text())), (2.5, Box::new(files())), (0.7, Box::new(iterator()))];

@@ -170,11 +170,7 @@ impl Tokenizer {
     pub fn chat(&self, messages: &[Message], options: &ChatOptions) -> Result<Vec<i64>> {
         let chat = self.rendered(messages, options, true)?;
         self.check_messages(messages)?;
-        let mut tokens = self.of_marked(&chat)?;
-        if let Some(start) = self.templates.start.filter(|start| tokens.first() != Some(start)) {
-            tokens.insert(0, start);
-        }
-        Ok(tokens)
+        self.of_rendered(&chat)
     }
 
     /// Returns the text of a chat, formatted with the model's own template. It does not distinguish special tokens from
@@ -186,7 +182,7 @@ impl Tokenizer {
     }
 
     /// Returns the template for a chat.
-    fn chat_template(&self, options: &ChatOptions) -> Result<Template> {
+    pub(crate) fn chat_template(&self, options: &ChatOptions) -> Result<Template> {
         let templates = &self.templates.named;
         let find = |name: &str| templates.iter().find(|template| template.name == name);
         let tools = options.variables.iter().any(|(name, value)| name == "tools" && !value.0.is_none());
@@ -220,7 +216,7 @@ impl Tokenizer {
     }
 
     /// Text that the template writes, with spellings of control tokens in messages between [`MARKS`] if `marks`.
-    fn rendered(&self, messages: &[Message], options: &ChatOptions, marks: bool) -> Result<String> {
+    pub(crate) fn rendered(&self, messages: &[Message], options: &ChatOptions, marks: bool) -> Result<String> {
         if messages.is_empty() {
             return Err(refused("expected at least one message, got none"));
         }
@@ -252,7 +248,7 @@ impl Tokenizer {
 
     /// Refuses messages that the tokenizer's normalizer turns into special tokens: their spelling differs, so that they
     /// are not marked.
-    fn check_messages(&self, messages: &[Message]) -> Result<()> {
+    pub(crate) fn check_messages(&self, messages: &[Message]) -> Result<()> {
         let added = self.shared.inner.raw().get_added_vocabulary().get_added_tokens_decoder();
         if !self.shared.inner.normalizes() || !added.values().any(|token| token.special && token.normalized) {
             return Ok(());
@@ -284,7 +280,7 @@ impl Tokenizer {
     }
 
     /// Tokens of a chat in which spellings of control tokens that are text are marked.
-    fn of_marked(&self, chat: &str) -> Result<Vec<i64>> {
+    pub(crate) fn of_marked(&self, chat: &str) -> Result<Vec<i64>> {
         if !chat.contains(MARKS) {
             return self.encoded(chat, false);
         }

@@ -18,6 +18,7 @@ mod checked;
 mod decoder;
 mod described;
 mod ends;
+mod folder;
 mod gguf;
 mod gguf_metadata;
 mod jinja;
@@ -30,6 +31,7 @@ mod stop;
 mod stream;
 mod template;
 mod train;
+mod turns;
 mod wordpiece;
 
 pub use chat::{ChatOptions, Message, Variable};
@@ -37,6 +39,7 @@ pub use sentence::{Cut, Embedded, Prompt, SentencePipeline};
 pub use stop::StopStrings;
 pub use stream::TextStream;
 pub use train::learn_byte_level_bpe;
+pub use turns::ChatTurns;
 
 use self::{decoder::Decoder, described::Described, template::Templates};
 

@@ -4,19 +4,27 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use indicatif::HumanCount;
-use x_transformers::train::{BatchSource, ByteText, TokenBatch, TokenData};
+use x_transformers::{
+    pretrained::Pretrained,
+    train::{BatchSource, ByteText, LabelledBatch, TokenBatch, TokenData},
+};
 
-use super::warn_of_skipped;
+use super::{
+    chats::{self, Chats},
+    labels::{self, Labelled},
+    warn_of_skipped,
+};
 use crate::{
     corpus,
     documents::{Documents, RecordArgs, Split, encode},
     failure::{Failure, Result},
     language::Language,
     markov::Markov,
+    metrics::{Target, Unit},
     progress::bytes,
     stored::StoredTokenizer,
     tokenize::{self, TRAIN, VALIDATION},
-    tokenizer,
+    tokenizer::Tokenizer,
 };
 
 #[derive(Args)]
@@ -44,9 +52,14 @@ pub struct DataArgs {
     tokenizer: Option<PathBuf>,
 }
 
-/// Data of a run, and what is known about them.
-pub struct Data {
-    pub source: Box<dyn BatchSource<Batch = TokenBatch>>,
+/// Data of a run.
+pub struct Data<B = TokenBatch> {
+    pub source: Box<dyn BatchSource<Batch = B>>,
+    pub about: About,
+}
+
+/// What is known about the data of a run.
+pub struct About {
     /// Meaning of the tokens; `None` for files of tokens without a tokenizer.
     pub language: Option<Language>,
     /// Size of the vocabulary, if it is known.
@@ -57,85 +70,150 @@ pub struct Data {
     pub baseline: Option<f64>,
     /// Bytes of text per token of the validation, if known.
     pub bytes_per_token: Option<f64>,
+    /// What is predicted.
+    pub target: Target,
+    /// Tokens with which samples begin.
+    pub prompt: Vec<i64>,
+    /// If `true`, the data are chats.
+    pub chats: bool,
+    /// Tokens of each chat.
+    pub lengths: Vec<usize>,
     /// One line.
-    pub about: String,
+    pub line: String,
+}
+
+impl About {
+    pub fn unit(&self) -> Unit {
+        Unit { bytes_per_token: self.bytes_per_token, target: self.target }
+    }
+}
+
+/// Tokenizer of the model that a run goes on with.
+pub struct Own {
+    language: Language,
+    stored: StoredTokenizer,
+    /// Where it is, for messages.
+    path: PathBuf,
+}
+
+impl Own {
+    /// The tokenizer in a folder or a file.
+    pub fn open(path: &Path) -> Result<Self> {
+        Ok(Self { language: Language::open(path)?, stored: StoredTokenizer::read(path)?, path: path.to_path_buf() })
+    }
+
+    /// The tokenizer of a pretrained model, or the one in the file or folder `given`.
+    pub fn of_pretrained(pretrained: &Pretrained, given: Option<&Path>) -> Result<Self> {
+        let language = Language::pretrained(Tokenizer::of(pretrained, given)?, pretrained.end_tokens());
+        let path = given.or(pretrained.folder()).unwrap_or(pretrained.file().path()).to_path_buf();
+        Ok(Self { language, stored: StoredTokenizer::of_pretrained(pretrained, given)?, path })
+    }
+
+    /// The tokenizer.
+    fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.language.tokenizer().ok_or_else(|| Failure::new("expected a tokenizer").within(&self.path))
+    }
+
+    /// The token that begins each document.
+    fn begin(&self) -> Result<i64> {
+        tokenize::begin(self.tokenizer()?).map_err(|failure| failure.within(&self.path))
+    }
 }
 
 impl DataArgs {
-    /// Opens the data of a new run, or those of a resumed one, whose tokenizer is in a folder of its checkpoint.
-    pub fn open(&self, own: Option<&Path>) -> Result<Data> {
+    /// Opens the data of a new run, or those of one that goes on with a model whose tokenizer is `own`.
+    pub fn open(&self, own: Option<Own>) -> Result<Data> {
+        let own = match own {
+            Some(own) => Some(own),
+            None => self.tokenizer.as_deref().map(Own::open).transpose()?,
+        };
         if !self.tokens.is_empty() {
             return self.tokens(own);
         }
-        let tokenizer = own.or(self.tokenizer.as_deref());
         if self.records.jsonl.is_empty() {
             let text = match &self.text[..] {
                 [] => ByteText::from_bytes(corpus::PLAYS)?,
                 paths => ByteText::from_paths(paths)?,
             };
             warn_of_skipped(&text);
-            return match tokenizer {
-                Some(path) => self.encoded(Documents::Text { text, separator: self.records.separator.clone() }, path),
+            return match own {
+                Some(own) => encoded(Documents::Text { text, separator: self.records.separator.clone() }, own),
                 None if self.records.separator.is_some() => Err(Failure::new("`--separator` requires `--tokenizer`")),
                 None => Ok(self.bytes(text)),
             };
         }
-        let Some(path) = tokenizer else {
+        let Some(own) = own else {
             return Err(Failure::new(
-                "`--jsonl` requires `--tokenizer`, such as one that `xt tokenize --train-bpe` learned",
+                "`--jsonl` requires `--tokenizer`, such as one that `xt tokenize --train-bpe` learned, or `--from` a model \
+                 that has one",
             ));
         };
-        self.encoded(Documents::Records { paths: self.records.jsonl.clone(), field: self.records.field.clone() }, path)
+        let RecordArgs { jsonl, field, .. } = &self.records;
+        if chats::is_first(&jsonl[0], field)? {
+            return chats(jsonl, own);
+        }
+        encoded(Documents::Records { paths: jsonl.clone(), field: field.clone() }, own)
+    }
+
+    /// Opens texts with labels: of classes with these names, or those that occur if there are none; or, without classes, with
+    /// numbers. Returns the names of the classes too.
+    pub fn labelled(&self, own: Own, classes: Option<&[String]>) -> Result<(Data<LabelledBatch>, Vec<String>)> {
+        let RecordArgs { jsonl, field, .. } = &self.records;
+        if jsonl.is_empty() {
+            return Err(Failure::new("texts with labels come from `--jsonl`, with the fields `text` and `label`"));
+        }
+        let tokenizer = own.tokenizer()?;
+        let Labelled { texts, labels } = match classes {
+            Some(labels) => labels::classes(jsonl, field, labels, tokenizer)?,
+            None => labels::values(jsonl, field, tokenizer)?,
+        };
+        let [train, validation] = texts.parts().map(|part| HumanCount(part.len() as u64));
+        let what = if classes.is_some() { format!(", classes {}", labels.join(", ")) } else { String::new() };
+        let about = About {
+            line: format!("{train} texts to train on, {validation} to validate{what}"),
+            baseline: None,
+            num_tokens: Some(tokenizer.num_tokens()),
+            bytes_per_token: None,
+            target: if classes.is_some() { Target::Class } else { Target::Value },
+            prompt: Vec::new(),
+            chats: false,
+            lengths: Vec::new(),
+            tokenizer: Some(own.stored),
+            language: Some(own.language),
+        };
+        Ok((Data { about, source: Box::new(texts) }, labels))
+    }
+
+    /// Returns `true` for token files.
+    pub fn are_tokens(&self) -> bool {
+        !self.tokens.is_empty()
+    }
+
+    /// Path of the tokenizer that takes the place of a pretrained model's.
+    pub fn tokenizer(&self) -> Option<&Path> {
+        self.tokenizer.as_deref()
     }
 
     fn bytes(&self, text: ByteText) -> Data {
         let size = |bytes_: &[u8]| bytes(bytes_.len() as u64);
         let source = if self.text.is_empty() { "eight plays of Shakespeare".into() } else { size(text.bytes()) };
-        Data {
-            about: format!("{source}: {} to train on, {} to validate", size(text.train()), size(text.validation())),
+        let about = About {
+            line: format!("{source}: {} to train on, {} to validate", size(text.train()), size(text.validation())),
             // Takes a moment even for large texts.
             baseline: Some(Markov::new(text.train()).bits_per_byte(text.validation())),
             language: Some(Language::Bytes),
             num_tokens: Some(256),
             tokenizer: None,
             bytes_per_token: Some(1.0),
-            source: Box::new(text),
-        }
+            target: Target::Token,
+            prompt: vec![i64::from(b'\n')],
+            chats: false,
+            lengths: Vec::new(),
+        };
+        Data { about, source: Box::new(text) }
     }
 
-    /// Texts through a tokenizer, as tokens in memory.
-    fn encoded(&self, documents: Documents, path: &Path) -> Result<Data> {
-        let tokenizer = tokenizer::open(path)?;
-        let begin = tokenize::begin(&tokenizer).map_err(|failure| failure.within(path))?;
-        let num_tokens = tokenizer.num_tokens();
-        let split = Split::of(&documents)?;
-        let (mut parts, mut lengths) = ([Vec::new(), Vec::new()], [0; 2]);
-        encode(&documents, &split, &tokenizer, begin, |validation, tokens, length| {
-            let part = usize::from(validation);
-            lengths[part] += length as u64;
-            // Tokens of a tokenizer have 32 bits.
-            parts[part].extend(tokens.iter().map(|&token| token as u32));
-            Ok(())
-        })?;
-        let source = TokenData::from_tokens(&parts[0], &parts[1], num_tokens, Some(begin), Some(lengths[1]))?;
-        Ok(Data {
-            about: format!(
-                "{} documents, {}: {} tokens to train on, {} to validate",
-                HumanCount(split.documents() as u64),
-                bytes(lengths[0] + lengths[1]),
-                HumanCount(source.train_len()),
-                HumanCount(source.validation_len())
-            ),
-            baseline: None,
-            language: Some(Language::own(tokenizer)),
-            num_tokens: Some(num_tokens),
-            tokenizer: Some(StoredTokenizer::read(path)?),
-            bytes_per_token: source.bytes_per_token(),
-            source: Box::new(source),
-        })
-    }
-
-    fn tokens(&self, own: Option<&Path>) -> Result<Data> {
+    fn tokens(&self, own: Option<Own>) -> Result<Data> {
         let folder = self.tokens[0].is_dir();
         if folder && self.tokens.len() > 1 {
             return Err(Failure::new("`--tokens`: expected one folder, or files"));
@@ -162,36 +240,104 @@ impl DataArgs {
             let folder = if folder { &*self.tokens[0] } else { self.tokens[0].parent().unwrap_or(Path::new("")) };
             Some(folder.join("tokenizer.json")).filter(|path| path.is_file())
         };
-        let path = own.map(Path::to_path_buf).or_else(|| self.tokenizer.clone()).or_else(beside);
-        let tokenizer = path.as_deref().map(tokenizer::open).transpose()?;
+        let own = match own {
+            Some(own) => Some(own),
+            None => beside().as_deref().map(Own::open).transpose()?,
+        };
         let stated = source.num_tokens().map(|count| count as usize);
-        if let (Some(tokenizer), Some(path)) = (&tokenizer, &path) {
-            let count = tokenizer.num_tokens();
+        if let Some(own) = &own {
+            let count = own.tokenizer()?.num_tokens();
             if let Some(stated) = stated.filter(|&stated| stated != count) {
                 let why = format!(
                     "has a vocabulary of {count} tokens, but the token files have {stated}; use the tokenizer that they \
                      were made with"
                 );
-                return Err(Failure::new(why).within(path));
+                return Err(Failure::new(why).within(&own.path));
             }
             if source.end_of_text().is_none()
-                && let Ok(begin) = tokenize::begin(tokenizer)
+                && let Ok(begin) = own.begin()
             {
                 source = source.with_end_of_text(begin);
             }
         }
-        Ok(Data {
-            about: format!(
+        let count = own.as_ref().map(|own| Ok::<_, Failure>(own.tokenizer()?.num_tokens())).transpose()?;
+        let (language, tokenizer) = own.map(|own| (own.language, own.stored)).unzip();
+        let about = About {
+            line: format!(
                 "{} tokens to train on, {} to validate",
                 HumanCount(source.train_len()),
                 HumanCount(source.validation_len())
             ),
             baseline: None,
-            num_tokens: stated.or(tokenizer.as_ref().map(tokenizer::Tokenizer::num_tokens)),
-            tokenizer: path.as_deref().map(StoredTokenizer::read).transpose()?,
-            language: tokenizer.map(Language::own),
+            num_tokens: stated.or(count),
+            tokenizer,
+            language,
             bytes_per_token: source.bytes_per_token(),
-            source: Box::new(source),
-        })
+            target: Target::Token,
+            prompt: source.end_of_text().into_iter().collect(),
+            chats: false,
+            lengths: Vec::new(),
+        };
+        Ok(Data { about, source: Box::new(source) })
     }
+}
+
+/// Texts through a tokenizer, as tokens in memory.
+fn encoded(documents: Documents, own: Own) -> Result<Data> {
+    let (tokenizer, begin) = (own.tokenizer()?, own.begin()?);
+    let num_tokens = tokenizer.num_tokens();
+    let split = Split::of(&documents)?;
+    let (mut parts, mut lengths) = ([Vec::new(), Vec::new()], [0; 2]);
+    let plain = own.language.begin().is_some();
+    encode(&documents, &split, tokenizer, (begin, plain), |validation, tokens, length| {
+        let part = usize::from(validation);
+        lengths[part] += length as u64;
+        // Tokens of a tokenizer have 32 bits.
+        parts[part].extend(tokens.iter().map(|&token| token as u32));
+        Ok(())
+    })?;
+    let source = TokenData::from_tokens(&parts[0], &parts[1], num_tokens, Some(begin), Some(lengths[1]))?;
+    let about = About {
+        line: format!(
+            "{} documents, {}: {} tokens to train on, {} to validate",
+            HumanCount(split.documents() as u64),
+            bytes(lengths[0] + lengths[1]),
+            HumanCount(source.train_len()),
+            HumanCount(source.validation_len())
+        ),
+        baseline: None,
+        num_tokens: Some(num_tokens),
+        bytes_per_token: source.bytes_per_token(),
+        target: Target::Token,
+        prompt: vec![begin],
+        chats: false,
+        lengths: Vec::new(),
+        tokenizer: Some(own.stored),
+        language: Some(own.language),
+    };
+    Ok(Data { about, source: Box::new(source) })
+}
+
+/// Chats through a tokenizer.
+fn chats(paths: &[PathBuf], own: Own) -> Result<Data> {
+    let tokenizer = own.tokenizer()?;
+    let Chats { examples, prompt, tokens: [tokens, answers] } = chats::read(paths, tokenizer)?;
+    let [train, validation] = examples.parts().map(|part| HumanCount(part.len() as u64));
+    let about = About {
+        line: format!(
+            "{train} chats to train on, {validation} to validate: {} tokens, {} of them answers",
+            HumanCount(tokens as u64),
+            HumanCount(answers as u64)
+        ),
+        baseline: None,
+        num_tokens: Some(tokenizer.num_tokens()),
+        bytes_per_token: None,
+        target: Target::Token,
+        prompt,
+        chats: true,
+        lengths: examples.parts().into_iter().flatten().map(|chat| chat.tokens.len()).collect(),
+        tokenizer: Some(own.stored),
+        language: Some(own.language),
+    };
+    Ok(Data { about, source: Box::new(examples) })
 }

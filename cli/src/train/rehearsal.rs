@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use indicatif::HumanCount;
 use x_transformers::{Device, train::Trainer};
 
+use super::{data::About, task::Task};
 use crate::{
     failure::{Result, print},
     progress::{bytes, duration, peak_memory},
@@ -14,10 +15,10 @@ use crate::{
 const STEPS: u32 = 4;
 
 /// Runs a few steps and a validation, and prints what the whole run would take.
-pub fn run(mut trainer: Trainer, device: &Device, about: &str) -> Result<()> {
+pub fn run<T: Task>(mut trainer: Trainer<T>, device: &Device, about: &About) -> Result<()> {
     let options = trainer.options().clone();
     print(format_args!("parameters  {}\n", HumanCount(trainer.params().numel() as u64)))?;
-    print(format_args!("data        {about}\n"))?;
+    print(format_args!("data        {}\n", about.line))?;
     let (mut times, mut tokens) = (Vec::new(), 0);
     for _ in 0..STEPS {
         let clock = Instant::now();
@@ -32,7 +33,7 @@ pub fn run(mut trainer: Trainer, device: &Device, about: &str) -> Result<()> {
     let whole = step.mul_f64(options.steps as f64) + validation.mul_f64(count as f64);
     let speed = tokens as f64 / step.as_secs_f64().max(1e-9);
     print(format_args!("memory      {} at most, on {device}\n", bytes(peak_memory(device))))?;
-    print(format_args!("step        {:.3} s, {speed:.0} tokens/s\n", step.as_secs_f64()))?;
+    print(format_args!("step        {:.3} s, {speed:.0} {}\n", step.as_secs_f64(), about.unit().speed()))?;
     print(format_args!("validation  {:.3} s, {count} times\n", validation.as_secs_f64()))?;
     print(format_args!("run         {} for {} steps\n", duration(whole), options.steps))?;
     print("nothing was written\n")

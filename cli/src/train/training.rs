@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use indicatif::HumanCount;
 use x_transformers::{
     Device,
     io::write_atomically,
@@ -10,12 +9,13 @@ use x_transformers::{
     train::{Checkpoint, TrainOptions, Trainer},
 };
 
-use super::interrupt;
+use super::{data::About, task::Task};
 use crate::{
+    events::{self, Events},
     failure::{Failure, Result},
     files::{Run, quoted},
-    language::Language,
-    metrics::{Metrics, Unit},
+    interrupt,
+    metrics::{Metrics, Target},
     plot::Chart,
     profiler::Profiler,
     progress::{Progress, duration},
@@ -35,44 +35,45 @@ const EARLY: [u64; 6] = [1, 2, 5, 10, 20, 50];
 const ORDER_2: &str = "order-2 model";
 
 /// A run and everything that is written about it.
-pub struct Training<'a> {
+pub struct Training<'a, T: Task> {
     pub run: Run,
-    pub trainer: Trainer,
+    pub trainer: Trainer<T>,
     pub metrics: Metrics,
+    pub events: Option<Events>,
     pub progress: Progress,
     pub device: Device,
-    /// Tokenizer or bytes; without either the run has no samples.
-    pub language: Option<Language>,
-    pub unit: Unit,
-    /// Bits per byte of the order-2 model, for bytes.
-    pub baseline: Option<f64>,
+    /// What is known about the data; without a tokenizer or bytes the run has no samples.
+    pub about: About,
     /// Watches the steps; what is between them is validation and samples.
     pub profiler: Profiler<'a>,
 }
 
-impl Training<'_> {
-    pub fn introduce(&mut self, text: &str) {
+impl<T: Task> Training<'_, T> {
+    pub fn introduce(&mut self) {
         let options = self.trainer.options().clone();
-        let layers = &self.trainer.model().net.plan().layers;
+        let layers = &self.trainer.model().net().plan().layers;
         let attention = layers.layers.iter().find_map(|layer| layer.branch.attention());
         let attention = attention.map_or(String::new(), |plan| format!(", {plan}"));
-        let parameters = HumanCount(self.trainer.params().numel() as u64);
-        let model =
-            format!("{parameters} parameters, {} sublayers of width {}{attention}", layers.layers.len(), layers.dim);
+        let (described, count, dim) = (T::describe(&self.trainer), layers.layers.len(), layers.dim);
+        let model = format!("{described}, {count} sublayers of width {dim}{attention}");
         let batch = options.batch_size * options.accumulate;
         let done = match self.trainer.steps_done() {
             0 => String::new(),
             done => format!(", {done} already done"),
         };
         self.progress.say(format_args!("model       {model}"));
-        let (name, tokens) = if self.baseline.is_some() { ("text", "bytes") } else { ("data", "tokens") };
+        let (name, tokens) = if self.about.baseline.is_some() { ("text", "bytes") } else { ("data", "tokens") };
+        let text = &self.about.line;
         self.progress.say(format_args!("{name:<11} {text}"));
-        if let Some(baseline) = self.baseline {
+        if let Some(baseline) = self.about.baseline {
             self.progress.say(format_args!("baseline    {baseline:.3} bits/byte, {ORDER_2}"));
         }
         self.progress.say(format_args!("device      {}, {}", self.device, options.dtype));
-        self.progress
-            .say(format_args!("steps       {}{done}, each {batch} x {} {tokens}", options.steps, options.seq_len));
+        let each = match self.about.target {
+            Target::Token => format!("{batch} x {} {tokens}", options.seq_len),
+            Target::Class | Target::Value => format!("{batch} texts of at most {} tokens", options.seq_len),
+        };
+        self.progress.say(format_args!("steps       {}{done}, each {each}", options.steps));
         self.progress.say(format_args!("folder      {}\n", self.run.dir.display()));
     }
 
@@ -89,6 +90,8 @@ impl Training<'_> {
             let speed = report.tokens as f64 / clock.elapsed().max(Duration::from_nanos(1)).as_secs_f64();
             let written = self.metrics.train(report.step, report.loss, report.lr, speed);
             written.map_err(|failure| self.unsaved(failure))?;
+            let curves = [("loss/train", report.loss), ("lr", report.lr), ("speed", speed)];
+            self.event(report.step + 1, &curves)?;
             let done = self.trainer.steps_done();
             self.progress.step(done, report.loss, speed);
             if let (true, Some(scaler)) = (report.skipped, self.trainer.grad_scaler()) {
@@ -151,8 +154,15 @@ impl Training<'_> {
         let loss = self.trainer.validate()?;
         let written = self.metrics.validation(done, loss);
         written.map_err(|failure| self.unsaved(failure))?;
+        self.event(done, &[("loss/validation", loss)])?;
         let steps = self.trainer.options().steps;
-        let line = format!("step {done}/{steps}  validation loss {}", self.unit.show(loss));
+        let mut line = format!("step {done}/{steps}  validation loss {}", self.about.unit().show(loss));
+        for (name, score) in T::scores(&self.trainer)? {
+            let written = self.metrics.score(done, name, score);
+            written.map_err(|failure| self.unsaved(failure))?;
+            self.event(done, &[(name, score)])?;
+            line += &format!("  {name} {score:.4}");
+        }
         if !save {
             self.progress.say(line);
             return Ok(());
@@ -162,6 +172,13 @@ impl Training<'_> {
         let sample = sample.map_or(String::new(), |sample| format!("\n{sample}"));
         self.progress.say(format_args!("{line}  saved{sample}"));
         Ok(())
+    }
+
+    /// Adds values of curves to the event file, if there is one.
+    fn event(&mut self, step: u64, curves: &[(&str, f64)]) -> Result<()> {
+        let Some(events) = &mut self.events else { return Ok(()) };
+        let written = curves.iter().try_for_each(|&(tag, value)| events.scalar(step, tag, value));
+        written.map_err(|failure| self.unsaved(failure))
     }
 
     /// Saves the checkpoint, with the rows up to it on the disk, and draws the picture.
@@ -181,6 +198,10 @@ impl Training<'_> {
                     return Err(failure);
                 }
                 self.metrics.place()?;
+                if !self.trainer.options().keep_best {
+                    replacement::remove_best(&self.run)?;
+                }
+                events::remove_others(&self.run.dir, self.events.as_ref());
                 replacement::remove(&self.run)?;
             }
         }
@@ -201,23 +222,30 @@ impl Training<'_> {
     }
 
     pub fn draw(&self) -> Result<()> {
-        let reference = self.baseline.map(|baseline| (ORDER_2, baseline));
+        let reference = self.about.baseline.map(|baseline| (ORDER_2, baseline));
         let Metrics { train, validation, .. } = &self.metrics;
-        let chart = Chart { unit: self.unit.name(), train, validation, reference };
+        let chart = Chart { unit: self.about.unit().name(), train, validation, reference };
         let svg = chart.svg();
         Ok(write_atomically(self.run.plot(), |file| file.write_all(svg.as_bytes()))?)
     }
 
     /// Text of the model, if the meaning of its tokens is known.
     fn sample(&self, length: usize) -> Result<Option<String>> {
-        let Some(language) = &self.language else { return Ok(None) };
+        let About { language, prompt, chats, .. } = &self.about;
+        let Some(language) = language.as_ref().filter(|_| !prompt.is_empty()) else { return Ok(None) };
         let seed = self.trainer.options().seed;
-        let options =
-            GenerateOptions { seed, eos_tokens: language.begin().into_iter().collect(), ..Default::default() };
+        let mut ends = language.ends().to_vec();
+        ends.extend(language.end_of_turn().filter(|_| *chats));
+        let options = GenerateOptions { seed, eos_tokens: ends, eos_in_prompt: false, ..Default::default() };
         // Tokens are longer than bytes.
-        let length = if language.begin().is_some() { length / 2 } else { length };
-        let block = |model: &_| Ok(sample::block(model, language, length, &options, &self.device));
-        self.trainer.evaluate(block)?.map(Some)
+        let length = if language.tokenizer().is_some() { length / 2 } else { length };
+        if self.trainer.model().generator().is_none() {
+            return Ok(None);
+        }
+        let block = |model: &T| {
+            Ok(model.generator().map(|model| sample::block(model, language, prompt, length, &options, &self.device)))
+        };
+        self.trainer.evaluate(block)?.transpose()
     }
 
     pub fn conclude(mut self) -> Result<()> {
@@ -230,8 +258,8 @@ impl Training<'_> {
         }
         let loss = self.metrics.validation.last().map_or(f64::NAN, |&(_, loss)| loss);
         let sample = self.sample(LAST_SAMPLE)?;
-        self.progress.say(format_args!("\nvalidation  {} after {took}", self.unit.short(loss)));
-        if let Some(baseline) = self.baseline {
+        self.progress.say(format_args!("\nvalidation  {} after {took}", self.about.unit().short(loss)));
+        if let Some(baseline) = self.about.baseline {
             self.progress.say(format_args!("baseline    {baseline:.3} bits/byte, {ORDER_2} on the same text"));
         }
         if let Some(scaler) = self.trainer.grad_scaler() {
@@ -251,8 +279,13 @@ impl Training<'_> {
             self.progress.say(format_args!("profile of the steps\n{report}"));
         }
         let (xt, dir) = (typed::program(), quoted(&self.run.dir));
-        if sample.is_some() {
-            let hint = format!("{xt} generate --checkpoint {dir} --prompt \"The \" --length 400");
+        if self.about.target != Target::Token {
+            self.progress.say(format_args!("try         {xt} classify --checkpoint {dir} --text \"…\""));
+        } else if sample.is_some() {
+            let hint = match self.about.chats {
+                true => format!("{xt} chat --checkpoint {dir}"),
+                false => format!("{xt} generate --checkpoint {dir} --prompt \"The \" --length 400"),
+            };
             self.progress.say(format_args!("try         {hint}"));
         }
         Ok(())

@@ -4,6 +4,7 @@
 mod command;
 
 mod bench;
+mod classify;
 mod convert;
 mod embed;
 mod generate;
@@ -15,6 +16,7 @@ mod run;
 mod texts;
 mod tokens;
 mod train;
+mod tune;
 mod two;
 mod usage;
 mod verify;

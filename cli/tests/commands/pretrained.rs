@@ -67,7 +67,7 @@ pub(crate) fn words() -> String {
 }
 
 /// A `vocab.txt` of forty pieces.
-fn pieces() -> String {
+pub(crate) fn pieces() -> String {
     let special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s"];
     let more = (special.len()..40).map(|id| format!("word{id}"));
     special.iter().map(|piece| piece.to_string()).chain(more).collect::<Vec<_>>().join("\n") + "\n"

@@ -87,15 +87,13 @@ impl Attention {
         drop((k, v));
         let [k, v] = cache.keys_values()?;
         let prefix = self.plan.prefix_len();
-        // Memory key/values outside of the window and without bias are exceptions that the decoding op does not know.
-        let exceptions = !self.plan.mem_kv_counted
-            && prefix > 0
-            && (self.plan.window != Window::default() || cache.bias_by_distance.is_some());
+        // The decoding op does not know memory key/values that are seen from outside of the window.
+        let exceptions = self.unbiased_keys() > 0 && self.plan.window != Window::default();
         if self.plan.needs_scores().is_some() || input.explicit || input.prev.is_some() || exceptions {
             let keys = step.keys(cache.prefix_len);
             let [k, v] = [self.all_heads(&k.narrow(2, 0, keys)?)?, v.narrow(2, 0, keys)?];
             let keep = cache.keep(step, &self.plan)?;
-            let bias = cache.bias(step, &q, if self.plan.mem_kv_counted { 0 } else { prefix })?;
+            let bias = cache.bias(step, &q, self.unbiased_keys())?;
             let (out, scores, _) = self.explicit([&q, &k, &v], input, bias, Some(keep))?;
             return Ok(AttentionOutput { values, ..self.merge(x, out, scores, None, input)? });
         }
@@ -106,6 +104,7 @@ impl Attention {
             return Ok(AttentionOutput { values, ..self.merge(x, out, None, None, input)? });
         }
         let bias_by_distance = cache.bias_by_distance.as_ref().map(|bias| self.grouped(bias, 0)).transpose()?;
+        let sink = self.grouped_sink()?.map(|sink| sink.detach());
         let spec = DecodeSpec {
             scale: self.scale(),
             prefix_len: cache.prefix_len,
@@ -114,6 +113,9 @@ impl Attention {
             key_mask: step.whole_mask.as_ref(),
             query_mask: step.mask.as_ref().filter(|_| self.plan.padding == PaddingPlan::Queries),
             bias_by_distance: bias_by_distance.as_ref(),
+            unbiased_keys: self.unbiased_keys(),
+            softclamp: self.plan.softclamp,
+            sink: sink.as_ref(),
         };
         let q = self.grouped(&q, 1)?;
         let out = self.ungrouped(&attention_decode(&q, &self.all_heads(k)?, v, &step.device_lengths, &spec)?)?;

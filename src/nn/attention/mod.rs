@@ -99,7 +99,7 @@ pub struct AttentionInput {
     /// Added to the inputs of queries and keys, `[j or more, dim]`: row `k` to key `k`, the last rows of the `j` keys
     /// to the queries.
     pub sinusoids: Option<Tensor>,
-    /// Added to the scores; positions count memory key/values.
+    /// Added to the scores, except those of memory key/values if the plan does not count them.
     pub bias: Option<PositionBias>,
     /// Added to the scores, broadcasts to `[b, heads, i, j]` without memory key/values, whose bias is 0.
     pub dense_bias: Option<Tensor>,
@@ -280,7 +280,10 @@ impl Attention {
             Some(_) => {
                 let [queries, keys] = [q.dim(2)?, k.dim(2)?];
                 let bias = match &input.bias {
-                    Some(bias) => Some(bias.dense(queries, keys, q.dtype())?),
+                    Some(bias) => {
+                        let unbiased = self.unbiased_keys();
+                        Some(padding::zeros_first(&bias.dense(queries, keys - unbiased, q.dtype())?, unbiased)?)
+                    }
                     None => self.dense_bias(input)?,
                 };
                 self.explicit([q, k, v], input, bias, self.keep(q, keys, input)?)?

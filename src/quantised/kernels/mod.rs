@@ -7,7 +7,8 @@ mod x86;
 use std::sync::OnceLock;
 
 use super::{
-    panels::{self, Bytes, GROUP, Panel, ROWS, Rows, STEP},
+    QuantType,
+    panels::{self, Bytes, GROUP, Panel, ROWS, STEP},
     products::Activations,
 };
 
@@ -49,19 +50,19 @@ impl Instructions {
         *BEST.get_or_init(|| Self::usable()[0])
     }
 
-    /// Fills a panel as [`Instructions::add`] reads it.
-    pub fn fill(self, rows: &Rows, panel: &mut Panel) {
+    /// Fills a panel from interleaved blocks as [`Instructions::add`] reads it.
+    pub fn fill(self, kind: QuantType, blocks: &[u8], panel: &mut Panel) {
         match self {
             // SAFETY: every processor has these instructions.
-            Self::Portable => unsafe { panels::fill::<[u8; GROUP]>(rows, 0, panel) },
+            Self::Portable => unsafe { panels::fill::<[u8; GROUP]>(kind, blocks, 0, panel) },
             // SAFETY: `usable` names only instructions that the processor has.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => unsafe { x86::fill(rows, 0, panel) },
+            Self::Avx2 => unsafe { x86::fill(kind, blocks, 0, panel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Self::AvxVnni | Self::Avx512Vnni => {
-                let flip = if panels::signed_parts(rows.kind).is_some() { 0x80 } else { 0 };
-                unsafe { x86::fill(rows, flip, panel) }
+                let flip = if panels::signed_parts(kind).is_some() { 0x80 } else { 0 };
+                unsafe { x86::fill(kind, blocks, flip, panel) }
             }
         }
     }

@@ -7,31 +7,26 @@ use crate::dtype::Float;
 
 // SAFETY: plain arithmetic; the caller answers for the pointers.
 unsafe impl Bytes for [u8; GROUP] {
-    const IN_REGISTERS: bool = false;
-
-    unsafe fn prefetch(_at: *const u8) {}
-
     unsafe fn load(from: *const u8) -> Self {
         // SAFETY: see the trait.
         unsafe { *from.cast() }
     }
 
-    unsafe fn load_twice(from: *const u8) -> Self {
+    unsafe fn store(self, flip: u8, to: *mut u8) {
         // SAFETY: see the trait.
-        std::array::from_fn(|i| unsafe { *from.add(i % 16) })
+        unsafe { *to.cast() = self.map(|byte| byte ^ flip) }
     }
 
-    unsafe fn sixteens(from: *const u8) -> Self {
-        // SAFETY: see the trait.
-        std::array::from_fn(|i| unsafe { (*from.add(i / 8) >> (i % 8) & 1) << 4 })
-    }
-
-    unsafe fn bits(self, low: u32, high: u32, mask: u8) -> Self {
-        std::array::from_fn(|i| self[i] >> if i < 16 { low } else { high } & mask)
+    unsafe fn bits(self, by: u32, mask: u8) -> Self {
+        self.map(|byte| byte >> by & mask)
     }
 
     unsafe fn shifted_left(self, by: u32) -> Self {
         self.map(|byte| byte << by)
+    }
+
+    unsafe fn sixteens(self, step: usize) -> Self {
+        std::array::from_fn(|i| (self[i / STEP * STEP + step / 2] >> (step % 2 * STEP + i % STEP) & 1) << 4)
     }
 
     unsafe fn or(self, other: Self) -> Self {
@@ -48,18 +43,10 @@ unsafe impl Bytes for [u8; GROUP] {
 
     // Not once for each type.
     #[inline(never)]
-    unsafe fn halves(bits: [u16; ROWS]) -> [f32; ROWS] {
-        bits.map(|bits| f16::from_bits(bits).to_acc())
-    }
-
-    #[inline(never)]
-    unsafe fn interleave(rows: [Self; 8], flip: u8, to: *mut u8) {
-        for (row, bytes) in rows.into_iter().enumerate() {
-            for (step, bytes) in bytes.as_chunks::<STEP>().0.iter().enumerate() {
-                // SAFETY: see the trait.
-                unsafe { *to.add(STEP * (ROWS * step + row)).cast() = bytes.map(|byte| byte ^ flip) };
-            }
-        }
+    unsafe fn halves(from: *const [u8; 2 * ROWS]) -> [f32; ROWS] {
+        // SAFETY: see the trait.
+        let from = unsafe { &*from }.as_chunks().0;
+        std::array::from_fn(|row| f16::from_le_bytes(from[row]).to_acc())
     }
 }
 

@@ -2,27 +2,19 @@
 
 use std::arch::x86_64::*;
 
-use super::{Activations, Bytes, Kernel, Panel, Part, ROWS, Rows, STEP, add, panels};
+use super::{Activations, Bytes, Kernel, Panel, Part, QuantType, ROWS, STEP, add, panels};
 
 /// # Safety
 ///
 /// The processor has AVX2 and F16C.
 #[target_feature(enable = "avx2,f16c")]
-pub unsafe fn fill(rows: &Rows, flip: u8, panel: &mut Panel) {
+pub unsafe fn fill(kind: QuantType, blocks: &[u8], flip: u8, panel: &mut Panel) {
     // SAFETY: see above.
-    unsafe { panels::fill::<__m256i>(rows, flip, panel) }
+    unsafe { panels::fill::<__m256i>(kind, blocks, flip, panel) }
 }
 
 // SAFETY: each method is a few instructions of AVX2 or F16C; the caller answers for them and for the pointers.
 unsafe impl Bytes for __m256i {
-    const IN_REGISTERS: bool = true;
-
-    #[inline(always)]
-    unsafe fn prefetch(at: *const u8) {
-        // SAFETY: see the trait.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
-    }
-
     #[inline(always)]
     unsafe fn load(from: *const u8) -> Self {
         // SAFETY: see the trait.
@@ -30,30 +22,16 @@ unsafe impl Bytes for __m256i {
     }
 
     #[inline(always)]
-    unsafe fn load_twice(from: *const u8) -> Self {
+    unsafe fn store(self, flip: u8, to: *mut u8) {
         // SAFETY: see the trait.
-        unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(from.cast())) }
+        unsafe { _mm256_storeu_si256(to.cast(), _mm256_xor_si256(self, _mm256_set1_epi8(flip as i8))) }
     }
 
     #[inline(always)]
-    unsafe fn sixteens(from: *const u8) -> Self {
+    unsafe fn bits(self, by: u32, mask: u8) -> Self {
         // SAFETY: see the trait.
         unsafe {
-            let byte = |n: i64| n * 0x0101_0101_0101_0101;
-            let spread = _mm256_set_epi64x(byte(3), byte(2), byte(1), 0);
-            let bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(from.cast::<i32>().read_unaligned()), spread);
-            let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
-            let set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
-            _mm256_and_si256(set, _mm256_set1_epi8(16))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn bits(self, low: u32, high: u32, mask: u8) -> Self {
-        // SAFETY: see the trait.
-        unsafe {
-            let (low, high) = (i64::from(low), i64::from(high));
-            let shifted = _mm256_srlv_epi64(self, _mm256_set_epi64x(high, high, low, low));
+            let shifted = _mm256_srl_epi32(self, _mm_cvtsi32_si128(by as i32));
             _mm256_and_si256(shifted, _mm256_set1_epi8(mask as i8))
         }
     }
@@ -61,7 +39,20 @@ unsafe impl Bytes for __m256i {
     #[inline(always)]
     unsafe fn shifted_left(self, by: u32) -> Self {
         // SAFETY: see the trait.
-        unsafe { _mm256_sllv_epi32(self, _mm256_set1_epi32(by as i32)) }
+        unsafe { _mm256_sll_epi32(self, _mm_cvtsi32_si128(by as i32)) }
+    }
+
+    #[inline(always)]
+    unsafe fn sixteens(self, step: usize) -> Self {
+        // SAFETY: see the trait.
+        unsafe {
+            let first =
+                _mm256_set_epi32(0x0C0C_0C0C, 0x0808_0808, 0x0404_0404, 0, 0x0C0C_0C0C, 0x0808_0808, 0x0404_0404, 0);
+            let spread = _mm256_add_epi8(first, _mm256_set1_epi8((step / 2) as i8));
+            let bit = _mm256_set1_epi32(0x0804_0201 << (step % 2 * STEP));
+            let set = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(self, spread), bit), bit);
+            _mm256_and_si256(set, _mm256_set1_epi8(16))
+        }
     }
 
     #[inline(always)]
@@ -79,47 +70,22 @@ unsafe impl Bytes for __m256i {
     #[inline(always)]
     unsafe fn levels(self, table: &[i8; 16]) -> Self {
         // SAFETY: see the trait.
-        unsafe { _mm256_shuffle_epi8(Self::load_twice(table.as_ptr().cast()), self) }
-    }
-
-    #[inline(always)]
-    unsafe fn halves(bits: [u16; ROWS]) -> [f32; ROWS] {
-        // SAFETY: see the trait.
         unsafe {
-            let mut values = [0.0; ROWS];
-            for half in [0, 8] {
-                let bits = _mm_loadu_si128(bits.as_ptr().add(half).cast());
-                _mm256_storeu_ps(values.as_mut_ptr().add(half), _mm256_cvtph_ps(bits));
-            }
-            values
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm256_shuffle_epi8(table, self)
         }
     }
 
     #[inline(always)]
-    unsafe fn interleave(rows: [Self; 8], flip: u8, to: *mut u8) {
+    unsafe fn halves(from: *const [u8; 2 * ROWS]) -> [f32; ROWS] {
         // SAFETY: see the trait.
         unsafe {
-            let flip = _mm256_set1_epi8(flip as i8);
-            let pairs = |row: usize| {
-                let (a, b) = (rows[row], rows[row + 1]);
-                [_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)]
-            };
-            let fours = |[a0, a1]: [Self; 2], [b0, b1]: [Self; 2]| {
-                [
-                    _mm256_unpacklo_epi64(a0, b0),
-                    _mm256_unpackhi_epi64(a0, b0),
-                    _mm256_unpacklo_epi64(a1, b1),
-                    _mm256_unpackhi_epi64(a1, b1),
-                ]
-            };
-            let (low, high) = (fours(pairs(0), pairs(2)), fours(pairs(4), pairs(6)));
-            for step in 0..4 {
-                let store = |step: usize, rows| {
-                    _mm256_storeu_si256(to.add(STEP * ROWS * step).cast(), _mm256_xor_si256(rows, flip));
-                };
-                store(step, _mm256_permute2x128_si256::<0x20>(low[step], high[step]));
-                store(step + 4, _mm256_permute2x128_si256::<0x31>(low[step], high[step]));
+            let mut values = [0.0; ROWS];
+            for half in [0, 8] {
+                let bits = _mm_loadu_si128(from.cast::<u16>().add(half).cast());
+                _mm256_storeu_ps(values.as_mut_ptr().add(half), _mm256_cvtph_ps(bits));
             }
+            values
         }
     }
 }

@@ -182,6 +182,8 @@ pub struct TokenBatch {
     /// Documents of the tokens, `[batch, n + 1]` I64: attention stays within tokens of one number.
     pub documents: Option<Tensor>,
     targets: u64,
+    /// Number of targets of a row whose weight is 1.
+    row_targets: usize,
 }
 
 impl TokenBatch {
@@ -200,8 +202,9 @@ impl TokenBatch {
                 )
             )
         );
-        let targets = (tokens.shape()[0] * (tokens.shape()[1] - 1)) as u64;
-        Ok(Self { tokens, loss_mask: None, documents: None, targets })
+        let row_targets = tokens.shape()[1] - 1;
+        let targets = (tokens.shape()[0] * row_targets) as u64;
+        Ok(Self { tokens, loss_mask: None, documents: None, targets, row_targets })
     }
 
     /// Sets the mask of the targets, `[batch, n + 1]` Bool on the CPU.
@@ -229,6 +232,12 @@ impl TokenBatch {
         Ok(self)
     }
 
+    /// Sets the number of targets of a row whose weight is 1: the same for batches of different widths makes each of their
+    /// targets count alike.
+    pub(super) fn counting_rows_as(self, row_targets: usize) -> Self {
+        Self { row_targets: row_targets.max(1), ..self }
+    }
+
     fn same_shape(&self, name: &'static str, other: &Tensor) -> Result<()> {
         ensure!(
             other.shape() == self.tokens.shape(),
@@ -249,12 +258,13 @@ impl Batch for TokenBatch {
             loss_mask: moved(&self.loss_mask)?,
             documents: moved(&self.documents)?,
             targets: self.targets,
+            row_targets: self.row_targets,
         })
     }
 
     fn weight(&self) -> f64 {
         // Exactly the number of rows if all targets count.
-        self.targets as f64 / (self.tokens.shape()[1] - 1) as f64
+        self.targets as f64 / self.row_targets as f64
     }
 
     fn targets(&self) -> u64 {
@@ -285,6 +295,7 @@ impl Batch for TokenBatch {
         let loss_mask = joined(&|part| or_else(&part.loss_mask, part, masked, 1.0, DType::Bool))?;
         let documents = joined(&|part| or_else(&part.documents, part, bordered, 0.0, DType::I64))?;
         let tokens = tokens.ok_or_else(|| Error::argument("batch", "expected at least one part, got none"))?;
-        Ok(Self { tokens, loss_mask, documents, targets: parts.iter().map(|part| part.targets).sum() })
+        let (targets, row_targets) = (parts.iter().map(|part| part.targets).sum(), parts[0].row_targets);
+        Ok(Self { tokens, loss_mask, documents, targets, row_targets })
     }
 }

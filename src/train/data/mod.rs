@@ -3,6 +3,8 @@
 mod ahead;
 mod batch;
 mod bytes;
+mod examples;
+mod labelled;
 mod mixture;
 mod sequences;
 mod shuffle;
@@ -15,6 +17,8 @@ pub(super) use self::ahead::Ahead;
 pub use self::{
     batch::{Batch, BatchRequest, BatchSource, DataPrint, TokenBatch},
     bytes::ByteText,
+    examples::Examples,
+    labelled::{Label, LabelledBatch, LabelledText, LabelledTexts},
     mixture::Mixture,
     sequences::{Sequence, Sequences},
     token_data::TokenData,

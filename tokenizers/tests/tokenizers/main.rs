@@ -11,3 +11,4 @@ mod hostile;
 mod learned;
 mod sentence;
 mod stream;
+mod turns;

@@ -1,0 +1,117 @@
+//! Models that `xt train` trains, and what is particular to each kind.
+
+use std::path::Path;
+
+use clap::ValueEnum;
+use indicatif::HumanCount;
+use x_transformers::{
+    models::{AutoregressiveWrapper, TransformerWrapper},
+    train::{Classifier, ClassifierConfig, LoraModel, TokenBatch, TrainModel, Trainer, accuracy, macro_f1, spearman},
+};
+
+use super::data::{Data, DataArgs, Own};
+use crate::failure::{Failure, Result};
+
+/// What a model is trained for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Kind {
+    /// Predict each token of a text from those before it
+    Lm,
+    /// Predict the class of a text
+    Classify,
+    /// Predict a number for a text
+    Regress,
+}
+
+/// Model that `xt train` trains.
+pub trait Task: TrainModel + Sized {
+    /// Opens the data of a run whose checkpoint is in a folder.
+    fn data(args: &DataArgs, own: Option<Own>, checkpoint: &Path) -> Result<Data<Self::Batch>>;
+
+    /// The model's layers.
+    fn net(&self) -> &TransformerWrapper;
+
+    /// The model that generates text.
+    fn generator(&self) -> Option<&AutoregressiveWrapper> {
+        None
+    }
+
+    /// Describes what is trained.
+    fn describe(trainer: &Trainer<Self>) -> String {
+        format!("{} parameters", HumanCount(trainer.params().numel() as u64))
+    }
+
+    /// Scores of the validation set beside the loss.
+    fn scores(_trainer: &Trainer<Self>) -> Result<Vec<(&'static str, f64)>> {
+        Ok(Vec::new())
+    }
+}
+
+impl Task for AutoregressiveWrapper {
+    fn data(args: &DataArgs, own: Option<Own>, _: &Path) -> Result<Data<TokenBatch>> {
+        args.open(own)
+    }
+
+    fn net(&self) -> &TransformerWrapper {
+        &self.net
+    }
+
+    fn generator(&self) -> Option<&AutoregressiveWrapper> {
+        Some(self)
+    }
+}
+
+impl Task for LoraModel {
+    fn data(args: &DataArgs, own: Option<Own>, _: &Path) -> Result<Data<TokenBatch>> {
+        args.open(own)
+    }
+
+    fn net(&self) -> &TransformerWrapper {
+        &self.net
+    }
+
+    fn generator(&self) -> Option<&AutoregressiveWrapper> {
+        Some(self)
+    }
+
+    fn describe(trainer: &Trainer<Self>) -> String {
+        let adapter = trainer.model().adapter();
+        let (rank, layers) = (adapter.options().r, adapter.places().len());
+        let trained = HumanCount(trainer.params().numel() as u64);
+        let kind = if adapter.options().use_dora { "DoRA" } else { "LoRA" };
+        format!("{trained} parameters of {kind} of rank {rank} on {layers} layers, the others frozen")
+    }
+}
+
+impl Task for Classifier {
+    fn data(args: &DataArgs, own: Option<Own>, checkpoint: &Path) -> Result<Data<Self::Batch>> {
+        let missing = || Failure::new("has no tokenizer").within(checkpoint);
+        let (Some(config), Some(own)) = (ClassifierConfig::read(checkpoint)?, own) else { return Err(missing()) };
+        let classes = Some(&config.labels[..]).filter(|labels| !labels.is_empty());
+        Ok(args.labelled(own, classes)?.0)
+    }
+
+    fn net(&self) -> &TransformerWrapper {
+        self.net()
+    }
+
+    fn scores(trainer: &Trainer<Self>) -> Result<Vec<(&'static str, f64)>> {
+        let batches = trainer.validation_batches()?;
+        let (mut predicted, mut labels) = (Vec::new(), Vec::new());
+        let classes = trainer.config().labels.len();
+        trainer.evaluate(|model| {
+            for batch in &batches {
+                predicted.extend(model.logits(&batch.tokens, &batch.mask)?.to_f64_vec()?);
+                labels.extend(batch.labels.to_f64_vec()?);
+            }
+            Ok(())
+        })?;
+        if classes == 0 {
+            return Ok(vec![("spearman", spearman(&predicted, &labels))]);
+        }
+        let best = |row: &[f64]| (0..row.len()).max_by(|&one, &other| row[one].total_cmp(&row[other])).unwrap_or(0);
+        let predicted: Vec<usize> = predicted.chunks_exact(classes).map(best).collect();
+        let labels: Vec<usize> = labels.into_iter().map(|label| label as usize).collect();
+        Ok(vec![("accuracy", accuracy(&predicted, &labels)), ("f1", macro_f1(&predicted, &labels))])
+    }
+}
