@@ -53,7 +53,7 @@ pub struct ViTransformerWrapper {
 #[derive(Clone, Debug)]
 enum Head {
     None,
-    FeedForward(FeedForward),
+    FeedForward(Box<FeedForward>),
     Mean(Option<Linear>),
 }
 
@@ -92,7 +92,9 @@ impl ViTransformerWrapper {
             norm: final_norm.map(|plan| norm(plan, dim, &store.at("norm"))).transpose()?,
             mlp_head: match &plan.head {
                 VisionHead::None => Head::None,
-                VisionHead::FeedForward(head) => Head::FeedForward(FeedForward::new(head, &store.at("mlp_head"))?),
+                VisionHead::FeedForward(head) => {
+                    Head::FeedForward(Box::new(FeedForward::new(head, &store.at("mlp_head"))?))
+                }
                 VisionHead::Mean(classes) => {
                     Head::Mean(classes.map(|classes| Linear::new(&store.at("mlp_head"), dim, classes)).transpose()?)
                 }

@@ -108,7 +108,7 @@ impl Config {
                 required(&map, &["mask_id"])?;
                 take(&mut config, "", &mut map)?;
                 finish(map, "", "", &[NonAutoregressiveConfig::NAMES])?;
-                Self::NonAutoregressive(config)
+                Self::NonAutoregressive(Box::new(config))
             }
             "DPO" => {
                 let net = net(&mut map, "net", TRANSFORMER, |map| transformer(map, ""))?;
@@ -168,7 +168,7 @@ impl Config {
                 ("XLAutoregressiveWrapper", map)
             }
             Self::NonAutoregressive(config) => {
-                let mut map = differing(config, &Default::default(), "");
+                let mut map = differing(&**config, &Default::default(), "");
                 map.insert("mask_id".to_string(), json!(config.mask_id));
                 map.insert("net".to_string(), with_model(config.net.to_map(), TRANSFORMER));
                 if let Some(critic) = &config.token_critic {

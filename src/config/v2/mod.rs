@@ -71,7 +71,7 @@ pub enum Config {
     /// `DPO`: direct preference optimization.
     Dpo(DpoConfig),
     /// `NonAutoregressiveWrapper`: masked tokens that are filled in.
-    NonAutoregressive(NonAutoregressiveConfig),
+    NonAutoregressive(Box<NonAutoregressiveConfig>),
     /// `AttentionPool`: learned queries attend to a sequence.
     AttentionPool(AttentionPoolConfig),
     /// `SamplingFilter`: not a model, but the step from logits to probabilities.
