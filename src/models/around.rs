@@ -148,7 +148,9 @@ impl XlAutoregressiveWrapper {
         let join = |(index, mem): (usize, &Tensor)| {
             let kept = mem.dim(1)?;
             let new = mem.narrow(1, kept - added.min(kept), added.min(kept))?;
-            let joined = match before.and_then(|before| before.get(index)) {
+            // The layers read memories of those above them, like `forward`.
+            let read = (index + self.net.plan().shift_mem_down) % mems.len();
+            let joined = match before.and_then(|before| before.get(read)) {
                 Some(before) => Tensor::cat(&[before, &new], 1)?,
                 None => new,
             };

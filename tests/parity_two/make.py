@@ -498,6 +498,14 @@ def public_cases():
     P("attn_selective_residual_attn", tw(dec(depth=2, attn_selective=True, residual_attn=True)), x12)
     P("rotary_mem_kv_mems", tw(dec(depth=1, rotary_pos_emb=True, attn_num_mem_kv=2, attn_dim_head=8), max_mem_len=6),
       {"x": tok(2, 6, V), "mems.0": flt(2, 5, D)})
+    P("cross_attn_rel_proj_pos_bias", tw(dec(depth=1, cross_attend=True, attn_use_rel_proj_pos_bias=True,
+                                             attn_rel_proj_num_distance_basis=3, attn_rel_proj_max_dist=7)),
+      dict(x=tok(2, 7, V), context=flt(2, 4, D)))
+    P("beam_search_logits_dim", ar(tw(dec(depth=1), logits_dim=9), call=dict(method="beam_search", seq_len=4, beams=3, cache_kv=False)),
+      dict(prompts=tok(2, 4, V)))
+    P("xl_generate_shift_mem_down", dict(model="XLAutoregressiveWrapper", call=dict(method="generate", temperature=0.0, seq_len=6),
+                                         net=tw(dec(depth=2, alibi_pos_bias=True), max_seq_len=5, max_mem_len=5, shift_mem_down=1)),
+      dict(start_tokens=tok(2, 8, V)))
     P("rotary_xpos_mems", tw(dec(depth=1, rotary_xpos=True, rotary_xpos_scale_base=16, attn_num_mem_kv=1, attn_dim_head=8), max_mem_len=6),
       {"x": tok(2, 6, V), "mems.0": flt(2, 5, D)})
     P("rotary_mem_kv_cross", tw(dec(depth=1, rotary_pos_emb=True, cross_attend=True, attn_num_mem_kv=2, attn_dim_head=8)),

@@ -138,7 +138,8 @@ impl Attention {
         let zero = Tensor::zeros([1, count], bank.dtype(), bank.device())?;
         let table = Tensor::cat(&[&bank.transpose(0, 1)?, &zero], 0)?;
         let distance = |at: usize| {
-            let (query, key) = (at / j + j - i, at % j);
+            // A context may be shorter than the queries, whose positions then begin below 0.
+            let (query, key) = (at / j + j, at % j + i);
             query.checked_sub(key).filter(|&distance| distance < length).unwrap_or(length) as i64
         };
         let index = Tensor::from_vec((0..i * j).map(distance).collect(), [i, j], x.device())?;
