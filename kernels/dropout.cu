@@ -29,6 +29,14 @@ extern "C" __global__ void dropout_mask(T* y, const T* x, const T* residual, i64
     };
     const i64 step = (i64)gridDim.x * blockDim.x * GROUP;
     for (i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * GROUP; i < n; i += step) {
+        const bool whole = packed && i + GROUP <= n;
+        // Under way while the words are drawn.
+        Raw<LANES> values[GROUP / LANES], summands[GROUP / LANES];
+#pragma unroll
+        for (int k = 0; k < GROUP / LANES; ++k) {
+            values[k] = Raw<LANES>(x + i + k * LANES, whole);
+            if (residual != nullptr) summands[k] = Raw<LANES>(residual + i + k * LANES, whole);
+        }
         u32 words[GROUP];
 #pragma unroll
         for (int block = 0; block < GROUP / 4; ++block) {
@@ -36,20 +44,18 @@ extern "C" __global__ void dropout_mask(T* y, const T* x, const T* residual, i64
 #pragma unroll
             for (int lane = 0; lane < 4; ++lane) words[4 * block + lane] = drawn.word[lane];
         }
-        const bool whole = packed && i + GROUP <= n;
 #pragma unroll
         for (int at = 0; at < GROUP; at += LANES) {
             if (whole) {
-                auto values = load<LANES>(x + i + at);
-                Packet<LANES> summands = {};
-                if (residual != nullptr) summands = load<LANES>(residual + i + at);
+                Packet<LANES> packet = values[at / LANES];
+                const Packet<LANES> summand = summands[at / LANES];
 #pragma unroll
                 for (int lane = 0; lane < LANES; ++lane) {
-                    const Acc kept = masked(values.lane[lane], words[at + lane]);
-                    const Acc sum = residual == nullptr ? kept : kept + Element<T>::to_acc(summands.lane[lane]);
-                    values.lane[lane] = Element<T>::from_acc(sum);
+                    const Acc kept = masked(packet.lane[lane], words[at + lane]);
+                    const Acc sum = residual == nullptr ? kept : kept + Element<T>::to_acc(summand.lane[lane]);
+                    packet.lane[lane] = Element<T>::from_acc(sum);
                 }
-                store(y + i + at, values);
+                store(y + i + at, packet);
             } else {
 #pragma unroll
                 for (int lane = at; lane < at + LANES; ++lane) {
