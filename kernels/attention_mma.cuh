@@ -223,22 +223,12 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         }
     }
 
-    // exp(score - largest) · share of finished scores; `unit` is the result of `finish`, `statistics` are those of the
-    // warp's queries, `count` of which exist. Returns true if one weight may be the whole weight of its query.
-    __device__ __forceinline__ bool weigh(f32 unit, const Statistics* statistics, i32 count) {
-        const i32 end = min(BY_KEY ? N : 16 * M, count);
-        const auto of_query = [&](i32 q) { return query(q) < count ? statistics[query(q)] : Statistics{0, 0}; };
-        const bool large = warp_any(0, end, [&](i32 row) { return is_large(statistics[row]); });
-        const bool sharp = warp_any(0, end, [&](i32 row) { return is_sharp(statistics[row]); });
-        weigh(unit, large, of_query);
-        return sharp;
-    }
-
     // True if the scores of a query are large; true if one of its weights may be its whole weight.
     static __device__ __forceinline__ bool is_large(const Statistics& row) { return fabs(row.largest) > LARGE_SCORE; }
     static __device__ __forceinline__ bool is_sharp(const Statistics& row) { return row.share > 0.999f; }
 
-    // The same by the statistics of each of the thread's queries; `large` if scores of one of the warp's queries are.
+    // exp(score - largest) · share of finished scores: `unit` is the result of `finish`, `of_query` gives the
+    // statistics of each of the thread's queries; `large` if scores of one of the warp's queries are.
     template <typename F> __device__ __forceinline__ void weigh(f32 unit, bool large, F of_query) {
         f32 to_log2 = unit * LOG2_E;
         if (large) {
@@ -276,7 +266,7 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     }
     // A share of 0, for queries without weights, is an infinite exponent.
     static __device__ __forceinline__ f32 exponent_base(const Statistics& row) {
-        return row.share == 0 ? infinity() : row.largest * LOG2_E - log2(row.share);
+        return row.share == 0 ? infinity() : row.largest * LOG2_E - ptx_log2(row.share);
     }
 
     // Sets the weights of queries without keys; `statistics` are those of the tile's queries.
@@ -294,17 +284,9 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         }
     }
 
-    // Turns the gradients of the weights, which this holds, into those of the scores. Applies dropout to the weights;
-    // `sharp` is the result of `weigh`.
-    __device__ __forceinline__ void to_score_gradients(
-        ScoreSums& weights, const Scores& scores, bool sharp, const Statistics* statistics, const f32* delta, i32 count,
-        i32 first_query, i32 first_key) {
-        const auto delta_of = [&](i32 q) { return query(q) < count ? delta[query(q)] : 0; };
-        const auto of_query = [&](i32 q) { return query(q) < count ? statistics[query(q)] : Statistics{0, 0}; };
-        to_score_gradients(weights, scores, sharp, delta_of, of_query, first_query, first_key);
-    }
-
-    // The same by the delta, and with a soft clamp the statistics, of each of the thread's queries.
+    // Turns the gradients of the weights, which this holds, into those of the scores, by the delta, and with a soft
+    // clamp the statistics, of each of the thread's queries. Applies dropout to the weights; `sharp` if one of them may
+    // be the whole weight of its query.
     template <typename D, typename S>
     __device__ __forceinline__ void to_score_gradients(
         ScoreSums& weights, const Scores& scores, bool sharp, D delta_of, S of_query, i32 first_query, i32 first_key) {

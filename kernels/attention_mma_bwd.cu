@@ -29,6 +29,9 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
     __shared__ Rows q_rows, k_rows, v_rows, grad_rows;
     __shared__ PositionTile<ROWS, N, f32> position_tile;
     __shared__ f32 common[HEAD];
+    // Of the block's queries; the terms are the arguments of `weigh_plainly` and delta.
+    __shared__ Statistics row_statistics[ROWS];
+    __shared__ float2 row_terms[ROWS];
     const i32 heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];
     const i32 tiles = ceil_div(queries, ROWS), index = blockIdx.x / tiles;
     const i32 batch = index / heads, head = index % heads, first = (tiles - 1 - blockIdx.x % tiles) * ROWS;
@@ -42,7 +45,14 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
         grad_rows.set(grad, grad_at, batch, head);
     }
     __syncthreads();
-    statistics += (i64)index * queries, delta += (i64)index * queries;
+    typedef ScoreSums<M, N, false> Tiles;
+    for (i32 row = threadIdx.x; row < ROWS; row += MMA_THREADS) {
+        const bool exists = first + row < queries;
+        const i64 at = (i64)index * queries + first + row;
+        const Statistics of_row = exists ? statistics[at] : Statistics{0, 0};
+        row_statistics[row] = of_row;
+        row_terms[row] = {Tiles::exponent_base(of_row), exists ? delta[at] : 0};
+    }
     const PositionTerms terms = {bucket_of, linear, parameters, reach, behind, keys - queries};
     f32* position_sums = position ? position + ((i64)index * tiles + first / ROWS) * parameters : nullptr;
     if (position_sums) {
@@ -78,19 +88,29 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
     ptx_cp_async_wait<0>();
     __syncthreads();
     const bool has_common = key < seen.end && common_part<N>(common, k_tile(0), scores, key);
+    const auto of_warp = [&](auto holds) { return warp_any(warp, warp + 16 * M, holds); };
+    const bool large = of_warp([&](i32 row) { return Tiles::is_large(row_statistics[row]); });
+    const bool sharp = of_warp([&](i32 row) { return Tiles::is_sharp(row_statistics[row]); });
     f32 gradients[2 * M] = {};
     while (key < seen.end) {
         const i32 following = next(key + N);
         copy_keys(following, stage ^ 1);
         ptx_cp_async_wait<1>();
         __syncthreads();
-        ScoreSums<M, N, false> p, ds;
+        Tiles p, ds;
         p.clear();
         p.add_rows(q_tile, warp, k_tile(stage));
-        const bool sharp = p.weigh(p.finish(scores, query, key), statistics + query, queries - query);
+        const auto of_query = [&](i32 q) { return row_statistics[warp + Tiles::query(q)]; };
+        const f32 unit = p.finish(scores, query, key);
+        if (large || sharp) {
+            p.weigh(unit, large, of_query);
+        } else {
+            p.weigh_plainly(unit, [&](i32 q) { return row_terms[warp + Tiles::query(q)].x; });
+        }
         ds.clear();
         ds.add_rows(grad_tile, warp, v_tile(stage));
-        ds.to_score_gradients(p, scores, sharp, statistics + query, delta + query, queries - query, query, key);
+        const auto delta_of = [&](i32 q) { return row_terms[warp + Tiles::query(q)].y; };
+        ds.to_score_gradients(p, scores, sharp, delta_of, of_query, query, key);
         if (position_sums) {
 #pragma unroll
             for (i32 r = 0; r < ds.ROWS; ++r) {
@@ -130,9 +150,13 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_k
     extern __shared__ uint4 memory[];
     __shared__ Scores scores;
     __shared__ Rows q_rows, k_rows, v_rows, grad_rows;
-    // Per query of a step; every thread reads those of many queries.
+    typedef ScoreSums<M, N, true> Tiles;
+    // Per query of a step; every thread reads those of many queries. The terms are the arguments of `weigh_plainly` and
+    // delta.
     __shared__ Statistics row_statistics[N];
-    __shared__ f32 row_delta[N];
+    __shared__ float2 row_terms[N];
+    // Per warp that reads them: whether one has large scores, or a weight that may be the whole weight.
+    __shared__ bool row_large[N / 32], row_sharp[N / 32];
     // Those of the first head.
     __shared__ const Statistics* all_statistics;
     __shared__ const f32* all_delta;
@@ -206,19 +230,31 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_k
         if (threadIdx.x < N) {
             const bool exists = query + (i32)threadIdx.x < queries;
             const i64 row = (i64)member * queries + query + threadIdx.x;
-            row_statistics[threadIdx.x] = exists ? all_statistics[row] : Statistics{0, 0};
-            row_delta[threadIdx.x] = exists ? all_delta[row] : 0;
+            const Statistics of_row = exists ? all_statistics[row] : Statistics{0, 0};
+            row_statistics[threadIdx.x] = of_row;
+            row_terms[threadIdx.x] = {Tiles::exponent_base(of_row), exists ? all_delta[row] : 0};
+            const bool large = __any_sync(0xFFFFFFFF, Tiles::is_large(of_row));
+            const bool sharp = __any_sync(0xFFFFFFFF, Tiles::is_sharp(of_row));
+            if (threadIdx.x % 32 == 0) row_large[threadIdx.x / 32] = large, row_sharp[threadIdx.x / 32] = sharp;
         }
         ptx_cp_async_wait<1>();
         __syncthreads();
-        ScoreSums<M, N, true> p, ds;
+        Tiles p, ds;
         p.clear();
         if (reached(step)) {
             p.add_rows(k_tile, warp, q_tile(stage));
-            const bool sharp = p.weigh(p.finish(scores, query, key), row_statistics, N);
+            const bool large = row_large[0] || row_large[N / 32 - 1], sharp = row_sharp[0] || row_sharp[N / 32 - 1];
+            const auto of_query = [&](i32 q) { return row_statistics[Tiles::query(q)]; };
+            const f32 unit = p.finish(scores, query, key);
+            if (large || sharp) {
+                p.weigh(unit, large, of_query);
+            } else {
+                p.weigh_plainly(unit, [&](i32 q) { return row_terms[Tiles::query(q)].x; });
+            }
             ds.clear();
             ds.add_rows(v_tile, warp, grad_tile(stage));
-            ds.to_score_gradients(p, scores, sharp, row_statistics, row_delta, N, query, key);
+            const auto delta_of = [&](i32 q) { return row_terms[Tiles::query(q)].y; };
+            ds.to_score_gradients(p, scores, sharp, delta_of, of_query, query, key);
             if (dk) dk_sums.add_product(ds, q_tile(stage));
         }
         if (dv) {
