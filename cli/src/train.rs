@@ -19,8 +19,10 @@ use x_transformers::{
 
 mod chats;
 mod data;
+mod fit;
 mod labels;
 mod options;
+mod preset;
 mod rehearsal;
 mod start;
 mod task;
@@ -29,6 +31,7 @@ mod training;
 use self::{
     data::{About, Data, DataArgs, Own},
     options::{LoraArgs, ModelArgs, OptionArgs},
+    preset::Preset,
     task::{Kind, Task},
     training::Training,
 };
@@ -52,6 +55,10 @@ pub struct TrainArgs {
     /// plain decoder]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["dim", "depth", "heads", "resume"])]
     config: Option<PathBuf>,
+
+    /// Model to train by name; without a tokenizer, on bytes
+    #[arg(long, value_enum, conflicts_with_all = ["config", "dim", "depth", "heads", "from", "resume"])]
+    preset: Option<Preset>,
 
     /// Path of a model to continue from, with its weights and tokenizer, and new data and options: a checkpoint of `xt train`,
     /// or a pretrained Llama, Mistral or Qwen 2 (a GGUF file or a `transformers` folder)
@@ -123,6 +130,10 @@ impl TrainArgs {
 
     /// The model to train, by default with a vocabulary of this size.
     fn config(&self, num_tokens: Option<usize>) -> Result<Config> {
+        if let Some(preset) = self.preset {
+            let net = preset.config(num_tokens);
+            return self.changed(AutoregressiveConfig { net, ..Default::default() }.into());
+        }
         let Some(path) = &self.config else {
             let Some(num_tokens) = num_tokens.or(self.keywords.sets("num_tokens").then_some(1)) else {
                 return Err(Failure::new(
@@ -203,6 +214,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
             let Data { source, about } = args.data.open(None)?;
             let config = args.config(about.num_tokens)?;
             let options = args.train_options(longest(&config), RATES[0]);
+            fit::check(&config, &options, &device)?;
             begin(&args, Trainer::new(config, options, source, &device)?, about, &device)
         }
     }
@@ -333,8 +345,10 @@ mod tests {
             ("tokenizer", Folder("file")),
             ("shuffle", Saved("")),
             ("document_mask", Saved("")),
+            ("recompute", Saved("")),
             ("config", Saved("config.json")),
             ("dim", Saved("24")),
+            ("preset", Saved("modern")),
             ("depth", Saved("3")),
             ("heads", Saved("2")),
             ("set", Saved("ff_glu=true")),

@@ -157,10 +157,28 @@ impl Classifier {
     ///
     /// Errors: tokens that the model does not have.
     pub fn logits(&self, tokens: &Tensor, mask: &Tensor) -> Result<Tensor> {
-        let options = ForwardOptions { mask: Some(mask.clone()), return_embeddings: true, ..ForwardOptions::default() };
+        self.logits_with(tokens, mask, false)
+    }
+
+    fn logits_with(&self, tokens: &Tensor, mask: &Tensor, checkpoint_layers: bool) -> Result<Tensor> {
+        let mask = Some(mask.clone());
+        let options = ForwardOptions { mask, return_embeddings: true, checkpoint_layers, ..ForwardOptions::default() };
         let hidden = self.net.forward(tokens, &options).context("net")?.out;
         let pooled = self.net.pooled(&hidden).context("net")?.dropout(self.dropout)?;
         self.head.forward(&pooled).context("classifier")
+    }
+
+    fn loss_of(&self, logits: &Tensor, batch: &LabelledBatch) -> Result<Tensor> {
+        let logits = logits.to_dtype(logits.dtype().accumulator())?;
+        let classes = batch.labels.dtype() == DType::I64;
+        ensure!(
+            classes != self.config.labels.is_empty(),
+            Error::argument("classifier", "expected classes for a classification, values for a regression")
+        );
+        if classes {
+            return logits.cross_entropy(&batch.labels, -100);
+        }
+        logits.squeeze(1)?.sub(&batch.labels.to_dtype(logits.dtype())?)?.square()?.mean(&[])
     }
 }
 
@@ -182,17 +200,11 @@ impl TrainModel for Classifier {
     }
 
     fn loss(&self, batch: &LabelledBatch) -> Result<Tensor> {
-        let logits = self.logits(&batch.tokens, &batch.mask)?;
-        let logits = logits.to_dtype(logits.dtype().accumulator())?;
-        let classes = batch.labels.dtype() == DType::I64;
-        ensure!(
-            classes != self.config.labels.is_empty(),
-            Error::argument("classifier", "expected classes for a classification, values for a regression")
-        );
-        if classes {
-            return logits.cross_entropy(&batch.labels, -100);
-        }
-        logits.squeeze(1)?.sub(&batch.labels.to_dtype(logits.dtype())?)?.square()?.mean(&[])
+        self.loss_of(&self.logits(&batch.tokens, &batch.mask)?, batch)
+    }
+
+    fn loss_recomputed(&self, batch: &LabelledBatch) -> Result<Tensor> {
+        self.loss_of(&self.logits_with(&batch.tokens, &batch.mask, true)?, batch)
     }
 
     fn check(config: &ClassifierConfig, options: &TrainOptions) -> Result<()> {

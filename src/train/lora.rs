@@ -264,6 +264,10 @@ impl TrainModel for LoraModel {
         TrainModel::loss(&self.model, batch)
     }
 
+    fn loss_recomputed(&self, batch: &TokenBatch) -> Result<Tensor> {
+        self.model.loss_recomputed(batch)
+    }
+
     fn check(config: &LoraConfig, options: &TrainOptions) -> Result<()> {
         <AutoregressiveWrapper as TrainModel>::check(&config.base_config()?, options)
     }

@@ -34,12 +34,21 @@ pub trait TrainModel: Sized {
     /// from the tape, which makes a resumed run draw the same numbers.
     fn loss(&self, batch: &Self::Batch) -> Result<Tensor>;
 
+    /// Computes the loss like [`TrainModel::loss`], with the activations of layers computed again in the backward pass, for
+    /// [`recompute`](TrainOptions::recompute).
+    ///
+    /// Errors: by default, [`TrainModel::check`] refuses the option.
+    fn loss_recomputed(&self, _batch: &Self::Batch) -> Result<Tensor> {
+        Err(Error::option("recompute", "is not supported by this model"))
+    }
+
     /// Checks that the model can be trained with these options.
     ///
     /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option). By default for
-    /// [`document_mask`](TrainOptions::document_mask), which a model must know about.
+    /// [`document_mask`](TrainOptions::document_mask) and [`recompute`](TrainOptions::recompute), which a model must know about.
     fn check(_config: &Self::Config, options: &TrainOptions) -> Result<()> {
         ensure!(!options.document_mask, Error::option("document_mask", "is not supported by this model"));
+        ensure!(!options.recompute, Error::option("recompute", "is not supported by this model"));
         Ok(())
     }
 
@@ -72,16 +81,11 @@ impl TrainModel for AutoregressiveWrapper {
     }
 
     fn loss(&self, batch: &TokenBatch) -> Result<Tensor> {
-        let n = self.tokens_read(batch.tokens.dim(1)?);
-        let mut options = ForwardOptions::default();
-        if let Some(documents) = &batch.documents {
-            let documents = documents.narrow(1, 0, n)?;
-            options.attn_mask = Some(documents.unsqueeze(2)?.eq(&documents.unsqueeze(1)?)?.unsqueeze(1)?);
-        }
-        match &batch.loss_mask {
-            None => self.loss(&batch.tokens, &options),
-            Some(mask) => self.masked_loss(&batch.tokens, mask, &options),
-        }
+        loss_with(self, batch, ForwardOptions::default())
+    }
+
+    fn loss_recomputed(&self, batch: &TokenBatch) -> Result<Tensor> {
+        loss_with(self, batch, ForwardOptions { checkpoint_layers: true, ..ForwardOptions::default() })
     }
 
     /// Options that let a token see others except by attention, or count positions from the start of the row, cannot be
@@ -136,6 +140,19 @@ impl TrainModel for AutoregressiveWrapper {
             Ok(plan) if plan.net.max_seq_len > 0 => plan.net.max_seq_len - usize::from(plan.loss.reads_all),
             _ => usize::MAX,
         }
+    }
+}
+
+/// Loss of a batch, with these options.
+fn loss_with(model: &AutoregressiveWrapper, batch: &TokenBatch, mut options: ForwardOptions) -> Result<Tensor> {
+    let n = model.tokens_read(batch.tokens.dim(1)?);
+    if let Some(documents) = &batch.documents {
+        let documents = documents.narrow(1, 0, n)?;
+        options.attn_mask = Some(documents.unsqueeze(2)?.eq(&documents.unsqueeze(1)?)?.unsqueeze(1)?);
+    }
+    match &batch.loss_mask {
+        None => model.loss(&batch.tokens, &options),
+        Some(mask) => model.masked_loss(&batch.tokens, mask, &options),
     }
 }
 

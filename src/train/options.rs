@@ -36,6 +36,9 @@ pub struct TrainOptions {
     pub shuffle: bool,
     /// If `true`, attention stays within documents, which rows pack. Default `false`.
     pub document_mask: bool,
+    /// If `true`, activations of layers are computed again in the backward pass instead of kept: less memory, more time, the same
+    /// bits. Default `false`.
+    pub recompute: bool,
     /// Peak learning rate. Default 1e-3.
     pub lr: f64,
     /// Number of warmup steps until the peak. Default 30.
@@ -89,6 +92,7 @@ impl Default for TrainOptions {
             accumulate: 1,
             shuffle: false,
             document_mask: false,
+            recompute: false,
             lr: 1e-3,
             warmup: 30,
             final_lr_ratio: 0.1,

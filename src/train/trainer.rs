@@ -1,5 +1,6 @@
 //! Training loop.
 
+mod finite;
 mod validation;
 
 use std::{cell::Cell, collections::BTreeMap, fmt, io, path::Path, sync::Arc};
@@ -14,12 +15,10 @@ use super::{
     random::{MAX_STEPS, tape_seed},
 };
 use crate::{
-    DType, Device, Error, ErrorKind, Gradients, Param, ParamMap, ParamStore, Result, Tape, Tensor,
-    collect::CollectVec,
+    DType, Device, Error, ErrorKind, Gradients, ParamMap, ParamStore, Result, Tape, Tensor,
     config::Config,
     error::{ErrorContext, ensure},
     models::AutoregressiveWrapper,
-    ops::adamw::square_norms,
 };
 
 /// Trainer of a model on the batches of a source, step by step: an [`AutoregressiveWrapper`], or any [`TrainModel`] with
@@ -341,7 +340,8 @@ impl<M: TrainModel> Trainer<M> {
             targets += batch.targets();
             weights += weight;
             let mut tape = Tape::train(tape_seed(seed, self.step, micro));
-            let output = self.model.loss(&batch)?;
+            let recompute = self.options.recompute;
+            let output = if recompute { self.model.loss_recomputed(&batch) } else { self.model.loss(&batch) }?;
             let start = Tensor::full(*output.shape(), scale * weight, output.dtype(), output.device())?;
             let mut part = tape.backward_with(&output, &start)?;
             if accumulate > 1 {
@@ -412,26 +412,6 @@ impl<M: TrainModel> Trainer<M> {
             ema.update(&self.params)?;
         }
         Ok(Some(info))
-    }
-
-    /// Returns the error for a loss that is not finite, with a parameter that is not finite either.
-    fn diverged(&self, grads: &Gradients) -> Error {
-        let mut what = "loss".to_string();
-        // Out of memory for packed copies: the message then omits the parameter.
-        if let Ok(Some(name)) = self.not_finite(|tensor| Some(tensor.detach())) {
-            what = format!("loss (and the parameter {name})");
-        } else if let Ok(Some(name)) = self.not_finite(|tensor| grads.get(tensor).cloned()) {
-            what = format!("loss (and the gradient of {name})");
-        }
-        Error::new(ErrorKind::NonFinite { step: self.step, what })
-    }
-
-    /// Returns the first parameter whose tensor has NaN or infinity.
-    fn not_finite(&self, tensor: impl Fn(&Tensor) -> Option<Tensor>) -> Result<Option<&str>> {
-        let given = |(name, param): (_, &Param)| Some((name, tensor(&param.tensor())?.contiguous()));
-        let (names, tensors): (Vec<_>, Vec<_>) = self.params.unique().filter_map(given).unzip();
-        let squares = square_norms(&tensors.into_iter().try_collect_vec()?)?;
-        Ok(squares.iter().position(|square| !square.is_finite()).map(|index| names[index]))
     }
 
     /// Saves a checkpoint in a folder with [`Checkpoint::save`].

@@ -213,3 +213,21 @@ fn examples_have_the_shape_of_their_batch() -> Result<()> {
     assert!(refused(Examples::new(vec![ragged], rows.clone()), 9, 9).contains("example 1 has 1 values, expected 2"));
     Ok(())
 }
+
+/// Activations that are computed again change no bit, with dropout, masks and adapters; a model that cannot says so.
+#[test]
+fn recomputed_steps_have_the_same_bits() -> Result<()> {
+    let lora = LoraOptions { r: 2, lora_dropout: 0.3, ..Default::default() };
+    let run = |recompute: bool| -> Result<(Vec<f64>, f64)> {
+        let config = LoraConfig::new(files("llama"), lora.clone(), 3)?;
+        let options = TrainOptions { recompute, ..options(3) };
+        let mut trainer = Trainer::<LoraModel>::start(config, options, source(), &device())?;
+        let mut losses = Vec::new();
+        for _ in 0..3 {
+            losses.push(trainer.step()?.loss);
+        }
+        Ok((losses, trainer.validate()?))
+    };
+    assert_eq!(run(true)?, run(false)?);
+    Ok(())
+}

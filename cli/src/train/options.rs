@@ -76,6 +76,10 @@ pub struct OptionArgs {
     #[arg(long, conflicts_with = "resume")]
     pub document_mask: bool,
 
+    /// Compute the activations of layers again in the backward pass instead of keeping them: less memory, more time
+    #[arg(long, conflicts_with = "resume")]
+    recompute: bool,
+
     /// Number of training steps; with --resume, the new total, to which the learning rate schedule adapts [default:
     /// 600, with --resume that of the run]
     #[arg(long, value_name = "N")]
@@ -154,6 +158,7 @@ impl OptionArgs {
             accumulate: self.accumulate,
             shuffle: self.shuffle,
             document_mask: self.document_mask,
+            recompute: self.recompute,
             lr: self.lr.unwrap_or(lr),
             warmup: self.warmup,
             clip: self.clip,

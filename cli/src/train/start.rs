@@ -13,7 +13,7 @@ use x_transformers::{
 use super::{
     RATES, TrainArgs, begin as begin_run,
     data::{About, Data, Own},
-    longest,
+    fit, longest,
     task::Kind,
 };
 use crate::{
@@ -93,6 +93,7 @@ fn whole(
 ) -> Result<()> {
     let (longest, num_tokens) = (longest(&config), Some(num_tokens(&config)));
     let options = args.train_options(longest, rate);
+    fit::check(&config, &options, device)?;
     let Data { source, about } = open(args, own, options.seq_len, num_tokens)?;
     let trainer = Trainer::<AutoregressiveWrapper>::start_from(config, &weights, options, source, device)?;
     drop(weights);

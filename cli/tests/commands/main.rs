@@ -6,6 +6,7 @@ mod command;
 mod bench;
 mod classify;
 mod convert;
+mod curves;
 mod embed;
 mod generate;
 mod info;

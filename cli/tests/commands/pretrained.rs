@@ -292,7 +292,7 @@ fn pretrained_folders_continue_texts() {
         let error = fails(&[&all[..], &["a b", "--draft", draft]].concat());
         assert!(error.contains("a different tokenizer"), "{error}");
     }
-    assert!(fails(&["generate", "--checkpoint", &out, "--chat"]).contains("requires a pretrained model"));
+    assert!(fails(&["generate", "--checkpoint", &out, "--chat"]).contains("chats require a pretrained model"));
 }
 
 /// A folder like that of Llama 2, with a SentencePiece model.

@@ -1,0 +1,29 @@
+//! What is not finite in a run.
+
+use super::Trainer;
+use crate::{
+    Error, ErrorKind, Gradients, Param, Result, Tensor, collect::CollectVec, ops::adamw::square_norms,
+    train::TrainModel,
+};
+
+impl<M: TrainModel> Trainer<M> {
+    /// Returns the error for a loss that is not finite, with a parameter that is not finite either.
+    pub(super) fn diverged(&self, grads: &Gradients) -> Error {
+        let mut what = "loss".to_string();
+        // Out of memory for packed copies: the message then omits the parameter.
+        if let Ok(Some(name)) = self.not_finite(|tensor| Some(tensor.detach())) {
+            what = format!("loss (and the parameter {name})");
+        } else if let Ok(Some(name)) = self.not_finite(|tensor| grads.get(tensor).cloned()) {
+            what = format!("loss (and the gradient of {name})");
+        }
+        Error::new(ErrorKind::NonFinite { step: self.step, what })
+    }
+
+    /// Returns the first parameter whose tensor has NaN or infinity.
+    pub(super) fn not_finite(&self, tensor: impl Fn(&Tensor) -> Option<Tensor>) -> Result<Option<&str>> {
+        let given = |(name, param): (_, &Param)| Some((name, tensor(&param.tensor())?.contiguous()));
+        let (names, tensors): (Vec<_>, Vec<_>) = self.params.unique().filter_map(given).unzip();
+        let squares = square_norms(&tensors.into_iter().try_collect_vec()?)?;
+        Ok(squares.iter().position(|square| !square.is_finite()).map(|index| names[index]))
+    }
+}
