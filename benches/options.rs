@@ -1,5 +1,5 @@
 //! Cost of each option: its training step (loss, backward pass, AdamW) relative to that of the plain decoder of the
-//! same size. The two alternate, and the medians of the ratios are printed: other load on the machine affects both, and
+//! same size and version. The two alternate, and the medians of the ratios are printed: other load on the machine affects both, and
 //! affects the ratio of CPU times even less than that of wall-clock times.
 //!
 //!     cargo bench --bench options [-- FILTER]
@@ -9,7 +9,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use x_transformers::{
     DType, Device, ParamMap, ParamStore, Philox, Result, Tape, Tensor,
-    config::{AttentionPath, BranchPlan, Config, LayersPlan},
+    config::{AttentionPath, BranchPlan, Config, LayersPlan, ModelPlan},
     models::{AutoregressiveWrapper, ForwardOptions},
     train::{AdamW, AdamWOptions, Optimizer},
 };
@@ -36,11 +36,25 @@ enum Place {
     Layers,
     Wrapper,
     Call,
+    /// Layers of a config of version 2.
+    LayersTwo,
+    /// A call of a model of version 2.
+    CallTwo,
 }
 
-use Place::{Call, Layers, Wrapper};
+use Place::{Call, CallTwo, Layers, LayersTwo, Wrapper};
 
-/// Options as JSON, or for [`Call`] the field of [`ForwardOptions`].
+impl Place {
+    /// Returns the place of an option without a value, whose model is the plain one.
+    fn plain(self) -> Self {
+        match self {
+            Layers | Wrapper | Call => Call,
+            LayersTwo | CallTwo => CallTwo,
+        }
+    }
+}
+
+/// Options as JSON, or for [`Call`] and [`CallTwo`] the field of [`ForwardOptions`].
 const OPTIONS: &[(Place, &str)] = &[
     (Layers, r#""rotary_pos_emb": true"#),
     (Layers, r#""rotary_pos_emb": true, "rotary_qk_only": true"#),
@@ -87,6 +101,18 @@ const OPTIONS: &[(Place, &str)] = &[
     (Layers, r#""attn_sparse_topk": 8"#),
     (Layers, r#""attn_use_entmax15": true"#),
     (Layers, r#""residual_attn": true"#),
+    (LayersTwo, r#""attn_softclamp_logits": true"#),
+    (LayersTwo, r#""attn_head_learned_sink": true"#),
+    (LayersTwo, r#""attn_add_zero_kv": true"#),
+    (LayersTwo, r#""attn_num_mem_kv": 16"#),
+    (LayersTwo, r#""alibi_pos_bias": true"#),
+    (LayersTwo, r#""alibi_pos_bias": true, "attn_num_mem_kv": 16"#),
+    (LayersTwo, r#""rel_pos_bias": true"#),
+    (LayersTwo, r#""rel_pos_bias": true, "attn_num_mem_kv": 16"#),
+    (LayersTwo, r#""dynamic_pos_bias": true"#),
+    (LayersTwo, r#""attn_softclamp_logits": true, "attn_head_learned_sink": true, "dynamic_pos_bias": true"#),
+    (CallTwo, "attn_bias"),
+    (CallTwo, "attn_bias with its gradient"),
 ];
 
 /// A model, its optimizer and its batch.
@@ -107,15 +133,20 @@ impl Run {
         let mut layers = json!({"kind": "Decoder", "dim": dim, "depth": depth, "heads": heads});
         let mut net = json!({"num_tokens": NUM_TOKENS, "max_seq_len": length});
         match place {
-            Layers => extend(&mut layers, option),
+            Layers | LayersTwo => extend(&mut layers, option),
             Wrapper => extend(&mut net, option),
-            Call => {}
+            Call | CallTwo => {}
         }
         net["attn_layers"] = layers;
-        let config = Config::from_value(json!({"model": "AutoregressiveWrapper", "net": net}))?;
-        let Config::AutoregressiveWrapper(config) = config else { unreachable!("the model is named above") };
+        let mut config = json!({"model": "AutoregressiveWrapper", "net": net});
+        if let CallTwo = place.plain() {
+            config["version"] = json!("2");
+        }
+        let ModelPlan::Autoregressive(plan) = Config::from_value(config)?.plan()? else {
+            unreachable!("the model is named above")
+        };
         let store = ParamStore::new(0, DType::F32, &Device::Cpu);
-        let model = AutoregressiveWrapper::new(&config, &store)?;
+        let model = AutoregressiveWrapper::from_plan(plan, &store)?;
         let params = store.params();
 
         let mut options = ForwardOptions::default();
@@ -131,6 +162,10 @@ impl Run {
                 let mem = |layer| floats([1, length / 2, dim], layer as u64);
                 options.mems = Some((0..plan.self_attentions()).map(mem).collect::<Result<_>>()?);
                 keys += length / 2;
+            }
+            (CallTwo, "attn_bias") => options.attn_bias = Some(floats([heads, length, length], 2)?),
+            (CallTwo, "attn_bias with its gradient") => {
+                options.attn_bias = Some(floats([heads, length, length], 2)?.requires_grad()?);
             }
             _ => {}
         }
@@ -195,7 +230,7 @@ fn work(params: &ParamMap, plan: &LayersPlan, queries: usize, keys: usize) -> f6
         BranchPlan::SelfAttention(attention) => {
             let seen = |query: usize| {
                 let behind = keys - queries.min(keys) + query + 1;
-                behind - attention.window.first_key(behind as i64 - 1).max(0) as usize + attention.num_mem_kv
+                behind - attention.window.first_key(behind as i64 - 1).max(0) as usize + attention.prefix_len()
             };
             attention.heads * (attention.dim_qk() + attention.dim_head) * (0..queries).map(seen).sum::<usize>()
         }
@@ -215,7 +250,7 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 
 /// A line of the table.
 fn measure(sizes: Sizes, place: Place, option: &str) -> Result<String> {
-    let (mut plain, mut changed) = (Run::new(sizes, Call, "")?, Run::new(sizes, place, option)?);
+    let (mut plain, mut changed) = (Run::new(sizes, place.plain(), "")?, Run::new(sizes, place, option)?);
     // The first steps make the optimizer's state and the buffers.
     plain.step()?;
     changed.step()?;

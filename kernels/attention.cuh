@@ -1,13 +1,22 @@
 // Scores: turns products of queries and keys into weights, and back into gradients. Shared by every attention kernel,
 // so that masks, biases and dropout mean the same in all of them.
 //
-//   score = scale q·k + bias + curve[key - query], -inf where masked
+//   score = clamp(scale q·k + bias + curve[key - query]), -inf where masked
 //
+// A soft clamp is bound · tanh(score / bound); its derivative follows from the score, and that from the weight and the
+// statistics of its query. A sink is one more score of each query, whose weight goes to no value: the running maximum
+// and sum start with it, and the rest is the same.
 // A query without any key left attends to every key alike, with weights 1 / keys that have no gradient. One that has
 // keys left, but a bias of -inf for each of them, gives 0; one whose scores overflow to -inf gives NaN.
 
 #include "philox.cuh"
 #include "attention_window.cuh"
+
+// Whether registers leave room for soft clamps, sinks, slopes on both sides and unbiased keys; the including file says
+// so if not, and is not launched for them.
+#ifndef EXTENDED
+#define EXTENDED true
+#endif
 
 typedef Element<T>::Acc Acc;
 
@@ -61,9 +70,11 @@ struct RowBias {
     const Acc* curve;
     const T* bias;
     i64 step;
+    // The curve leaves out the keys before.
+    i32 first;
 
     __device__ __forceinline__ Acc at(i32 key) const {
-        const Acc position = curve ? curve[key] : 0;
+        const Acc position = curve && (!EXTENDED || key >= first) ? curve[key] : 0;
         return bias ? position + Element<T>::to_acc(bias[key * step]) : position;
     }
 };
@@ -73,35 +84,43 @@ struct RowBias {
 struct Spec {
     const bool *mask, *query_mask, *key_mask;
     const T* bias;
-    const Acc* curves;
+    const Acc *curves, *sinks;
     Layout mask_at, bias_at;
     // Number of leading keys that `key_mask` does not cover: the memory keys, or 0.
     i32 unmasked, mem_keys;
+    // Number of leading keys that curves leave out.
+    i32 unbiased;
     Window window;
     i32 causal;
-    // True if each curve is a number times the distance, counted from the query's position.
+    // 1 if each curve is a number times the distance from the query's position, 2 if times its magnitude, otherwise 0.
     i32 linear;
     f64 scale;
+    // Bound of the soft clamp, or 0.
+    f64 softclamp;
     u64 seed, stream, threshold;
     f64 factor;
 };
 
 // The same as parameters, inputs and values; and a Spec of these.
-#define SPEC_INPUTS const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const Acc* curves
-#define SPEC_VALUES Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, WINDOW_VALUES, i32 causal, i32 linear, \
-                    f64 scale, u64 seed, u64 stream, u64 threshold, f64 factor
-#define SPEC {mask, query_mask, key_mask, bias, curves, mask_at, bias_at, unmasked, mem_keys, WINDOW, causal, linear, \
-              scale, seed, stream, threshold, factor}
+#define SPEC_INPUTS const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const Acc* curves, \
+                    const Acc* sinks
+#define SPEC_VALUES Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 unbiased, WINDOW_VALUES, \
+                    i32 causal, i32 linear, f64 scale, f64 softclamp, u64 seed, u64 stream, u64 threshold, f64 factor
+#define SPEC {mask, query_mask, key_mask, bias, curves, sinks, mask_at, bias_at, unmasked, mem_keys, unbiased, WINDOW, \
+              causal, linear, scale, softclamp, seed, stream, threshold, factor}
 
 // The scores of one head. Kernels keep it in shared memory: it would take some forty registers of every thread.
 struct Scores {
     i32 queries, keys;
     // A query's position among the keys is its number + shift.
     i32 shift;
-    i32 mem_keys;
+    i32 mem_keys, unbiased;
     Window window;
-    bool causal, drops, linear;
+    bool causal, drops;
+    i32 linear;
     Acc scale, factor;
+    // Bound of the soft clamp, or 0; the sink's score, or -inf.
+    Acc bound, sink;
     // Weights are summed as this power of two of themselves, so that no mean of finite values leaves the range of
     // numbers on the way. Sums of f16 cannot.
     Acc part;
@@ -111,7 +130,7 @@ struct Scores {
     i64 bias_query, bias_key;
     // The bias of distance 0; distances run from 1 - queries to keys - 1.
     const Acc* curve;
-    // For a linear curve, the bias of the key after a query's position.
+    // For a linear curve, the bias at a distance of 1 after a query's position.
     Acc slope;
     // Position of the head's first score among all: dropout counts them.
     u64 first;
@@ -120,8 +139,9 @@ struct Scores {
     __device__ __forceinline__ void set(
         const Spec& spec, i32 batch, i32 head, i32 heads, i32 query_count, i32 key_count) {
         queries = query_count, keys = key_count, shift = keys - queries;
-        mem_keys = spec.mem_keys, window = spec.window, causal = spec.causal;
-        scale = (Acc)spec.scale, factor = (Acc)spec.factor;
+        mem_keys = spec.mem_keys, unbiased = spec.unbiased, window = spec.window, causal = spec.causal;
+        scale = (Acc)spec.scale, factor = (Acc)spec.factor, bound = (Acc)spec.softclamp;
+        sink = spec.sinks ? spec.sinks[head] : -infinity();
         part = 1;
         if constexpr (!IS_F16) {
             for (i32 rest = keys - 1; rest > 0; rest /= 2) part /= 2;
@@ -141,7 +161,7 @@ struct Scores {
         key_mask = spec.key_mask ? spec.key_mask + padding : nullptr;
         curve = spec.curves ? spec.curves + (i64)head * (queries + keys - 1) + queries - 1 : nullptr;
         // A distance of 1 from the first query's position; a single query has none and needs none.
-        linear = curve && spec.linear && queries > 1;
+        linear = curve && queries > 1 ? spec.linear : 0;
         slope = linear ? curve[shift + 1] : 0;
     }
 
@@ -224,7 +244,7 @@ struct Scores {
     __device__ __forceinline__ bool biased() const { return curve || bias; }
 
     __device__ __forceinline__ RowBias bias_of(i32 query) const {
-        return {curve ? curve - query : nullptr, bias ? bias + query * bias_query : nullptr, bias_key};
+        return {curve ? curve - query : nullptr, bias ? bias + query * bias_query : nullptr, bias_key, unbiased};
     }
 
     // Bit c says whether dropout keeps a query's weight of key `key` + c, for c below N, at most 4. Word i of the
@@ -243,6 +263,12 @@ struct Scores {
         return bits;
     }
 };
+
+// The derivative of tanh by its value, which may be infinite or NaN for weights of 0.
+__device__ __forceinline__ Acc clamp_slope(Acc tanh) {
+    tanh = fmin(fmax(tanh, (Acc)-1), (Acc)1);
+    return 1 - tanh * tanh;
+}
 
 // Rows of one head with packed features and their own strides.
 struct Rows {

@@ -3,6 +3,7 @@
 //
 //   dv = P'ᵀ grad    ds = P ⊙ (dropout(grad vᵀ) − D)    dq = scale ds k    dk = scale dsᵀ q
 //
+// times the derivatives of the soft clamp, if there is one,
 // and the biases get ds summed over the dimensions they were broadcast to. A key that has the whole weight of a
 // query has a ds of 0: dropout(grad vᵀ) − D would only be rounding error. Shapes and types as in attention_fwd.cu;
 // delta, which is D, and statistics [batch, heads, query].
@@ -61,6 +62,26 @@ __device__ __forceinline__ void score_gradients(Square& ds, const Square& p, Sha
 #pragma unroll
         for (i32 c = 0; c < SIDE; ++c) ds[r][c] = (p[r][c] == 1 ? 0 : p[r][c]) * (ds[r][c] - mean);
     }
+    if (shared.of_head.bound == 0) return;
+    // A row at a time, as unrolled logarithms would be long.
+    put_scores(shared, p);
+#pragma unroll 1
+    for (i32 r = 0; r < SIDE; ++r) {
+        const i32 row = query + thread_row() * SIDE + r;
+        if (row >= shared.q.count) break;
+        const Statistics of_row = shared.statistics[row];
+        const Acc part = 1 / shared.of_head.bound, base = of_row.largest - log(of_row.share);
+        Vector& values = score_row(shared, r);
+#pragma unroll
+        for (i32 c = 0; c < SIDE; ++c) values.lane[c] = clamp_slope((log(values.lane[c]) + base) * part);
+    }
+    Square slopes;
+    take_scores(slopes, shared);
+#pragma unroll
+    for (i32 r = 0; r < SIDE; ++r) {
+#pragma unroll
+        for (i32 c = 0; c < SIDE; ++c) ds[r][c] *= slopes[r][c];
+    }
 }
 
 extern "C" __global__ void attention_bwd_delta(
@@ -115,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_quer
         shared.delta = delta + (i64)index * queries;
     }
     __syncthreads();
-    const PositionTerms terms = {bucket_of, parameters, reach, behind, keys - queries};
+    const PositionTerms terms = {bucket_of, linear, parameters, reach, behind, keys - queries};
     Acc* position_sums = position && blockIdx.y == 0 ? position + ((i64)index * tiles + query / TILE) * parameters
                                                      : nullptr;
     if (position_sums) {
@@ -130,7 +151,8 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_quer
         weigh(p, shared, query, key);
         score_gradients(ds, p, shared, query, key);
         put_scores(shared, ds);
-        if (position_sums) position_tile.add(position_sums, shared.scores, SCORE_PITCH, terms, key - query);
+        if (position_sums) position_tile.add(position_sums, shared.scores, SCORE_PITCH, terms, key - query,
+                                             max(shared.of_head.unbiased - key, 0));
 #pragma unroll
         for (i32 group = 0; group < GROUPS; ++group) {
             if (dq && column + group * TILE < shared.k.features) {

@@ -1,5 +1,5 @@
-// Attention of the last few tokens to a cache, see src/ops/attention/decode.rs: out = softmax(scale q kᵀ + curve) v
-// over the keys up to each query's position.
+// Attention of the last few tokens to a cache, see src/ops/attention/decode.rs: out = softmax(clamp(scale q kᵀ +
+// curve)) v over the keys up to each query's position; a sink adds a term to the sum of the softmax.
 //
 // Shapes: q [batch, heads, query, d], caches k [batch, kv_heads, capacity, d] and v [.., e], each with its own strides
 // and packed features; out [batch, query, heads, e] packed; sums [batch heads query, parts, e] and statistics
@@ -61,7 +61,8 @@ constexpr i32 BLOCKS = QUERIES > 1 ? 3 : __CUDA_ARCH__ >= 900 ? 5 : 4;
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     attention_decode(Acc* sums, Acc* statistics, const T* q, const T* k, const T* v, const i64* ends,
                      const bool* key_mask, const bool* query_mask, const Acc* curves, Layout q_at, Layout k_at,
-                     Layout v_at, i32 front, i32 mem_keys, WINDOW_VALUES, i32 distances, i32 parts, f64 scale) {
+                     Layout v_at, i32 front, i32 mem_keys, WINDOW_VALUES, i32 distances, i32 unbiased, i32 parts,
+                     f64 scale, f64 softclamp) {
     __shared__ Query shared_queries[QUERIES];
     __shared__ Acc scores[QUERIES][PART];
     __shared__ Acc of_warps[WARPS][QUERIES][32 * LANES];
@@ -179,9 +180,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 kept[n] = key >= of.start && key < of.end &&
                           (!key_mask || key < front || key_mask[(i64)b * (capacity - front) + key - front]);
                 score[n] = kept[n] ? weights[at] * (Acc)scale : 0;
-                if (curves && kept[n]) {
+                if (curves && kept[n] && key >= unbiased) {
                     score[n] += curves[(i64)of.head * distances + min(of.position - key, distances - 1)];
                 }
+                if (softclamp > 0) score[n] = (Acc)softclamp * tanh(score[n] / (Acc)softclamp);
                 if (kept[n]) max = fmax(max, score[n]);
                 any_kept |= kept[n];
             }
@@ -270,12 +272,14 @@ constexpr i32 AT_ONCE = sizeof(Acc) == 8 ? 1 : 4;
 
 // A block owns a query: groups of threads take its parts at a fixed stride, one packet of features per thread.
 template <int N>
-__device__ __forceinline__ void join(T* out, const Acc* sums, const Acc* of_parts, const T* values, i64 apart, i32 e,
-                                     i32 count, i32 keys) {
+__device__ __forceinline__ void join(T* out, const Acc* sums, const Acc* of_parts, const T* values, const Acc* sink,
+                                     i64 apart, i32 e, i32 count, i32 keys) {
     __shared__ Acc shared[JOINERS * N], shared_weights[JOINERS];
     const i32 thread = threadIdx.x, threads = JOINERS;
     Acc max = negative_infinity<Acc>();
-    bool seen = false;
+    // The sink is one more part, whose weight goes to no value.
+    bool seen = sink && *sink > negative_infinity<Acc>();
+    if (seen) max = *sink;
     for (i32 part = thread; part < count; part += threads) {
         max = fmax(max, of_parts[2 * part]);
         seen |= of_parts[2 * part + 1] != 0;
@@ -292,7 +296,7 @@ __device__ __forceinline__ void join(T* out, const Acc* sums, const Acc* of_part
     const i32 chunks = (e + N - 1) / N, width = min(chunks, threads), groups = threads / width, group = thread / width;
     for (i32 chunk = thread % width; chunk - thread % width < chunks; chunk += width) {
         const i32 f = chunk * N;
-        Acc total[N] = {}, weights = 0;
+        Acc total[N] = {}, weights = sink && group == 0 ? exp(*sink - max) * share * (Acc(1) / PART) : 0;
         if (group < groups && chunk < chunks) {
 #pragma unroll AT_ONCE
             for (i32 item = group; item < items; item += groups) {
@@ -335,8 +339,8 @@ __device__ __forceinline__ void join(T* out, const Acc* sums, const Acc* of_part
 }
 
 extern "C" __global__ void __launch_bounds__(JOINERS)
-    attention_decode_join(T* out, const Acc* sums, const Acc* statistics, const T* v, const i64* ends, Layout v_at,
-                          i32 front, i32 heads, i32 queries, i32 parts) {
+    attention_decode_join(T* out, const Acc* sums, const Acc* statistics, const T* v, const i64* ends,
+                          const Acc* sinks, Layout v_at, i32 front, i32 heads, i32 queries, i32 parts) {
     const i32 i = blockIdx.x % queries, head = blockIdx.x / queries % heads, b = blockIdx.x / queries / heads;
     const i32 kv_head = head / (heads / (i32)v_at.dims[1]), e = v_at.dims[3];
     const i32 keys = held(ends, b, front, queries, v_at.dims[2]), count = (keys + PART - 1) / PART;
@@ -344,10 +348,11 @@ extern "C" __global__ void __launch_bounds__(JOINERS)
     T* to = out + (((i64)b * queries + i) * heads + head) * e;
     const Acc* of_row = sums + (i64)blockIdx.x * parts * e;
     const Acc* of_parts = statistics + (i64)blockIdx.x * parts * 2;
+    const Acc* sink = sinks ? sinks + head : nullptr;
     constexpr i32 N = 16 / sizeof(Acc);
     if (e % N == 0) {
-        join<N>(to, of_row, of_parts, values, v_at.strides[2], e, count, keys);
+        join<N>(to, of_row, of_parts, values, sink, v_at.strides[2], e, count, keys);
     } else {
-        join<1>(to, of_row, of_parts, values, v_at.strides[2], e, count, keys);
+        join<1>(to, of_row, of_parts, values, sink, v_at.strides[2], e, count, keys);
     }
 }

@@ -54,7 +54,10 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_fwd(
 
     Acc max[SIDE], sum[SIDE];
 #pragma unroll
-    for (i32 r = 0; r < SIDE; ++r) max[r] = -infinity(), sum[r] = 0;
+    for (i32 r = 0; r < SIDE; ++r) {
+        // One thread of the row has the sink.
+        max[r] = scores.sink, sum[r] = max[r] > -infinity() && thread_column() == 0 ? scores.part : 0;
+    }
     const Span seen = scores.keys_of(query, min(query + TILE, queries) - 1);
     for (i32 key = seen.start / TILE * TILE; key < seen.end; key += TILE) {
         if (!scores.any_key(key, TILE)) continue;

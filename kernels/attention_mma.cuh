@@ -82,13 +82,18 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     __device__ __forceinline__ f32 finish(const Scores& scores, i32 first_query, i32 first_key) {
         constexpr i32 ROWS = 16 * M;
         const i32 rows = BY_KEY ? N : ROWS, columns = BY_KEY ? ROWS : N;
+        const bool clamps = EXTENDED && scores.bound > 0;
         // The largest score stays the largest only if the scale is positive.
-        if (scores.scale > 0 && scores.plain(first_query, first_key, rows, columns)) return scores.scale;
+        if (scores.scale > 0 && scores.plain(first_query, first_key, rows, columns)) {
+            if (!clamps) return scores.scale;
+            clamp(scores.bound, scores.scale);
+            return 1;
+        }
         Bits kept = ~Bits(0);
         const bool masked = scores.mask || scores.pads_keys(first_key, columns), biased = scores.biased();
         const f32 scale = scores.scale;
         // Without masks and tables, spans and slopes decide on a score.
-        const bool linear = scores.linear && !scores.bias;
+        const i32 linear = scores.bias || EXTENDED && first_key < scores.unbiased ? 0 : scores.linear;
         if (SPANS && !masked && (linear || !biased && scale > 0)) {
             if (linear) {
                 const f32 slope = scores.slope;
@@ -98,10 +103,12 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
                     const f32 distance = first_key + key(0) - first_query - query(q) - scores.shift;
 #pragma unroll
                     for (i32 k = 0; k < KEYS; ++k) {
-                        score(q, k) = score(q, k) * scale + slope * (distance + (f32)(key(k) - key(0)));
+                        const f32 away = distance + (f32)(key(k) - key(0));
+                        score(q, k) = score(q, k) * scale + slope * (EXTENDED && linear == 2 ? fabs(away) : away);
                     }
                 }
             }
+            if (clamps) clamp(scores.bound, linear ? 1 : scale);
 #pragma unroll
             for (i32 q = 0; q < QUERIES; ++q) {
                 const i32 row = first_query + query(q);
@@ -114,7 +121,7 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
                     if (place < start || place >= end) score(q, k) = -infinity();
                 }
             }
-            return linear ? 1 : scale;
+            return linear || clamps ? 1 : scale;
         }
         if (masked) kept = masks(scores, first_query, first_key);
 #pragma unroll
@@ -133,10 +140,26 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
                 f32& s = score(q, k);
                 s *= scale;
                 if (biased && keep) s += bias.at(column);
+                if (clamps) s = clamped(s, scores.bound, 2 * LOG2_E / scores.bound);
                 if (!keep) s = -infinity();
             }
         }
         return 1;
+    }
+
+    // bound · tanh(score / bound), where `to_log2` is 2 log2(e) / bound: tanh(x) = 1 - 2 / (e^2x + 1).
+    static __device__ __forceinline__ f32 clamped(f32 score, f32 bound, f32 to_log2) {
+        return bound - 2 * bound * ptx_inverse(ptx_exp2(score * to_log2) + 1);
+    }
+
+    // Clamps scores softly, of which this holds the quotients by `unit`.
+    __device__ __forceinline__ void clamp(f32 bound, f32 unit) {
+        const f32 to_log2 = 2 * LOG2_E * unit / bound;
+#pragma unroll
+        for (i32 q = 0; q < QUERIES; ++q) {
+#pragma unroll
+            for (i32 k = 0; k < KEYS; ++k) score(q, k) = clamped(score(q, k), bound, to_log2);
+        }
     }
 
     // Bit q KEYS + k: whether padding and mask keep a score. Not unrolled, as its code would be large.
@@ -274,16 +297,17 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     // Turns the gradients of the weights, which this holds, into those of the scores. Applies dropout to the weights;
     // `sharp` is the result of `weigh`.
     __device__ __forceinline__ void to_score_gradients(
-        ScoreSums& weights, const Scores& scores, bool sharp, const f32* delta, i32 count, i32 first_query,
-        i32 first_key) {
+        ScoreSums& weights, const Scores& scores, bool sharp, const Statistics* statistics, const f32* delta, i32 count,
+        i32 first_query, i32 first_key) {
         const auto delta_of = [&](i32 q) { return query(q) < count ? delta[query(q)] : 0; };
-        to_score_gradients(weights, scores, sharp, delta_of, first_query, first_key);
+        const auto of_query = [&](i32 q) { return query(q) < count ? statistics[query(q)] : Statistics{0, 0}; };
+        to_score_gradients(weights, scores, sharp, delta_of, of_query, first_query, first_key);
     }
 
-    // The same by the delta of each of the thread's queries.
-    template <typename F>
+    // The same by the delta, and with a soft clamp the statistics, of each of the thread's queries.
+    template <typename D, typename S>
     __device__ __forceinline__ void to_score_gradients(
-        ScoreSums& weights, const Scores& scores, bool sharp, F delta_of, i32 first_query, i32 first_key) {
+        ScoreSums& weights, const Scores& scores, bool sharp, D delta_of, S of_query, i32 first_query, i32 first_key) {
         const bool drops = scores.drops;
         const Bits kept = drops ? undropped(scores, first_query, first_key) : ~Bits(0);
         const f32 factor = scores.factor;
@@ -313,6 +337,19 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         for (i32 q = 0; q < QUERIES; ++q) {
 #pragma unroll
             for (i32 k = 0; k < KEYS; ++k) score(q, k) *= weights.score(q, k);
+        }
+        if (EXTENDED && scores.bound > 0) {
+            const f32 part = 1 / scores.bound, to_log = part / LOG2_E;
+#pragma unroll
+            for (i32 q = 0; q < QUERIES; ++q) {
+                // A score is the logarithm of its weight, plus the largest score, minus the logarithm of the share.
+                const Statistics row = of_query(q);
+                const f32 base = row.largest * part - ptx_log2(row.share) * to_log;
+#pragma unroll
+                for (i32 k = 0; k < KEYS; ++k) {
+                    score(q, k) *= clamp_slope(ptx_log2(weights.score(q, k)) * to_log + base);
+                }
+            }
         }
         if (drops) weights.drop(kept);
     }

@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
     }
     __syncthreads();
     statistics += (i64)index * queries, delta += (i64)index * queries;
-    const PositionTerms terms = {bucket_of, parameters, reach, behind, keys - queries};
+    const PositionTerms terms = {bucket_of, linear, parameters, reach, behind, keys - queries};
     f32* position_sums = position ? position + ((i64)index * tiles + first / ROWS) * parameters : nullptr;
     if (position_sums) {
         for (i32 at = threadIdx.x; at < parameters; at += MMA_THREADS) position_sums[at] = 0;
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
         const bool sharp = p.weigh(p.finish(scores, query, key), statistics + query, queries - query);
         ds.clear();
         ds.add_rows(grad_tile, warp, v_tile(stage));
-        ds.to_score_gradients(p, scores, sharp, delta + query, queries - query, query, key);
+        ds.to_score_gradients(p, scores, sharp, statistics + query, delta + query, queries - query, query, key);
         if (position_sums) {
 #pragma unroll
             for (i32 r = 0; r < ds.ROWS; ++r) {
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
                     ds_tile[(warp + ds.row(r)) * DS_PITCH + ds.column(c)] = ds.at(r, c);
                 }
             }
-            position_tile.add(position_sums, ds_tile, DS_PITCH, terms, key - first);
+            position_tile.add(position_sums, ds_tile, DS_PITCH, terms, key - first, max(scores.unbiased - key, 0));
         }
         if (has_common) {
 #pragma unroll
@@ -218,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_k
             const bool sharp = p.weigh(p.finish(scores, query, key), row_statistics, N);
             ds.clear();
             ds.add_rows(v_tile, warp, grad_tile(stage));
-            ds.to_score_gradients(p, scores, sharp, row_delta, N, query, key);
+            ds.to_score_gradients(p, scores, sharp, row_statistics, row_delta, N, query, key);
             if (dk) dk_sums.add_product(ds, q_tile(stage));
         }
         if (dv) {

@@ -64,7 +64,10 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_fwd(
 again:
     acc.clear();
 #pragma unroll
-    for (i32 r = 0; r < 2 * M; ++r) max[r] = -infinity(), sum[r] = 0;
+    for (i32 r = 0; r < 2 * M; ++r) {
+        // One thread of the row has the sink.
+        max[r] = scores.sink, sum[r] = max[r] > -infinity() && threadIdx.x % 4 == 0 ? ptx_exp2(-lower) : 0;
+    }
     i32 key = next(seen.start / N * N), stage = 0;
     copy_keys(key, 0);
     while (key < seen.end) {

@@ -11,13 +11,15 @@
 #include "attention_position.cuh"
 
 extern "C" __global__ void attention_position_fwd(
-    T* curves, const T* weights, const i64* bucket_of, i32 heads, i32 queries, i32 keys, i32 parameters, i32 reach,
-    i32 behind, f64 scale) {
-    const PositionTerms terms = {bucket_of, parameters, reach, behind, keys - queries};
+    T* curves, const T* weights, const i64* bucket_of, i32 heads, i32 queries, i32 keys, i32 linear, i32 parameters,
+    i32 reach, i32 behind, f64 scale) {
+    const PositionTerms terms = {bucket_of, linear, parameters, reach, behind, keys - queries};
     const i64 distances = queries + keys - 1, step = (i64)gridDim.x * blockDim.x;
     for (i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x; at < heads * distances; at += step) {
         const i32 head = at / distances, distance = (i32)(at % distances) + 1 - queries;
-        const f64 weight = weights[(i64)terms.parameter(distance) * heads + head];
+        // Distances of keys that a curve leaves out have no parameter, and their values are not read.
+        const i32 parameter = min(max(terms.parameter(distance), 0), parameters - 1);
+        const f64 weight = weights[(i64)parameter * heads + head];
         curves[at] = (T)(weight * terms.factor<f64>(distance) * scale);
     }
 }

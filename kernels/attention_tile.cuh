@@ -201,7 +201,7 @@ __device__ __forceinline__ void write_rows(
 // row at a time: unrolled, the code of biases, masks and dropout would be four times as large.
 __device__ __forceinline__ void finish_scores(Square& s, Shared& shared, i32 query, i32 key) {
     const Scores& scores = shared.of_head;
-    if (scores.plain(query, key, TILE, TILE)) {
+    if (scores.bound == 0 && scores.plain(query, key, TILE, TILE)) {
 #pragma unroll
         for (i32 r = 0; r < SIDE; ++r) {
 #pragma unroll
@@ -222,7 +222,12 @@ __device__ __forceinline__ void finish_scores(Square& s, Shared& shared, i32 que
         for (i32 c = 0; c < SIDE; ++c) {
             const i32 at = key + thread_column() * SIDE + c;
             const bool keep = at >= kept.start && at < kept.end && scores.keeps(row, at);
-            values.lane[c] = keep ? values.lane[c] * scores.scale + bias.at(at) : -infinity();
+            Acc value = -infinity();
+            if (keep) {
+                value = values.lane[c] * scores.scale + bias.at(at);
+                if (scores.bound > 0) value = scores.bound * tanh(value / scores.bound);
+            }
+            values.lane[c] = value;
         }
         score_row(shared, r) = values;
     }

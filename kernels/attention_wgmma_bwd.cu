@@ -12,6 +12,7 @@
 #include "common.cuh"
 
 #define SPANS true
+#define EXTENDED false
 
 #include "attention.cuh"
 #include "attention_mma.cuh"
@@ -24,6 +25,9 @@ constexpr i32 BACKWARD_THREADS = 256;
 constexpr i32 ROWS = BACKWARD_THREADS / 2;
 
 typedef WgmmaTile<ROWS, HEAD> OwnTile;
+
+// Only a soft clamp needs those of a query.
+__device__ __forceinline__ Statistics no_statistics(i32) { return {0, 0}; }
 
 // Makes the copies of all threads visible to the products.
 __device__ __forceinline__ void landed() {
@@ -136,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
         }
         ptx_wgmma_wait<1>();
         wgmma_settle(ds);
-        ds.to_score_gradients(p, scores, sharp, [&](i32 r) { return means[r]; }, query, key);
+        ds.to_score_gradients(p, scores, sharp, [&](i32 r) { return means[r]; }, no_statistics, query, key);
         wgmma_settle(ds);
         ptx_wgmma_wait<0>();
         wgmma_settle(acc);
@@ -285,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
         if constexpr (OVERLAP) {
             ptx_wgmma_wait<2>();
             wgmma_settle(ds);
-            ds.to_score_gradients(p, scores, sharp, delta_of, query, here(key));
+            ds.to_score_gradients(p, scores, sharp, delta_of, no_statistics, query, here(key));
             wgmma_settle(p), wgmma_settle(ds);
             ptx_wgmma_wait<0>();
             wgmma_settle(dv_sums), wgmma_settle(dk_sums);
@@ -294,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
         } else {
             ptx_wgmma_wait<0>();
             wgmma_settle(ds);
-            ds.to_score_gradients(p, scores, sharp, delta_of, query, here(key));
+            ds.to_score_gradients(p, scores, sharp, delta_of, no_statistics, query, here(key));
             weights.set(p), gradients.set(ds);
             wgmma_product(dv_sums, weights, grad_tile(stage));
             wgmma_product(dk_sums, gradients, q_tile(stage));

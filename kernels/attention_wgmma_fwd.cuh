@@ -3,6 +3,7 @@
 #include "common.cuh"
 
 #define SPANS true
+#define EXTENDED false
 
 #include "attention.cuh"
 #include "attention_mma.cuh"

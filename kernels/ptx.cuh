@@ -24,6 +24,13 @@ __device__ __forceinline__ f32 ptx_exp2(f32 x) {
     return y;
 }
 
+// The logarithm of x to base 2, with an error of 2^-22 or two units in the last place; numbers below 2^-126 count as 0.
+__device__ __forceinline__ f32 ptx_log2(f32 x) {
+    f32 y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // 1 / x, with an error of 1 unit in the last place; numbers below 2^-126 count and become 0.
 __device__ __forceinline__ f32 ptx_inverse(f32 x) {
     f32 y;

@@ -74,6 +74,8 @@
 //! |---|---|---|
 //! | `cuda` | yes | [`Device::cuda`]: the driver, NVRTC and cuBLAS are opened when a program asks for a GPU; a build needs none of them |
 //!
+//! | `mpi` | no | [`distributed`] over MPI: a build needs the system's MPI library and libclang |
+//!
 //! # Errors and threads
 //!
 //! Everything that can fail returns [`Result`]; no input of a caller makes the library panic. Tensors, parameters and models
@@ -86,6 +88,7 @@ mod autograd;
 mod collect;
 pub mod config;
 pub mod device;
+pub mod distributed;
 mod dtype;
 mod error;
 mod gemm;
@@ -173,6 +176,7 @@ mod book {
         quantised: "../docs/src/quantised.md",
         pytorch: "../docs/src/pytorch.md",
         training: "../docs/src/training.md",
+        distributed: "../docs/src/distributed.md",
         tokens: "../docs/src/tokens.md",
         tuning: "../docs/src/tuning.md",
         adapters: "../docs/src/adapters.md",

@@ -60,9 +60,18 @@ fn relative(a: &Tensor, b: &Tensor) -> f64 {
 #[test]
 fn attention_memory_is_linear() {
     let _alone = alone();
-    let peak = |n: usize, dtype: DType| {
+    let peak = |n: usize, dtype: DType, extended: bool| {
         let leaves = operands(1, 4, [n, n], 32, dtype);
-        let spec = AttentionSpec { scale: 0.2, causal: true, ..AttentionSpec::default() };
+        let sink = extended.then(|| generate(&[4], dtype, |_| 0.5));
+        let slopes = extended.then(|| generate(&[4], dtype, |head| 0.1 * head as f64));
+        let spec = AttentionSpec {
+            scale: 0.2,
+            causal: true,
+            position_bias: slopes.clone().map(|slopes| PositionBias::SymmetricAlibi { slopes }),
+            softclamp: extended.then_some(20.0),
+            sink: sink.as_ref(),
+            ..AttentionSpec::default()
+        };
         let before = device().memory().live;
         device().reset_peak_memory();
         let results = forward_backward(&leaves, &spec, Tape::grad()).unwrap();
@@ -73,8 +82,8 @@ fn attention_memory_is_linear() {
     };
     // Long enough that constant sizes do not matter, and short enough for an emulated GPU.
     let n = if *device() == Device::Cpu { 4096 } else { 1024 };
-    for dtype in [DType::F32, DType::BF16] {
-        let (short, long) = (peak(n / 2, dtype), peak(n, dtype));
+    for (dtype, extended) in [(DType::F32, false), (DType::BF16, false), (DType::BF16, true)] {
+        let (short, long) = (peak(n / 2, dtype, extended), peak(n, dtype, extended));
         assert!((long as f64) < 2.3 * short as f64, "{dtype}: {short} bytes for {} positions, {long} for {n}", n / 2);
         // Storing the scores of all heads would take more.
         assert!(long < 4 * 4 * n * n, "{long} bytes");
@@ -188,6 +197,9 @@ struct Extras {
     bias: Tensor,
     slopes: Tensor,
     table: Tensor,
+    /// A curve by distance, and the sinks.
+    curve: Tensor,
+    sink: Tensor,
 }
 
 /// Half types have their own tensor-core kernels on a GPU: compares every part of a spec, forward and backward, with
@@ -197,7 +209,7 @@ fn attention_half_types_follow_f64() {
     let _alone = alone();
     type Spec = for<'a> fn(&'a Extras) -> AttentionSpec<'a>;
     // Batch, heads, key heads, queries, keys, d and e.
-    let cases: [(&str, [usize; 7], Spec); 8] = [
+    let cases: [(&str, [usize; 7], Spec); 14] = [
         ("causal", [1, 2, 1, 70, 140, 64, 64], |_| AttentionSpec { causal: true, ..AttentionSpec::default() }),
         ("blind queries", [1, 2, 2, 140, 70, 64, 40], |_| AttentionSpec {
             causal: true,
@@ -226,6 +238,44 @@ fn attention_half_types_follow_f64() {
             window: Window::past(90),
             bias: Some(&x.bias),
             dropout: 0.2,
+            ..AttentionSpec::default()
+        }),
+        ("clamp", [1, 2, 1, 140, 140, 64, 64], |_| AttentionSpec {
+            softclamp: Some(1.2),
+            dropout: 0.2,
+            ..AttentionSpec::default()
+        }),
+        ("clamped wide heads", [1, 2, 1, 70, 140, 128, 72], |x| AttentionSpec {
+            causal: true,
+            softclamp: Some(1.2),
+            bias: Some(&x.bias),
+            ..AttentionSpec::default()
+        }),
+        ("clamped slopes", [2, 2, 2, 70, 140, 24, 32], |x| AttentionSpec {
+            softclamp: Some(2.0),
+            position_bias: Some(PositionBias::SymmetricAlibi { slopes: x.slopes.clone() }),
+            sink: Some(&x.sink),
+            ..AttentionSpec::default()
+        }),
+        ("sink", [1, 2, 1, 140, 70, 64, 64], |x| AttentionSpec {
+            causal: true,
+            sink: Some(&x.sink),
+            dropout: 0.3,
+            ..AttentionSpec::default()
+        }),
+        ("slopes on both sides", [1, 2, 1, 140, 140, 64, 64], |x| AttentionSpec {
+            position_bias: Some(PositionBias::SymmetricAlibi { slopes: x.slopes.clone() }),
+            unbiased_keys: 5,
+            ..AttentionSpec::default()
+        }),
+        ("curve", [1, 4, 2, 70, 140, 64, 64], |x| AttentionSpec {
+            causal: true,
+            key_mask: Some(&x.key_mask),
+            position_bias: Some(PositionBias::ByDistance { table: x.curve.clone() }),
+            unbiased_keys: 7,
+            softclamp: Some(2.0),
+            sink: Some(&x.sink),
+            dropout: 0.1,
             ..AttentionSpec::default()
         }),
         ("odd keys", [1, 1, 1, 33, 131, 32, 32], |_| AttentionSpec { dropout: 0.5, ..AttentionSpec::default() }),
@@ -266,6 +316,8 @@ fn attention_half_types_follow_f64() {
                 bias: leaf(&[heads, queries, keys], 3),
                 slopes: leaf(&[heads], 4),
                 table: leaf(&[9, heads], 5),
+                curve: leaf(&[queries + keys - 8, heads], 6),
+                sink: leaf(&[heads], 7),
             };
             let spec = AttentionSpec { scale: (d as f64).powf(-0.5), ..spec(&extras) };
             let mut tape = Tape::train(3);
@@ -273,7 +325,7 @@ fn attention_half_types_follow_f64() {
             let out = attention(&q, &k, &v, &spec).unwrap();
             let cotangent = random(out.shape(), DType::F64, 9).to_device(device).unwrap().to_dtype(dtype).unwrap();
             let grads = tape.backward_with(&out, &cotangent).unwrap();
-            let more = [&extras.bias, &extras.slopes, &extras.table];
+            let more = [&extras.bias, &extras.slopes, &extras.table, &extras.curve, &extras.sink];
             let grads = leaves.iter().chain(more).filter_map(|leaf| grads.get(leaf).cloned());
             [out.detach()].into_iter().chain(grads).collect()
         };
@@ -426,6 +478,58 @@ fn attention_bias_of_a_whole_row_has_no_gradient() {
     }
 }
 
+/// A sink takes weight from the values: with a score that all keys exceed by far it changes nothing, and with one far
+/// above them it takes everything. A query without keys gives 0 with a sink, and so do its gradients.
+#[test]
+fn attention_sinks_take_weight() {
+    let _alone = alone();
+    let leaves = operands(1, 2, [150, 70], 8, DType::F64);
+    let run = |sink: Option<f64>, causal: bool| {
+        let sink = sink.map(|sink| generate(&[2], DType::F64, |_| sink));
+        forward_backward(
+            &leaves,
+            &AttentionSpec { causal, sink: sink.as_ref(), ..AttentionSpec::default() },
+            Tape::grad(),
+        )
+        .unwrap()
+    };
+    let (without, low, high) = (run(None, false), run(Some(-1e4), false), run(Some(1e4), false));
+    for (without, low) in without.iter().zip(&low) {
+        assert!(relative(low, without) < 1e-12);
+    }
+    assert!(high.iter().all(|x| x.to_f64_vec().unwrap().iter().all(|&x| x == 0.0)));
+    // The first 80 queries see no key.
+    let blind = run(Some(0.5), true)[0].narrow(2, 0, 80).unwrap().to_f64_vec().unwrap();
+    assert!(blind.iter().all(|&x| x == 0.0));
+    assert!(run(None, true)[0].narrow(2, 0, 80).unwrap().to_f64_vec().unwrap().iter().any(|&x| x != 0.0));
+}
+
+/// Scores are clamped whatever their size, masked ones excepted, and a bias of −∞ is no mask then.
+#[test]
+fn attention_clamps_every_score() {
+    let _alone = alone();
+    let (queries, keys) = (3, 70);
+    for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
+        let [q, k, v] = [(queries, 0, 1e3), (keys, 1, 1e2), (keys, 2, 1.0)].map(|(n, stream, factor)| {
+            let x = random(&[1, 1, n, 16], DType::F64, stream).affine(factor, 0.0).unwrap();
+            x.to_dtype(dtype).unwrap().detach().requires_grad().unwrap()
+        });
+        let bias = generate(&[1, keys], dtype, |key| if key < 40 { f64::NEG_INFINITY } else { 0.0 });
+        let mask = bools(&[queries, keys], |at| at % keys < 60);
+        let spec =
+            AttentionSpec { softclamp: Some(3.0), mask: Some(&mask), bias: Some(&bias), ..AttentionSpec::default() };
+        let mut tape = Tape::grad();
+        let out = attention(&q, &k, &v, &spec).unwrap();
+        let grads = tape.backward_with(&out, &random(out.shape(), dtype, 5)).unwrap();
+        for x in [&out, grads.get(&q).unwrap(), grads.get(&k).unwrap(), grads.get(&v).unwrap()] {
+            assert!(x.to_f64_vec().unwrap().iter().all(|x| x.is_finite()), "{dtype}");
+        }
+        // The keys with a bias of −∞ have scores of −3: a share, if a small one. Masked keys have none.
+        let dv = |first: usize, n: usize| grads.get(&v).unwrap().narrow(2, first, n).unwrap().to_f64_vec().unwrap();
+        assert!(dv(0, 40).iter().all(|&x| x != 0.0) && dv(60, 10).iter().all(|&x| x == 0.0), "{dtype}");
+    }
+}
+
 /// Distant positions cost no digits: the bias is counted from the query.
 #[test]
 fn attention_alibi_is_exact_far_away() {
@@ -534,4 +638,15 @@ fn attention_errors_name_what_is_wrong() {
     text(t5(&float(&[]), true, 128), &["table", "[]"]);
     text(t5(&float(&[3, 4]), false, 128), &["3 buckets", "at least 4"]);
     text(t5(&float(&[32, 4]), true, 16), &["max_distance 16", "above 16"]);
+    let curve = |table: &Tensor, unbiased_keys| {
+        let position_bias = Some(PositionBias::ByDistance { table: table.clone() });
+        with(&AttentionSpec { position_bias, unbiased_keys, ..AttentionSpec::default() })
+    };
+    text(curve(&float(&[12, 4]), 0), &["table", "[12, 4]", "[11, 4]"]);
+    text(curve(&float(&[11, 4]), 2), &["table", "[11, 4]", "[9, 4]"]);
+    text(curve(&float(&[11, 4]), 8), &["unbiased_keys is 8", "7 keys"]);
+    text(with(&AttentionSpec { softclamp: Some(0.0), ..plain.clone() }), &["softclamp", "got 0"]);
+    text(with(&AttentionSpec { softclamp: Some(f64::NAN), ..plain.clone() }), &["softclamp", "got NaN"]);
+    text(with(&AttentionSpec { sink: Some(&float(&[3])), ..plain.clone() }), &["sink", "[3]", "[4]"]);
+    text(with(&AttentionSpec { sink: Some(&mask), ..plain.clone() }), &["sink", "bool"]);
 }

@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 use x_transformers::{
-    DType, Device, ParamStore, QuantType, Result, Tensor,
+    DType, Device, ParamStore, Philox, QuantType, Result, Tensor,
     config::{Config, ModelPlan},
     models::{AutoregressiveWrapper, BeamOptions, ForwardOptions, GenerateOptions, TransformerWrapper},
 };
@@ -56,6 +56,17 @@ fn configs() -> Vec<(Value, Value)> {
         json!({"scale_residual": true, "scale_residual_constant": 1.5, "use_scalenorm": true}),
         json!({"layers_execute_order": [0, 1, 0, 1]}),
         json!({"weight_tie_layers": true, "depth": 2, "pre_and_post_norm": true}),
+        json!({"use_dynamic_tanh": true, "depth_scale_residual": 0.5}),
+        json!({"rotary_pos_emb": true, "rotate_num_heads": 1}),
+        json!({"unet_skips": true, "depth": 4}),
+        json!({"integrate_layers": true, "depth": 2, "rotary_pos_emb": true}),
+        json!({"reinject_input": true, "learned_reinject_input_gate": true, "depth": 2}),
+        json!({"attn_pre_scale_post_talking_heads": true}),
+        json!({"attn_gate_values": true, "attn_gate_values_rank": 3, "attn_output_gate": true}),
+        json!({"attn_use_latent_q": true, "attn_dim_latent_q": 6, "attn_use_latent_kv": true, "attn_dim_latent_kv": 5}),
+        json!({"attn_use_latent_kv": true, "attn_dim_latent_kv": 5, "attn_latent_rope_subheads": 2, "rotary_pos_emb": true}),
+        json!({"ff_solu": true, "ff_softclamp_value": 0.7}),
+        json!({"ff_glu": true, "ff_glu_softclamp": true}),
     ];
     let wrappers = [
         json!({"scaled_sinu_pos_emb": true}),
@@ -64,6 +75,7 @@ fn configs() -> Vec<(Value, Value)> {
         json!({"tie_embedding": true}),
         json!({"post_emb_norm": true, "emb_dim": 8}),
         json!({"use_abs_pos_emb": false, "max_seq_len": 0}),
+        json!({"mixture_of_softmax": true, "sigsoftmax_logits": true}),
     ];
     let of_layers = layers.into_iter().map(|layers| (layers, json!({})));
     of_layers.chain(wrappers.into_iter().map(|wrapper| (json!({}), wrapper))).collect()
@@ -93,33 +105,73 @@ fn difference(a: &Tensor, b: &Tensor) -> Result<f64> {
     Ok(differences.into_iter().fold(0.0, |most: f64, x| if x.is_nan() { x } else { most.max(x.abs()) }))
 }
 
+/// Options drawn from the list, a few at a time.
+fn drawn(count: u64) -> Vec<(Value, Value)> {
+    let all = configs();
+    let extend =
+        |into: &mut Value, more: &Value| into.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let draw = |seed: u64| {
+        let random = Philox::new(seed, 0);
+        let (mut layers, mut wrapper) = (json!({}), json!({}));
+        for at in 0..4 {
+            let (more, of_wrapper) = &all[random.below(at, all.len() as u64) as usize];
+            extend(&mut layers, more);
+            extend(&mut wrapper, of_wrapper);
+        }
+        (layers, wrapper)
+    };
+    (0..count).map(draw).collect()
+}
+
+#[test]
+fn random_options_have_a_cache_or_say_why_not() -> Result<()> {
+    let (mut cached, mut refused) = (0, 0);
+    for (layers, wrapper) in drawn(60) {
+        // Options that cannot be combined name themselves.
+        let Ok(model) = model(&layers, &wrapper) else { continue };
+        match model.supports_kv_cache(&ForwardOptions::default()) {
+            Ok(()) => {
+                compare(&model, &format!("{layers} {wrapper}"))?;
+                cached += 1;
+            }
+            Err(why) => {
+                assert!(why.contains('`'), "{why}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(cached > 20, "{cached} cached, {refused} refused");
+    Ok(())
+}
+
 #[test]
 fn cached_sequences_have_the_numbers_of_whole_ones() -> Result<()> {
-    for (layers, wrapper) in configs() {
-        let model = model(&layers, &wrapper)?;
-        let tokens = Tensor::from_vec((0..20i64).map(|i| i * i % 11).collect(), [2, 10], &device())?;
-        let options = ForwardOptions { return_embeddings: true, ..ForwardOptions::default() };
-        let whole = model.forward(&tokens, &options)?.out;
-        let mut cache = model.cache(2, 12, &ForwardOptions::default())?;
-        // A beginning, single tokens, and several at once.
-        let mut at = 0;
-        for n in [3, 1, 1, 2, 3] {
-            let new = model.extend(&tokens.narrow(1, at, n)?, &[n, n], None, &mut cache)?;
-            let off = difference(&new, &whole.narrow(1, at, n)?)?;
-            assert!(off < 1e-9, "{layers} {wrapper}: tokens {at} to {} are off by {off}", at + n);
-            at += n;
-        }
-        // Rows of different lengths, padded.
-        let mut cache = model.cache(2, 12, &ForwardOptions::default())?;
-        let _ = model.extend(&tokens.narrow(1, 0, 4)?, &[4, 2], None, &mut cache)?;
-        let next =
-            Tensor::cat(&[&tokens.narrow(0, 0, 1)?.narrow(1, 4, 2)?, &tokens.narrow(0, 1, 1)?.narrow(1, 2, 2)?], 0)?;
-        let new = model.extend(&next, &[2, 2], None, &mut cache)?;
-        let expected =
-            Tensor::cat(&[&whole.narrow(0, 0, 1)?.narrow(1, 4, 2)?, &whole.narrow(0, 1, 1)?.narrow(1, 2, 2)?], 0)?;
-        let off = difference(&new, &expected)?;
-        assert!(off < 1e-9, "{layers} {wrapper}: rows of different lengths are off by {off}");
+    configs().iter().try_for_each(|(layers, wrapper)| compare(&model(layers, wrapper)?, &format!("{layers} {wrapper}")))
+}
+
+/// Compares a model's calls on whole sequences and on parts of them.
+fn compare(model: &TransformerWrapper, name: &str) -> Result<()> {
+    let tokens = Tensor::from_vec((0..20i64).map(|i| i * i % 11).collect(), [2, 10], &device())?;
+    let options = ForwardOptions { return_embeddings: true, ..ForwardOptions::default() };
+    let whole = model.forward(&tokens, &options)?.out;
+    let mut cache = model.cache(2, 12, &ForwardOptions::default())?;
+    // A beginning, single tokens, and several at once.
+    let mut at = 0;
+    for n in [3, 1, 1, 2, 3] {
+        let new = model.extend(&tokens.narrow(1, at, n)?, &[n, n], None, &mut cache)?;
+        let off = difference(&new, &whole.narrow(1, at, n)?)?;
+        assert!(off < 1e-9, "{name}: tokens {at} to {} are off by {off}", at + n);
+        at += n;
     }
+    // Rows of different lengths, padded.
+    let mut cache = model.cache(2, 12, &ForwardOptions::default())?;
+    let _ = model.extend(&tokens.narrow(1, 0, 4)?, &[4, 2], None, &mut cache)?;
+    let next = Tensor::cat(&[&tokens.narrow(0, 0, 1)?.narrow(1, 4, 2)?, &tokens.narrow(0, 1, 1)?.narrow(1, 2, 2)?], 0)?;
+    let new = model.extend(&next, &[2, 2], None, &mut cache)?;
+    let expected =
+        Tensor::cat(&[&whole.narrow(0, 0, 1)?.narrow(1, 4, 2)?, &whole.narrow(0, 1, 1)?.narrow(1, 2, 2)?], 0)?;
+    let off = difference(&new, &expected)?;
+    assert!(off < 1e-9, "{name}: rows of different lengths are off by {off}");
     Ok(())
 }
 
@@ -137,6 +189,10 @@ fn generation_beams_and_packed_weights_take_the_options() -> Result<()> {
         let found = decoder.beam_search(&prompt, 5, &beams, &GenerateOptions::default())?;
         let found: Vec<i64> = found.iter().flat_map(|row| row[0].tokens.clone()).collect();
         assert_eq!(found, new, "{layers} {wrapper}");
+        // The model is its own draft, and every guess is right.
+        let draft = AutoregressiveWrapper::around(decoder.net.clone())?;
+        let (guessed, stats) = decoder.generate_with_draft(&draft, 2, &prompt, 5, &greedy, &mut |_| true)?;
+        assert_eq!(guessed.to_vec::<i64>()?, new, "{layers} {wrapper}: {stats:?}");
         let before = decoder.net.forward(&prompt, &ForwardOptions::default())?.out;
         decoder.quantize(QuantType::Q8_0)?;
         let off = difference(&decoder.net.forward(&prompt, &ForwardOptions::default())?.out, &before)?;
@@ -153,6 +209,10 @@ fn options_without_a_cache_say_why() -> Result<()> {
         (json!({"rotary_xpos": true}), json!({}), "rotary_xpos"),
         (json!({"polar_pos_emb": true}), json!({}), "polar_pos_emb"),
         (json!({"attn_selective": true}), json!({}), "attn_selective"),
+        (json!({"attn_data_dependent_alibi": true}), json!({}), "attn_data_dependent_alibi"),
+        (json!({"attn_use_cope": true}), json!({}), "attn_use_cope"),
+        (json!({"attn_use_rel_proj_pos_bias": true}), json!({}), "attn_use_rel_proj_pos_bias"),
+        (json!({"mv_split_residual": true}), json!({}), "mv_split_residual"),
         (json!({"kind": "PrefixDecoder"}), json!({}), "PrefixDecoder"),
         (json!({}), json!({"num_memory_tokens": 2, "memory_tokens_interspersed_every": 4}), "interspersed"),
     ] {

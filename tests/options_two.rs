@@ -66,6 +66,7 @@ fn default_of(value: &str) -> String {
     match value {
         "None" => "none".to_string(),
         "Vec::new()" => "none".to_string(),
+        "SwitchOrFactor::Off" => "false".to_string(),
         "ShiftTokens::All(0)" | "vec![0.0]" => "0".to_string(),
         value => value.trim_end_matches(".0").to_string(),
     }

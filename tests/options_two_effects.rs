@@ -28,6 +28,8 @@ fn of_layers() -> Vec<Row> {
         row("use_scalenorm", json!(true)),
         row("use_rmsnorm", json!(true)),
         row("use_simple_rmsnorm", json!(true)),
+        row("use_dynamic_tanh", json!(true)),
+        with("dynamic_tanh_init_alpha", json!(0.5), json!({"use_dynamic_tanh": true})),
         row("use_adaptive_layernorm", json!(true)),
         row("use_adaptive_rmsnorm", json!(true)),
         row("use_adaptive_layerscale", json!(true)),
@@ -54,6 +56,7 @@ fn of_layers() -> Vec<Row> {
         with("rotary_interpolation_factor", json!(3.0), json!({"rotary_pos_emb": true})),
         with("rotary_xpos_scale_base", json!(8.0), json!({"rotary_xpos": true})),
         with("rotary_base_rescale_factor", json!(3.0), json!({"rotary_pos_emb": true})),
+        with("rotate_num_heads", json!(1), json!({"rotary_pos_emb": true})),
         row("polar_pos_emb", json!(true)),
         row("weight_tie_layers", json!(true)),
         row("custom_layers", json!(["a", "a", "f"])),
@@ -67,7 +70,15 @@ fn of_layers() -> Vec<Row> {
         row("pre_norm_has_final_norm", json!(false)),
         row("pre_and_post_norm", json!(true)),
         row("gate_residual", json!(true)),
+        row("mv_split_residual", json!(true)),
         row("scale_residual", json!(true)),
+        row("depth_scale_residual", json!(0.5)),
+        row("depth_scale_residual", json!(true)),
+        row("unet_skips", json!(true)),
+        row("integrate_layers", json!(true)),
+        with("layer_integrate_use_softmax", json!(false), json!({"integrate_layers": true})),
+        row("reinject_input", json!(true)),
+        with("learned_reinject_input_gate", json!(true), json!({"reinject_input": true})),
         row("scale_residual_constant", json!(1.5)),
         row("shift_tokens", json!(1)),
         row("sandwich_norm", json!(true)),
@@ -102,6 +113,35 @@ fn of_attention() -> Vec<Row> {
         row("gate_value_heads", json!(true)),
         row("gate_values", json!(true)),
         with("swiglu_values", json!(true), json!({"attn_gate_values": true})),
+        with("gate_values_rank", json!(3), json!({"attn_gate_values": true})),
+        with("gate_values_headwise", json!(true), json!({"attn_gate_values": true})),
+        row("output_gate", json!(true)),
+        with("output_gate_rank", json!(3), json!({"attn_output_gate": true})),
+        with("output_gate_headwise", json!(true), json!({"attn_output_gate": true})),
+        with("low_rank_silu_gates", json!(false), json!({"attn_output_gate": true, "attn_output_gate_rank": 3})),
+        row("pre_scale_post_talking_heads", json!(true)),
+        row("data_dependent_alibi", json!(true)),
+        with("data_dependent_alibi_per_row", json!(true), json!({"attn_data_dependent_alibi": true})),
+        with(
+            "data_dependent_alibi_per_row_dim_head",
+            json!(3),
+            json!({"attn_data_dependent_alibi": true, "attn_data_dependent_alibi_per_row": true}),
+        ),
+        row("use_rel_proj_pos_bias", json!(true)),
+        with("rel_proj_num_distance_basis", json!(3), json!({"attn_use_rel_proj_pos_bias": true})),
+        with("rel_proj_max_dist", json!(3), json!({"attn_use_rel_proj_pos_bias": true})),
+        row("use_cope", json!(true)),
+        with("cope_max_pos", json!(2), json!({"attn_use_cope": true})),
+        with("cope_talking_heads", json!(true), json!({"attn_use_cope": true})),
+        with("use_latent_q", json!(true), json!({"attn_dim_latent_q": 6})),
+        with("dim_latent_q", json!(5), json!({"attn_use_latent_q": true, "attn_dim_latent_q": 6})),
+        with("use_latent_kv", json!(true), json!({"attn_dim_latent_kv": 6})),
+        with("dim_latent_kv", json!(5), json!({"attn_use_latent_kv": true, "attn_dim_latent_kv": 6})),
+        with(
+            "latent_rope_subheads",
+            json!(1),
+            json!({"attn_use_latent_kv": true, "attn_dim_latent_kv": 6, "rotary_pos_emb": true}),
+        ),
         row("zero_init_output", json!(true)),
         row("hard", json!(true)),
         row("sigmoid", json!(true)),
@@ -137,6 +177,11 @@ fn of_feedforward() -> Vec<Row> {
         row("swish", json!(true)),
         row("relu_squared", json!(true)),
         row("custom_activation", json!("tanh")),
+        row("solu", json!(true)),
+        row("softclamp_value", json!(0.1)),
+        ("glu_softclamp", json!(true), json!({"ff_glu": true}), json!({})),
+        ("glu_gate_softclamp_value", json!(0.1), json!({"ff_glu": true, "ff_glu_softclamp": true}), json!({})),
+        ("glu_up_softclamp_value", json!(0.1), json!({"ff_glu": true, "ff_glu_softclamp": true}), json!({})),
         row("post_act_ln", json!(true)),
         row("dropout", json!(0.5)),
         row("sublayer_dropout", json!(0.5)),
@@ -176,11 +221,15 @@ fn of_wrapper() -> Vec<Row> {
         ("attn_pool_depth", json!(2), encoder.clone(), json!({"attn_pool": true})),
         ("dim_pooled_tokens", json!(12), encoder, json!({"attn_pool": true})),
         with("squeeze_out_last_dim", json!(true), json!({"logits_dim": 1})),
+        row("mixture_of_softmax", json!(true)),
+        with("mixture_of_softmax_k", json!(2), json!({"mixture_of_softmax": true})),
+        row("sigsoftmax_logits", json!(true)),
     ]
 }
 
-/// Options that act only on gradients, or where masks and causality together leave no key.
-const ELSEWHERE: [&str; 3] = ["emb_frac_gradient", "sparse_topk_straight_through", "flash"];
+/// Options that act only on gradients, or where masks and causality together leave no key, or in cross-attention.
+const ELSEWHERE: [&str; 5] =
+    ["emb_frac_gradient", "sparse_topk_straight_through", "flash", "learned_value_residual_mix", "inverted_attention"];
 
 fn extend(into: &mut Value, more: &Value) {
     let more: Map<String, Value> = more.as_object().unwrap().clone();
@@ -297,6 +346,33 @@ fn every_option_changes_an_output() -> Result<()> {
             assert!(known, "{class}: no row for {name}");
         }
     }
+    Ok(())
+}
+
+/// Options that act on scores by themselves leave attention fused; the others say why not.
+#[test]
+fn what_acts_on_scores_runs_fused() -> Result<()> {
+    let plan = |layers: Value| -> Result<String> {
+        let ModelPlan::Transformer(plan) = Config::from_value(config(&layers, &json!({})))?.plan()? else {
+            panic!("{layers}")
+        };
+        Ok(plan.layers.to_string())
+    };
+    for layers in [
+        json!({"attn_softclamp_logits": true}),
+        json!({"attn_head_learned_sink": true, "attn_kv_heads": 2}),
+        json!({"attn_add_zero_kv": true, "attn_num_mem_kv": 2}),
+        json!({"attn_softclamp_logits": true, "attn_head_learned_sink": true, "attn_add_zero_kv": true}),
+    ] {
+        let text = plan(layers.clone())?;
+        assert!(text.contains("; fused") && !text.contains("explicit"), "{layers}: {text}");
+    }
+    for bias in ["alibi_pos_bias", "rel_pos_bias", "dynamic_pos_bias"] {
+        let text = plan(json!({bias: true, "attn_num_mem_kv": 2}))?;
+        assert!(text.contains("; fused") && text.contains("position bias: "), "{bias}: {text}");
+    }
+    let text = plan(json!({"attn_head_learned_sink": true, "attn_cog_signed": true}))?;
+    assert!(text.contains("explicit: weights have the signs"), "{text}");
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use clap::ValueEnum;
 use x_transformers::{
     DType, Device, ParamStore, Philox, Result, Tape, Tensor,
-    config::{Call, Config, GenerateCall, LayersPlan, ModelPlan, VisionHead},
+    config::{Call, Config, GenerateCall, LayersPlan, MaskedCall, ModelPlan, VisionHead},
     models::{Model, RunOptions},
     train::{AdamW, AdamWOptions, Optimizer},
 };
@@ -191,8 +191,14 @@ impl Workload {
             _ => return Ok(None),
         };
         let sampling = call.generate.as_ref().map(|generate| generate.sampling.clone()).unwrap_or_default();
-        let generate =
-            GenerateCall { seq_len: new_tokens, eos_token: None, sampling, pads_open_rows: false, cache_kv: true };
+        let generate = GenerateCall {
+            seq_len: Some(new_tokens),
+            eos_token: None,
+            sampling,
+            pads_open_rows: false,
+            cache_kv: true,
+            masked: MaskedCall::default(),
+        };
         let (tokens, operations) = match mode {
             Mode::Forward => (batch * length, Some(cost.forward)),
             Mode::Train => (batch * length, Some(cost.training())),

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::rule::InputGrad;
 use crate::{
-    Error, Result,
+    Device, Error, Result,
     collect::CollectVec,
     ordered::OrderedMap,
     params::{Param, ParamMap},
@@ -95,6 +95,11 @@ impl Gradients {
         self.leaves.values_mut().iter_mut()
     }
 
+    /// Sets the gradient of a leaf.
+    pub(crate) fn replace(&mut self, leaf: LeafId, grad: Tensor) {
+        self.leaves.insert(leaf, grad);
+    }
+
     /// Takes the gradient of a leaf out.
     pub(super) fn take(&mut self, leaf: LeafId) -> Option<Tensor> {
         self.leaves.remove(&leaf)
@@ -120,6 +125,10 @@ pub(super) fn accumulate(sum: &mut Option<Tensor>, contribution: InputGrad) -> R
                 None => value.into_constant(),
                 Some(sum) => sum.accumulate(&value)?,
             });
+        }
+        // A part that is all of it; adding it to zeros would only turn −0 into 0.
+        InputGrad::Slice { shape, value, .. } if *value.device() != Device::Cpu && shape == *value.shape() => {
+            accumulate(sum, InputGrad::Whole(value))?;
         }
         InputGrad::Slice { shape, part, value } => {
             let whole = match sum.take() {

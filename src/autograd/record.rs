@@ -8,7 +8,7 @@ use super::{
     with_stack,
 };
 use crate::{
-    Error, ErrorKind, Result,
+    Device, Error, ErrorKind, Result,
     error::ensure,
     philox::Philox,
     profile::{self, Cost},
@@ -163,6 +163,9 @@ pub(crate) fn record_cheap_after<B: Backward + 'static>(
     }
 }
 
+/// Bytes up to which products keep the outputs of cheap ops on a GPU: the launch takes longer than the memory is worth.
+const KEPT_ON_GPU: usize = 16 << 20;
+
 fn with_recipe(
     op: &'static str,
     output: Tensor,
@@ -175,8 +178,9 @@ fn with_recipe(
         kept = true;
         rule.call(output)
     })?;
+    let is_small = *output.device() != Device::Cpu && output.bytes_of_elements() <= KEPT_ON_GPU;
     // Without a rule that holds the inputs, a recipe would extend their lifetimes.
-    output.set_recipe(kept.then(recipe));
+    output.set_recipe((kept && !is_small).then(recipe));
     Ok(output)
 }
 

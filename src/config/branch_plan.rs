@@ -26,6 +26,12 @@ pub struct FeedForwardPlan {
     pub activation: Activation,
     /// If `true`, tanh takes the place of the activation.
     pub tanh: bool,
+    /// If `true`, SoLU takes the place of the activation.
+    pub solu: bool,
+    /// Bound of a soft clamp before the activation.
+    pub softclamp: Option<f64>,
+    /// Bounds of the gate and of the other factor.
+    pub glu_softclamp: Option<[f64; 2]>,
     /// If `true`, the activation gates the other half of the first projection.
     pub glu: bool,
     /// If `true`, the first and the last layer have biases.
@@ -42,6 +48,8 @@ pub struct FeedForwardPlan {
     pub place: (&'static str, usize),
     /// If `true`, the output layer starts at 0.
     pub zero_init: bool,
+    /// Depth of the block, if the output layer starts the smaller the deeper it is.
+    pub output_depth: Option<usize>,
 }
 
 /// Attention.
@@ -126,10 +134,69 @@ pub struct AttentionPlan {
     pub gate_heads: bool,
     /// Gate of the values by the layer's input.
     pub gate_values: ValueGate,
+    /// Form of that gate.
+    pub gate_form: GateForm,
+    /// If `true`, gates of values and of the output are SiLUs of their sum, otherwise sigmoids.
+    pub silu_gates: bool,
+    /// Gate of the output by itself, which adds to that of the values.
+    pub output_gate: Option<GateForm>,
     /// If `true`, the output projection has a gate.
     pub on_attn: bool,
     /// If `true`, the output projection starts at 0.
     pub zero_init: bool,
+    /// Depth of the block, if the output projection starts the smaller the deeper it is.
+    pub output_depth: Option<usize>,
+    /// If given, queries are projected from a latent vector of this width.
+    pub latent_q: Option<usize>,
+    /// If given, keys and values are projected from a latent vector of this width.
+    pub latent_kv: Option<usize>,
+    /// Number of key heads, the last ones, that are projected from the input and not from the latent vector.
+    pub latent_rope: usize,
+    /// Number of heads, the last ones, that rotate; `None`: all.
+    pub rotated_heads: Option<usize>,
+    /// If `true`, weights are multiplied by a mixture of the scores across heads.
+    pub pre_scale: bool,
+    /// If `true`, the softmax is over the queries of each key, and weights of each query are divided by their sum.
+    pub inverted: bool,
+    /// Bias from the content of the tokens.
+    pub forget: Forget,
+    /// Number and length of the curves by distance that queries weigh.
+    pub rel_proj: Option<[usize; 2]>,
+    /// Contextual positions.
+    pub cope: Option<CopePlan>,
+}
+
+/// Form of a gate.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct GateForm {
+    /// Rank of the projection; `None`: full.
+    pub rank: Option<usize>,
+    /// If `true`, the gate has one number per head.
+    pub headwise: bool,
+    /// If `true`, a projection of low rank has a SiLU between its layers.
+    pub silu: bool,
+}
+
+/// Gates that lower the scores of earlier tokens.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
+pub enum Forget {
+    /// None.
+    #[default]
+    None,
+    /// One gate per token.
+    Tokens,
+    /// One gate per query and token, from this number of features.
+    Rows(usize),
+}
+
+/// Positions that are counted by what a query attends to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CopePlan {
+    /// Number of positions.
+    pub positions: usize,
+    /// If `true`, scores are mixed across heads first.
+    pub talking: bool,
 }
 
 /// Scale of the logits.
@@ -255,6 +322,9 @@ impl FeedForwardPlan {
             dim_out: dim,
             activation: Activation::Gelu,
             tanh: false,
+            solu: false,
+            softclamp: None,
+            glu_softclamp: None,
             glu: false,
             bias: [true; 2],
             mult_bias: false,
@@ -263,6 +333,7 @@ impl FeedForwardPlan {
             sublayer_dropout: 0.0,
             place: ("net", 3),
             zero_init: false,
+            output_depth: None,
         }
     }
 
@@ -323,8 +394,21 @@ impl AttentionPlan {
             head_scale: false,
             gate_heads: false,
             gate_values: ValueGate::None,
+            gate_form: GateForm::default(),
+            silu_gates: false,
+            output_gate: None,
             on_attn: false,
             zero_init: false,
+            output_depth: None,
+            latent_q: None,
+            latent_kv: None,
+            latent_rope: 0,
+            rotated_heads: None,
+            pre_scale: false,
+            inverted: false,
+            forget: Forget::None,
+            rel_proj: None,
+            cope: None,
         }
     }
 
@@ -395,7 +479,7 @@ impl AttentionPlan {
 
     /// Returns `Some(reason)` if the matrix of scores is needed, `None` if the fused op computes exactly this.
     pub fn needs_scores(&self) -> Option<&'static str> {
-        if self.talking_heads != TalkingHeads::None {
+        if self.talking_heads != TalkingHeads::None || self.pre_scale {
             return Some("talking heads mix scores across heads");
         }
         if self.sparse_topk.is_some() {
@@ -410,17 +494,17 @@ impl AttentionPlan {
         if self.l2_distance {
             return Some("scores are distances");
         }
+        if self.inverted {
+            return Some("queries compete for keys");
+        }
+        if self.cope.is_some() {
+            return Some("contextual positions are counted from scores");
+        }
         if self.cog_signed {
             return Some("weights have the signs of their scores");
         }
         if self.selective {
             return Some("selective attention reads the scores of earlier queries");
-        }
-        if self.softclamp.is_some() {
-            return Some("the soft clamp acts on scores with their biases");
-        }
-        if self.sink {
-            return Some("the learned sink is one more score per row");
         }
         if self.residual != ScoreResidual::None {
             return Some("residual attention passes scores to the next layer");
@@ -447,6 +531,8 @@ impl fmt::Display for AttentionPlan {
             (self.num_mem_kv > 0, "memory key/values"),
             (self.window != Window::default(), "limited past"),
             (matches!(self.temperature, Temperature::Learned(_)), "learned temperature"),
+            (self.softclamp.is_some(), "soft clamp"),
+            (self.sink, "learned sink"),
             (self.head_scale, "head scale"),
             (self.gate_heads, "gated heads"),
             (self.gate_values != ValueGate::None, "gated values"),

@@ -22,8 +22,14 @@ pub struct Call {
     pub return_logits_and_embeddings: bool,
     /// If `true`, leaves the positions of `prepend_embeds` out of the output.
     pub excise_prepend_embeds: bool,
+    /// If `true`, an `AutoregressiveWrapper` returns its logits beside the loss.
+    pub return_outputs: bool,
+    /// If `true`, gradients pass from new memories to the call that they come from: `"detach_mems": false`.
+    pub attached_mems: bool,
     /// Number of first positions that all tokens see, for a `PrefixDecoder`.
     pub prefix_attn_len: Option<i64>,
+    /// Temperature of the tokens that a `NonAutoregressiveWrapper`'s critic judges. Default: drawn.
+    pub generator_sample_temperature: Option<f64>,
     /// If `Some`, generates tokens instead: `"method": "generate"` with the arguments of `generate`.
     pub generate: Option<GenerateCall>,
     /// If `Some`, searches for the most likely continuations instead: `"method": "beam_search"`.
@@ -33,8 +39,8 @@ pub struct Call {
 /// Arguments of `generate`.
 #[derive(Clone, PartialEq, Debug)]
 pub struct GenerateCall {
-    /// Number of tokens to generate.
-    pub seq_len: usize,
+    /// Number of tokens to generate; required but for a `NonAutoregressiveWrapper`.
+    pub seq_len: Option<usize>,
     /// Token that ends a row. Default none.
     pub eos_token: Option<i64>,
     /// Filter and temperature.
@@ -43,6 +49,27 @@ pub struct GenerateCall {
     pub pads_open_rows: bool,
     /// If `true`, keys and values are cached, like the default.
     pub cache_kv: bool,
+    /// Arguments of a `NonAutoregressiveWrapper`.
+    pub masked: MaskedCall,
+}
+
+/// Arguments of `generate` of a `NonAutoregressiveWrapper`.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct MaskedCall {
+    /// Number of rows; `None`: one, which comes back without a batch dimension.
+    pub batch_size: Option<usize>,
+    /// Temperature of the first step. Default 1.
+    pub start_temperature: f64,
+    /// Share of the vocabulary that is left out. Default 0.7.
+    pub filter_thres: f64,
+    /// Factor of the noise on a critic's scores. Default 1.
+    pub noise_level_scale: f64,
+}
+
+impl Default for MaskedCall {
+    fn default() -> Self {
+        Self { batch_size: None, start_temperature: 1.0, filter_thres: 0.7, noise_level_scale: 1.0 }
+    }
 }
 
 /// Arguments of `beam_search`.
@@ -64,6 +91,8 @@ struct Keys {
     return_attn: bool,
     return_logits_and_embeddings: bool,
     excise_prepend_embeds: bool,
+    return_outputs: bool,
+    detach_mems: bool,
     prefix_attn_len: Option<i64>,
     method: Option<String>,
     seq_len: Option<usize>,
@@ -72,6 +101,11 @@ struct Keys {
     restrict_to_max_seq_len: bool,
     beams: usize,
     return_beams_and_scores: bool,
+    generator_sample_temperature: Option<f64>,
+    batch_size: Option<usize>,
+    start_temperature: f64,
+    filter_thres: f64,
+    noise_level_scale: f64,
 }
 
 impl Default for Keys {
@@ -82,6 +116,8 @@ impl Default for Keys {
             return_attn: false,
             return_logits_and_embeddings: false,
             excise_prepend_embeds: false,
+            return_outputs: false,
+            detach_mems: true,
             prefix_attn_len: None,
             method: None,
             seq_len: None,
@@ -90,6 +126,11 @@ impl Default for Keys {
             restrict_to_max_seq_len: true,
             beams: 4,
             return_beams_and_scores: false,
+            generator_sample_temperature: None,
+            batch_size: None,
+            start_temperature: MaskedCall::default().start_temperature,
+            filter_thres: MaskedCall::default().filter_thres,
+            noise_level_scale: MaskedCall::default().noise_level_scale,
         }
     }
 }
@@ -98,8 +139,9 @@ keywords! {
     Keys {
         options {
             return_embeddings, return_mems, return_attn, return_logits_and_embeddings, excise_prepend_embeds,
-            prefix_attn_len, method, seq_len, eos_token, cache_kv, restrict_to_max_seq_len, beams,
-            return_beams_and_scores,
+            return_outputs, detach_mems, prefix_attn_len, method, seq_len, eos_token, cache_kv, restrict_to_max_seq_len, beams,
+            return_beams_and_scores, generator_sample_temperature, batch_size, start_temperature, filter_thres,
+            noise_level_scale,
         }
     }
 }
@@ -134,11 +176,17 @@ impl Call {
             }
             Some("generate") => {
                 generate = Some(GenerateCall {
-                    seq_len: seq_len()?,
+                    seq_len: keys.seq_len,
                     eos_token: keys.eos_token,
                     sampling,
                     pads_open_rows: two,
                     cache_kv: keys.cache_kv,
+                    masked: MaskedCall {
+                        batch_size: keys.batch_size,
+                        start_temperature: keys.start_temperature,
+                        filter_thres: keys.filter_thres,
+                        noise_level_scale: keys.noise_level_scale,
+                    },
                 });
             }
             Some("beam_search") if two => {
@@ -160,7 +208,10 @@ impl Call {
             return_attn: keys.return_attn,
             return_logits_and_embeddings: keys.return_logits_and_embeddings,
             excise_prepend_embeds: keys.excise_prepend_embeds,
+            return_outputs: keys.return_outputs,
+            attached_mems: !keys.detach_mems,
             prefix_attn_len: keys.prefix_attn_len,
+            generator_sample_temperature: keys.generator_sample_temperature,
             generate,
             beam_search,
         })

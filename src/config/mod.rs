@@ -7,6 +7,7 @@
 //! * Plans ([`LayersPlan`]) describe the model to build. Creating one checks all options and their combinations;
 //!   nothing is checked later.
 
+mod around_plan;
 mod branch_plan;
 mod call;
 mod json;
@@ -23,11 +24,12 @@ pub mod v2;
 mod wrapper_plan;
 mod wrappers;
 
+pub use around_plan::{AroundPlan, CriticPlan, MaskedPlan};
 pub use branch_plan::{
-    AttentionPath, AttentionPlan, FeedForwardPlan, Normalize, PaddingPlan, QkNormPlan, ScoreResidual, TalkingHeads,
-    Temperature, ValueGate, ValueResidual,
+    AttentionPath, AttentionPlan, CopePlan, FeedForwardPlan, Forget, GateForm, Normalize, PaddingPlan, QkNormPlan,
+    ScoreResidual, TalkingHeads, Temperature, ValueGate, ValueResidual,
 };
-pub use call::{BeamCall, Call, GenerateCall};
+pub use call::{BeamCall, Call, GenerateCall, MaskedCall};
 pub use model_plan::ModelPlan;
 pub use options::{
     AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, Llama3Scaling,
@@ -35,11 +37,11 @@ pub use options::{
 };
 pub use plan::{
     AlibiPlan, BranchPlan, ConditionPlan, DropPlan, DynamicPlan, Gain, HyperPlan, LayerPlan, LayerScalePlan,
-    LayersPlan, NormPlan, PolarPlan, PositionBiasPlan, Positions, ResidualPlan, T5Plan, WrapPlan,
+    LayersPlan, LinkPlan, NormPlan, PolarPlan, PositionBiasPlan, Positions, ResidualPlan, T5Plan, WrapPlan,
 };
 pub use rotary::RotaryPlan;
 pub use wrapper_plan::{
-    AbsolutePositions, AroundPlan, AttentionPoolPlan, AutoregressivePlan, ContinuousAutoregressivePlan, ContinuousLoss,
+    AbsolutePositions, AttentionPoolPlan, AutoregressivePlan, ContinuousAutoregressivePlan, ContinuousLoss,
     ContinuousPlan, LossPlan, MemoryPlan, PoolerPlan, TransformerPlan, ViTransformerPlan, VisionHead, XTransformerPlan,
 };
 pub use wrappers::{

@@ -1,9 +1,10 @@
 //! Plan of any model.
 
 use super::{
-    AroundPlan, AttentionPoolPlan, AutoregressivePlan, ContinuousAutoregressivePlan, ContinuousPlan, LayersPlan,
-    PoolerPlan, SamplingConfig, TransformerPlan, ViTransformerPlan, XTransformerPlan,
+    AroundPlan, AttentionPoolPlan, AutoregressivePlan, ContinuousAutoregressivePlan, ContinuousPlan, CriticPlan,
+    LayersPlan, PoolerPlan, SamplingConfig, TransformerPlan, ViTransformerPlan, XTransformerPlan,
 };
+use crate::collect::CollectVec;
 
 /// A model of any class, resolved from the options of either version.
 #[derive(Clone, PartialEq, Debug)]
@@ -54,6 +55,13 @@ impl ModelPlan {
             Self::Around(plan) => match &**plan {
                 AroundPlan::MultiInput(plan, _) | AroundPlan::XVal(plan) => vec![("attn_layers", &plan.layers)],
                 AroundPlan::XValLoss(plan, ..) | AroundPlan::Xl(plan, ..) => vec![("net.attn_layers", &plan.layers)],
+                AroundPlan::Masked(net, plan) => {
+                    let critic = match &plan.critic {
+                        CriticPlan::Other(critic) => Some(("token_critic.attn_layers", &critic.layers)),
+                        CriticPlan::None | CriticPlan::Own => None,
+                    };
+                    std::iter::once(("net.attn_layers", &net.layers)).chain(critic).collect_vec()
+                }
                 AroundPlan::Dpo(plan, ..) => {
                     vec![("policy_model.attn_layers", &plan.layers), ("ref_model.attn_layers", &plan.layers)]
                 }

@@ -38,6 +38,8 @@ pub struct LayersPlan {
     pub layers: Vec<LayerPlan>,
     /// Number of the module that computes each sublayer; a repeated number repeats the weights.
     pub modules: Vec<usize>,
+    /// Modules that compute no sublayer: they have weights in a state dict only.
+    pub idle: Vec<(usize, LayerPlan)>,
     /// Bound of the output before the final norm, which `bound · tanh(x / bound)` keeps softly.
     pub softclamp: Option<f64>,
     /// Final norm after the last layer.
@@ -54,6 +56,20 @@ pub struct LayersPlan {
     pub prefix: bool,
     /// Treatment of whole sublayers in training.
     pub drops: DropPlan,
+    /// Inputs of sublayers from before others.
+    pub links: LinkPlan,
+}
+
+/// Inputs of sublayers other than the stream.
+#[derive(Clone, PartialEq, Debug, Default)]
+#[non_exhaustive]
+pub struct LinkPlan {
+    /// For each module, the sublayer whose input is joined to its own; empty for none.
+    pub skips: Vec<Option<usize>>,
+    /// Mixture of all hidden states: `Some(true)` with the weights of a softmax, `Some(false)` with those of a ReLU.
+    pub integrate: Option<bool>,
+    /// Projection of the input of the layers: `Some(true)` with a gate.
+    pub reinject: Option<bool>,
 }
 
 /// Condition of adaptive norms and scales.
@@ -251,6 +267,13 @@ pub enum NormPlan {
         /// Added to the stored scale.
         offset: f64,
     },
+    /// `tanh(x · scale) ⊙ gamma + beta`.
+    Tanh {
+        /// Initial scale.
+        alpha: f64,
+        /// If `true`, scale and gamma are stored minus their initial values.
+        stored_offset: bool,
+    },
     /// LayerNorm or RMSNorm whose scale is a linear function of a condition of this width, plus 1.
     Adaptive {
         /// If `true`, LayerNorm, otherwise RMSNorm.
@@ -327,11 +350,13 @@ pub struct ResidualPlan {
     pub constant: f64,
     /// Hyper-connections, in place of the sum.
     pub hyper: Option<HyperPlan>,
+    /// If `true`, branches are centred, and means of the stream have factors of their own.
+    pub split: bool,
 }
 
 impl Default for ResidualPlan {
     fn default() -> Self {
-        Self { gated: false, scaled: false, constant: 1.0, hyper: None }
+        Self { gated: false, scaled: false, constant: 1.0, hyper: None, split: false }
     }
 }
 
@@ -345,7 +370,14 @@ impl LayersPlan {
 impl fmt::Display for LayersPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.layers.len().saturating_sub(1).to_string().len();
-        self.layers.iter().enumerate().try_for_each(|(index, layer)| writeln!(f, "{index:width$}  {layer}"))
+        self.layers.iter().enumerate().try_for_each(|(index, layer)| writeln!(f, "{index:width$}  {layer}"))?;
+        let bias = match self.positions.bias {
+            PositionBiasPlan::None => return Ok(()),
+            PositionBiasPlan::T5(_) => "T5's buckets",
+            PositionBiasPlan::Alibi(_) => "ALiBi",
+            PositionBiasPlan::Dynamic(_) => "a network's",
+        };
+        writeln!(f, "position bias: {bias}, by distance in fused attention, as a matrix in explicit attention")
     }
 }
 
@@ -390,6 +422,7 @@ impl fmt::Display for NormPlan {
             Self::Layer(_) | Self::Gamma { .. } => "LayerNorm",
             Self::Scale(_) | Self::Unit { gain: Gain::One, .. } => "ScaleNorm",
             Self::ClampedRms(_) | Self::Rms(_) | Self::Unit { .. } => "RMSNorm",
+            Self::Tanh { .. } => "dynamic tanh",
             Self::Adaptive { layer: true, .. } => "adaptive LayerNorm",
             Self::Adaptive { layer: false, .. } => "adaptive RMSNorm",
         })

@@ -58,6 +58,10 @@ pub struct TransformerPlan {
     pub numerical_token: Option<i64>,
     /// If `true`, the dimension of a single logit is squeezed.
     pub squeeze_logits: bool,
+    /// Number of softmaxes whose mixture the output is the logarithm of.
+    pub mixture: Option<usize>,
+    /// If `true`, the logarithm of their sigmoid is added to logits.
+    pub sigsoftmax: bool,
     /// If `true`, the output is the mean over the tokens.
     pub average_pool_embed: bool,
     /// If `true`, the model has a pooler on the first token.
@@ -252,6 +256,8 @@ impl TransformerWrapperConfig {
             logits: vec![(String::new(), self.num_tokens)],
             numerical_token: None,
             squeeze_logits: false,
+            mixture: None,
+            sigsoftmax: false,
             average_pool_embed: self.average_pool_embed,
             pooler: self.pooler,
             mlm_head: self.mlm_head.then_some((activation, norm)),
@@ -480,35 +486,6 @@ pub struct LossPlan {
 impl Default for LossPlan {
     fn default() -> Self {
         Self { ignore_index: -100, pad_value: 0, reads_all: false, mask_prob: 0.0, attn_z_loss: false }
-    }
-}
-
-/// Models around a [`TransformerWrapper`](crate::models::TransformerWrapper) with losses of their own, resolved.
-#[derive(Clone, PartialEq, Debug)]
-#[non_exhaustive]
-pub enum AroundPlan {
-    /// Several inputs and outputs, by these names; the first is that of the token table.
-    MultiInput(TransformerPlan, Vec<String>),
-    /// Tokens and numbers in, logits and numbers out.
-    XVal(TransformerPlan),
-    /// Loss of tokens and, with this weight, of numbers.
-    XValLoss(TransformerPlan, LossPlan, f64),
-    /// Segments of long sequences, one after the other, with memories; gradients pass this many segments.
-    Xl(TransformerPlan, LossPlan, usize),
-    /// Direct preference optimization: the factor of log-ratios, and the token that is padding.
-    Dpo(TransformerPlan, f64, Option<i64>),
-}
-
-impl AroundPlan {
-    /// Returns the plan of the wrapped model.
-    pub fn net(&self) -> &TransformerPlan {
-        match self {
-            Self::MultiInput(plan, _)
-            | Self::XVal(plan)
-            | Self::XValLoss(plan, ..)
-            | Self::Xl(plan, ..)
-            | Self::Dpo(plan, ..) => plan,
-        }
     }
 }
 

@@ -74,6 +74,8 @@ pub struct Limits {
     pub compute_capability: Option<u32>,
     /// If `true`, kernels may multiply by warpgroups (`sm_90a`).
     pub has_warpgroups: bool,
+    /// If `true`, products of half types usually add biases ([`Gpu::fuses`]).
+    pub adds_biases: bool,
 }
 
 /// A GPU: memory, kernels by name, and matrix products, in the order in which they are enqueued.
@@ -125,6 +127,12 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
 
     /// Enqueues a batch of matrix products.
     fn gemm(&self, gemm: &Gemm) -> Result<()>;
+
+    /// Returns `true` if [`Gpu::gemm`] computes the bias and the row sums of this product; otherwise (the default) they
+    /// must be computed apart.
+    fn fuses(&self, _gemm: &Gemm) -> bool {
+        false
+    }
 
     /// Waits until all enqueued work is done.
     ///

@@ -244,6 +244,8 @@ pub struct Operand {
 }
 
 /// `c[i] = a[i] · b[i] (+ c[i])` for every item of a batch; `c` `[batch, m, n]` is packed.
+///
+/// A backend gets the last two fields only if [`Gpu::fuses`](super::Gpu::fuses) has returned `true` for the product.
 #[derive(Clone, Copy, Debug)]
 pub struct Gemm {
     /// Type of the operands.
@@ -266,4 +268,9 @@ pub struct Gemm {
     pub c: Address,
     /// If `true`, `c` is added to instead of being overwritten.
     pub add: bool,
+    /// `[n]` in the type of `c`: added to every row of the product before it is rounded.
+    pub bias: Option<Address>,
+    /// `[m]` in the type of `c`: gets the sum of each row of `a`. If `a` is the transposed gradient of a layer's output,
+    /// this is the gradient of the bias.
+    pub row_sums: Option<Address>,
 }

@@ -29,6 +29,11 @@ impl XlAutoregressiveWrapper {
         Ok(Self { net: TransformerWrapper::from_plan(plan, &store.at("net")).context("net")?, loss, steps })
     }
 
+    /// Returns the token that fills a row after its end.
+    pub(super) fn pad_value(&self) -> i64 {
+        self.loss.pad_value
+    }
+
     /// Computes the loss of predicting `tokens[:, 1:]` from `tokens[:, :-1]`, `[b, n + 1]` I64 to a scalar: the mean of
     /// rows, weighted by the length of the segments.
     ///
@@ -79,7 +84,8 @@ impl XlAutoregressiveWrapper {
     /// Continues a prompt, `[b, t]` I64, by `seq_len` tokens, and returns only those.
     ///
     /// Like x-transformers, which keeps of a token that it generates only the memory of its own step, and reads a
-    /// finished segment again with the memories before its last token. Rows are not ended.
+    /// finished segment again with the memories before its last token. `on_tokens` receives the new token of every row,
+    /// and returns `false` to end generation.
     ///
     /// Errors: an empty prompt, and those of [`TransformerWrapper::forward`].
     pub fn generate(
@@ -89,13 +95,14 @@ impl XlAutoregressiveWrapper {
         sampling: &SamplingConfig,
         seed: u64,
         options: &ForwardOptions,
+        on_tokens: &mut dyn FnMut(&[i64]) -> bool,
     ) -> Result<Tensor> {
         options.check_output_only("generate")?;
         ensure!(
             prompt.rank() == 2 && prompt.numel() > 0 && prompt.dtype() == DType::I64,
             Error::shape("start_tokens", format_args!("expected i64 [batch, n], got {:?}", prompt.shape()))
         );
-        let (b, t, segment) = (prompt.dim(0)?, prompt.dim(1)?, self.net.plan().max_seq_len);
+        let (t, segment) = (prompt.dim(1)?, self.net.plan().max_seq_len);
         let mut options = ForwardOptions { return_mems: true, ..options.clone() };
         let mut first = (t - 1) / segment * segment;
         for leading in (0..first).step_by(segment) {
@@ -119,17 +126,18 @@ impl XlAutoregressiveWrapper {
             let added = if read == 0 { length - first } else { 1 };
             newest = Some(self.joined(&output.mems, options.mems.as_deref(), length - first, added)?);
             read = length - first;
-            let logits = output.out.select(1, length - first - 1)?.to_f64_vec()?;
-            let rows: Vec<Vec<f64>> = logits.chunks(logits.len() / b).map(<[f64]>::to_vec).collect_vec();
-            let draws: Vec<f64> = (0..b).map(|row| Philox::new(seed, row as u64).uniform(step as u64)).collect_vec();
-            let tokens = sample(&rows, sampling, &draws)?;
-            all = Tensor::cat(&[&all, &Tensor::from_vec(tokens, [b, 1], all.device())?], 1)?;
+            let tokens = sampled(&output.out, sampling, seed, step)?;
+            let goes_on = on_tokens(&tokens.to_vec::<i64>()?);
+            all = Tensor::cat(&[&all, &tokens], 1)?;
+            if !goes_on {
+                break;
+            }
             if ends {
                 options.mems = newest.clone();
                 (first, read) = (length, 0);
             }
         }
-        all.narrow(1, t, seq_len)
+        all.narrow(1, t, all.dim(1)? - t)
     }
 
     /// Returns the memories before a segment and those of its last `added` of `length` tokens, truncated.
@@ -140,7 +148,9 @@ impl XlAutoregressiveWrapper {
         let join = |(index, mem): (usize, &Tensor)| {
             let kept = mem.dim(1)?;
             let new = mem.narrow(1, kept - added.min(kept), added.min(kept))?;
-            let joined = match before.and_then(|before| before.get(index)) {
+            // The layers read memories of those above them, like `forward`.
+            let read = (index + self.net.plan().shift_mem_down) % mems.len();
+            let joined = match before.and_then(|before| before.get(read)) {
                 Some(before) => Tensor::cat(&[before, &new], 1)?,
                 None => new,
             };
@@ -200,6 +210,56 @@ impl XValAutoregressiveWrapper {
         let count = kept.to_vec::<bool>()?.into_iter().filter(|&kept| kept).count().max(1);
         words.add(&error.sum(&[])?.affine(self.numbers / count as f64, 0.0)?.to_dtype(words.dtype())?)
     }
+}
+
+impl XValAutoregressiveWrapper {
+    /// Continues tokens and numbers, `[b, t]` each, by `seq_len`: returns the new tokens, and the numbers of those that
+    /// stand for one, 0 for others. Each step reads the last `max_seq_len` of them.
+    ///
+    /// Errors: an empty prompt, tensors that do not match, and those of [`TransformerWrapper::forward`].
+    pub fn generate(
+        &self,
+        [tokens, numbers]: [&Tensor; 2],
+        seq_len: usize,
+        sampling: &SamplingConfig,
+        seed: u64,
+        options: &ForwardOptions,
+    ) -> Result<[Tensor; 2]> {
+        options.check_output_only("generate")?;
+        ensure!(
+            tokens.rank() == 2 && tokens.numel() > 0 && tokens.shape() == numbers.shape(),
+            Error::shape(
+                "start_tokens",
+                format_args!("expected tokens and numbers [batch, n], got {:?}", tokens.shape())
+            )
+        );
+        let (t, longest) = (tokens.dim(1)?, self.net.plan().max_seq_len);
+        let (mut all, mut numbers) = (tokens.clone(), numbers.detach());
+        for step in 0..seq_len {
+            let length = all.dim(1)?;
+            let seen = if longest == 0 { length } else { length.min(longest) };
+            let last = |x: &Tensor| x.narrow(1, length - seen, seen);
+            let options = ForwardOptions { numbers: Some(last(&numbers)?), ..options.clone() };
+            let output = self.net.forward(&last(&all)?, &options).context("net")?;
+            let predicted =
+                output.others.first().ok_or_else(|| Error::argument("xval", "the model predicts no numbers"))?;
+            all = Tensor::cat(&[&all, &sampled(&output.out, sampling, seed, step)?], 1)?;
+            numbers = Tensor::cat(&[&numbers, &predicted.narrow(1, seen - 1, 1)?.detach()], 1)?;
+        }
+        let (new, numbers) = (all.narrow(1, t, seq_len)?, numbers.narrow(1, t, seq_len)?);
+        let token = self.net.plan().numerical_token.unwrap_or(-1);
+        let other = new.eq(&Tensor::full((), token as f64, DType::I64, new.device())?)?.logical_not()?;
+        Ok([new, numbers.masked_fill(&other, 0.0)?])
+    }
+}
+
+/// Draws the tokens after logits `[b, n, num_tokens]`, `[b, 1]`.
+fn sampled(logits: &Tensor, sampling: &SamplingConfig, seed: u64, step: usize) -> Result<Tensor> {
+    let (b, n) = (logits.dim(0)?, logits.dim(1)?);
+    let last = logits.select(1, n - 1)?.to_f64_vec()?;
+    let rows: Vec<Vec<f64>> = last.chunks((last.len() / b).max(1)).map(<[f64]>::to_vec).collect_vec();
+    let draws: Vec<f64> = (0..b).map(|row| Philox::new(seed, row as u64).uniform(step as u64)).collect_vec();
+    Tensor::from_vec(sample(&rows, sampling, &draws)?, [b, 1], logits.device())
 }
 
 /// Direct preference optimization of a language model (Rafailov et al., <https://arxiv.org/abs/2305.18290>).
@@ -264,25 +324,28 @@ impl Dpo {
     }
 }
 
+/// Returns the log-probabilities of tokens `[b, n]` given logits `[b, n, num_tokens]`.
+pub(super) fn log_probabilities(logits: &Tensor, tokens: &Tensor) -> Result<Tensor> {
+    let logits = logits.to_dtype(logits.dtype().accumulator())?;
+    let largest = logits.detach().max(-1)?.unsqueeze(-1)?;
+    let shifted = logits.sub(&largest)?;
+    let log_sum = shifted.exp()?.sum(&[-1])?.ln()?;
+    let chosen = Tensor::arange(logits.dim(-1)?, logits.device())?.eq(&tokens.unsqueeze(-1)?)?;
+    shifted.masked_fill(&chosen.logical_not()?, 0.0)?.sum(&[-1])?.sub(&log_sum)
+}
+
 /// Returns the mean log-probability of the tokens after the first that the mask keeps, `[b]`.
 fn mean_log_probability(model: &TransformerWrapper, tokens: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let n = tokens.dim(1)?.saturating_sub(1);
     let logits = model.forward(&tokens.narrow(1, 0, n)?, &ForwardOptions::default())?.out;
-    let precise = logits.dtype().accumulator();
-    let logits = logits.to_dtype(precise)?;
-    let largest = logits.detach().max(-1)?.unsqueeze(-1)?;
-    let shifted = logits.sub(&largest)?;
-    let log_sum = shifted.exp()?.sum(&[-1])?.ln()?;
-    let targets = tokens.narrow(1, 1, n)?.unsqueeze(-1)?;
-    let chosen = Tensor::arange(logits.dim(-1)?, logits.device())?.eq(&targets)?;
-    let of_targets = shifted.masked_fill(&chosen.logical_not()?, 0.0)?.sum(&[-1])?;
+    let known = log_probabilities(&logits, &tokens.narrow(1, 1, n)?)?;
     let mask = if mask.dim(1)? == n + 1 { mask.narrow(1, 0, n)? } else { mask.clone() };
-    let sums = of_targets.sub(&log_sum)?.masked_fill(&mask.logical_not()?, 0.0)?.sum(&[1])?;
+    let sums = known.masked_fill(&mask.logical_not()?, 0.0)?.sum(&[1])?;
     let counts: Vec<f64> = mask
         .to_vec::<bool>()?
         .chunks(n.max(1))
         .map(|row| (row.iter().filter(|&&kept| kept).count() as f64).max(1e-5))
         .collect_vec();
-    let counts = Tensor::from_vec(counts, [mask.dim(0)?], &crate::Device::Cpu)?.to_dtype(precise)?;
+    let counts = Tensor::from_vec(counts, [mask.dim(0)?], &crate::Device::Cpu)?.to_dtype(sums.dtype())?;
     sums.div(&counts.to_device(sums.device())?)
 }

@@ -91,7 +91,15 @@ impl AutoregressiveWrapper {
     /// Errors: fewer than two tokens, options that request more than the output, and those of
     /// [`TransformerWrapper::forward`].
     pub fn loss(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
-        self.loss_where(tokens, None, options)
+        Ok(self.loss_where(tokens, None, options)?.0)
+    }
+
+    /// Computes [`AutoregressiveWrapper::loss`] and the logits of all tokens but the last, `[b, n, num_tokens]`.
+    ///
+    /// Errors: those of [`AutoregressiveWrapper::loss`].
+    pub fn loss_and_logits(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<(Tensor, Tensor)> {
+        let (loss, hidden) = self.loss_where(tokens, None, options)?;
+        Ok((loss, self.net.logits(&hidden).context("net")?))
     }
 
     /// Computes [`AutoregressiveWrapper::loss`] over those tokens alone that a mask marks as targets with `true`,
@@ -106,7 +114,7 @@ impl AutoregressiveWrapper {
                 format_args!("expected a mask {:?} like the tokens, got {:?}", tokens.shape(), targets.shape())
             )
         );
-        self.loss_where(tokens, Some(targets), options)
+        Ok(self.loss_where(tokens, Some(targets), options)?.0)
     }
 
     /// Returns `tokens[:, 1:]`, with `ignore_index` where a mask has no target.
@@ -118,7 +126,8 @@ impl AutoregressiveWrapper {
         mask.narrow(1, 1, n)?.where_cond(&targets, &ignored)
     }
 
-    fn loss_where(&self, tokens: &Tensor, mask: Option<&Tensor>, options: &ForwardOptions) -> Result<Tensor> {
+    /// Returns the loss, and the normed hidden states that predict the targets.
+    fn loss_where(&self, tokens: &Tensor, mask: Option<&Tensor>, options: &ForwardOptions) -> Result<(Tensor, Tensor)> {
         ensure!(
             tokens.rank() == 2 && tokens.shape()[1] >= 2,
             Error::shape(
@@ -139,11 +148,16 @@ impl AutoregressiveWrapper {
         }
         options.return_embeddings = true;
         let Output { out, .. } = self.net.forward(&tokens.narrow(1, 0, n)?, &options).context("net")?;
-        self.net.cross_entropy(&out, &targets, self.loss.ignore_index).context("net")
+        Ok((self.net.cross_entropy(&out, &targets, self.loss.ignore_index).context("net")?, out))
     }
 
     /// Computes the loss of a model that reads the last token too.
-    fn loss_of_all(&self, tokens: &Tensor, mask: Option<&Tensor>, options: &ForwardOptions) -> Result<Tensor> {
+    fn loss_of_all(
+        &self,
+        tokens: &Tensor,
+        mask: Option<&Tensor>,
+        options: &ForwardOptions,
+    ) -> Result<(Tensor, Tensor)> {
         let LossPlan { ignore_index, pad_value, .. } = self.loss;
         let constant = |value: i64| Tensor::full((), value as f64, DType::I64, tokens.device());
         let n = tokens.dim(1)?;
@@ -163,10 +177,10 @@ impl AutoregressiveWrapper {
         let Output { out, scores, .. } = self.net.forward(&read, &options).context("net")?;
         let (out, targets) = (out.narrow(1, 0, n - 1)?, self.targets(&tokens, mask)?);
         let loss = self.net.cross_entropy(&out, &targets, ignore_index).context("net")?;
-        match self.loss.attn_z_loss {
-            true => loss.add(&z_loss(&scores)?.to_dtype(loss.dtype())?),
-            false => Ok(loss),
-        }
+        Ok(match self.loss.attn_z_loss {
+            true => (loss.add(&z_loss(&scores)?.to_dtype(loss.dtype())?)?, out),
+            false => (loss, out),
+        })
     }
 
     /// Rounds weights to a quantised type like [`TransformerWrapper::quantize`].

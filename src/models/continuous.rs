@@ -112,7 +112,8 @@ impl ContinuousTransformerWrapper {
         let mut mask = options.mask.take();
         let x = prepend(x, &mut mask, &options)?.dropout(self.plan.emb_dropout)?;
         options.mask = mask;
-        options.pos = options.pos.filter(|pos| !pos.dtype().is_float());
+        // Like in x-transformers, positions are those of the table alone.
+        (options.pos, options.seq_start_pos) = (None, None);
         let layers = self.attn_layers.forward_normed(&x, &options, self.norm.as_ref())?;
         let mut out = layers.out;
         if memory_tokens > 0 {

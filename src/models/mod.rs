@@ -15,6 +15,7 @@ mod generate;
 mod lora;
 mod model;
 mod model_inputs;
+mod nonautoregressive;
 mod pool;
 mod positions;
 #[cfg(feature = "cuda")]
@@ -39,6 +40,7 @@ pub use generate::{GenerateOptions, TokenStream};
 pub(crate) use lora::LoraTarget;
 pub use lora::{LoraAdapter, LoraOptions};
 pub use model::{Model, RunOptions};
+pub use nonautoregressive::NonAutoregressiveWrapper;
 pub use pool::AttentionPool;
 #[cfg(feature = "cuda")]
 pub use recorded::RecordedDecode;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{
     AttentionPool, AutoregressiveWrapper, BeamOptions, ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper,
-    GenerateOptions, Output, TransformerWrapper, ViTransformerWrapper, XTransformer,
+    GenerateOptions, NonAutoregressiveWrapper, Output, TransformerWrapper, ViTransformerWrapper, XTransformer,
     around::{Dpo, Preference, XValAutoregressiveWrapper, XlAutoregressiveWrapper},
     model_inputs::{Ends, Inputs},
     sampling::filter_probabilities,
@@ -60,6 +60,7 @@ enum Kind {
     XValLoss(XValAutoregressiveWrapper),
     Xl(XlAutoregressiveWrapper),
     Dpo(Box<Dpo>),
+    Masked(Box<NonAutoregressiveWrapper>),
 }
 
 /// Options of [`Model::run`].
@@ -173,6 +174,9 @@ impl Model {
                     Kind::XValLoss(XValAutoregressiveWrapper::new(plan, loss, numbers, store)?)
                 }
                 AroundPlan::Xl(plan, loss, steps) => Kind::Xl(XlAutoregressiveWrapper::new(plan, loss, steps, store)?),
+                AroundPlan::Masked(net, plan) => {
+                    Kind::Masked(Box::new(NonAutoregressiveWrapper::new(net, *plan, store)?))
+                }
                 AroundPlan::Dpo(plan, beta, pad) => Kind::Dpo(Box::new(Dpo::new(plan, beta, pad, store)?)),
             },
         };
@@ -297,6 +301,7 @@ impl Model {
             ("return_mems", call.return_mems),
             ("return_attn", call.return_attn),
             ("return_logits_and_embeddings", call.return_logits_and_embeddings),
+            ("return_outputs", call.return_outputs),
         ];
         let taken: &[&str] = match &self.kind {
             Kind::Transformer(_) | Kind::MultiInput(..) => {
@@ -308,13 +313,14 @@ impl Model {
             Kind::Continuous(_) => &["return_embeddings", "return_mems", "return_attn"],
             Kind::Vision(_) => &["return_embeddings", "return_logits_and_embeddings"],
             Kind::Layers(_) => &["return_attn"],
+            Kind::Autoregressive(_) => &["return_outputs"],
             Kind::EncoderDecoder(..)
-            | Kind::Autoregressive(_)
             | Kind::ContinuousAutoregressive(_)
             | Kind::Pool(_)
             | Kind::XValLoss(_)
             | Kind::Xl(_)
             | Kind::Dpo(_)
+            | Kind::Masked(_)
             | Kind::Filter(_) => &[],
         };
         if let Some((name, _)) = asks.into_iter().find(|(name, on)| *on && !taken.contains(name)) {
@@ -355,7 +361,13 @@ impl Model {
             }
             Kind::Autoregressive(model) => {
                 let x = inputs.need("x")?;
-                Forward::new("loss", model.loss(&x, &inputs.forward_options(call, run)?)?)
+                let options = inputs.forward_options(call, run)?;
+                if call.return_outputs {
+                    let (loss, logits) = model.loss_and_logits(&x, &options)?;
+                    Forward { extras: vec![("logits".to_string(), logits)], ..Forward::new("loss", loss) }
+                } else {
+                    Forward::new("loss", model.loss(&x, &options)?)
+                }
             }
             Kind::ContinuousAutoregressive(model) => {
                 let x = inputs.need("x")?;
@@ -399,6 +411,20 @@ impl Model {
                 };
                 Forward::new("loss", model.loss(&given)?)
             }
+            Kind::Masked(model) => {
+                let x = inputs.need("x")?;
+                let mut draws = model.draws(&x, run.seed, call.generator_sample_temperature)?;
+                if let Some(times) = inputs.take("times") {
+                    draws.times = times.to_f64_vec()?;
+                }
+                if let Some(ranks) = inputs.take("order") {
+                    let ranks = ranks.to_vec::<i64>()?;
+                    draws.ranks = ranks.into_iter().map(|rank| usize::try_from(rank).unwrap_or(0)).collect_vec();
+                }
+                let fits = draws.times.len() == x.dim(0)? && draws.ranks.len() == x.numel();
+                ensure!(fits, Error::shape("order", "expected `times` [batch] and `order` [batch, n]"));
+                Forward::new("loss", model.loss_for(&x, draws, run.seed, &inputs.forward_options(call, run)?)?)
+            }
             Kind::Filter(config) => Forward::new("out", filter(&inputs.need("logits")?, config)?),
         })
     }
@@ -414,13 +440,20 @@ impl Model {
         let ends = |start: &Tensor, decoder: &AutoregressiveWrapper| {
             Ends::new(generate, start, decoder.net.plan().num_tokens, decoder.pad_value())
         };
+        if let Kind::Masked(model) = &self.kind {
+            let forward = inputs.forward_options(call, run)?;
+            let rows = generate.masked.batch_size;
+            let new = model.generate(rows.unwrap_or(1), &generate.masked, run.seed, &forward)?;
+            return Ok(Forward::new("out", if rows.is_none() { new.squeeze(0)? } else { new }));
+        }
+        let seq_len = generate.seq_len.ok_or_else(|| Error::missing_option("seq_len").context("call"))?;
         let tokens = match &self.kind {
             Kind::Autoregressive(model) => {
-                let start = inputs.prompt()?;
-                options.prompt_lengths = inputs.lengths()?;
+                let (start, lengths) = inputs.prompts()?;
+                options.prompt_lengths = lengths;
                 options.forward = inputs.forward_options(call, run)?;
                 let mut ends = ends(&start, model)?;
-                let new = model.generate(&start, generate.seq_len, &options, &mut |tokens| ends.push(tokens))?;
+                let new = model.generate(&start, seq_len, &options, &mut |tokens| ends.push(tokens))?;
                 ends.pad(new)?
             }
             Kind::EncoderDecoder(model, masks) => {
@@ -429,18 +462,33 @@ impl Model {
                 options.forward.mask = inputs.take("mask");
                 let mut ends = ends(&start, &model.decoder)?;
                 let on_token = &mut |tokens: &[i64]| ends.push(tokens);
-                let new = model.generate(&source, &start, generate.seq_len, &of_source, &options, on_token)?;
+                let new = model.generate(&source, &start, seq_len, &of_source, &options, on_token)?;
                 ends.pad(new)?
             }
             Kind::ContinuousAutoregressive(model) => {
                 let start = inputs.need("start_tokens")?;
                 let forward = inputs.forward_options(call, run)?;
-                model.generate(&start, generate.seq_len, &forward)?
+                model.generate(&start, seq_len, &forward)?
             }
             Kind::Xl(model) => {
                 let start = inputs.prompt()?;
                 let forward = inputs.forward_options(call, run)?;
-                model.generate(&start, generate.seq_len, &generate.sampling, run.seed, &forward)?
+                let plan = model.net.plan();
+                // Rows are padded only once all have ended, unlike those of an AutoregressiveWrapper.
+                let call = GenerateCall { pads_open_rows: false, ..generate.clone() };
+                let mut ends = Ends::new(&call, &start, plan.num_tokens, model.pad_value())?;
+                let on_tokens = &mut |tokens: &[i64]| ends.push(tokens);
+                let new = model.generate(&start, seq_len, &generate.sampling, run.seed, &forward, on_tokens)?;
+                ends.pad(new)?
+            }
+            Kind::XValLoss(model) => {
+                let (start, numbers) = (inputs.prompt()?, inputs.need("start_numbers")?);
+                let forward = inputs.forward_options(call, run)?;
+                let [tokens, numbers] =
+                    model.generate([&start, &numbers], seq_len, &generate.sampling, run.seed, &forward)?;
+                let mut forward = Forward::new("out", tokens);
+                forward.outputs.push(("numbers".to_string(), numbers));
+                return Ok(forward);
             }
             _ => {
                 let why = "\"generate\" requires an AutoregressiveWrapper or XTransformer";
@@ -455,9 +503,9 @@ impl Model {
             let why = "\"beam_search\" is for AutoregressiveWrapper";
             return Err(Error::option("method", why).context("call"));
         };
-        let prompt = inputs.prompt()?;
+        let (prompt, prompt_lengths) = inputs.prompts()?;
         let forward = inputs.forward_options(call, run)?;
-        let options = GenerateOptions { prompt_lengths: inputs.lengths()?, forward, ..GenerateOptions::default() };
+        let options = GenerateOptions { prompt_lengths, forward, ..GenerateOptions::default() };
         let search = BeamOptions { beams: beams.beams, length_penalty: 0.0 };
         let found = model.beam_search(&prompt, beams.seq_len, &search, &options)?;
         let (rows, kept) = (found.len(), if beams.return_beams_and_scores { beams.beams } else { 1 });
@@ -475,13 +523,12 @@ impl Model {
     }
 }
 
-/// Returns each parameter once; a tied one by the encoder's name, which PyTorch has first.
+/// Returns each parameter once; a tied one by the encoder's name, which PyTorch has first, or else by the first.
 fn names(params: &ParamMap) -> impl Iterator<Item = (&str, &Param)> {
-    let tied_to_encoder = |name: &str, leaf| {
-        !name.starts_with("encoder.")
-            && params.iter().any(|(other, param)| other.starts_with("encoder.") && param.leaf() == leaf)
-    };
-    params.iter().filter(move |(name, param)| !tied_to_encoder(name, param.leaf()))
+    params.iter().filter(move |(name, param)| {
+        let tied = params.iter().filter(|(_, other)| other.leaf() == param.leaf()).map(|(other, _)| other);
+        tied.min_by_key(|other| (!other.starts_with("encoder."), *other)) == Some(*name)
+    })
 }
 
 fn is_zero(tensor: &Tensor) -> bool {

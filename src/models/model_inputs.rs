@@ -68,7 +68,7 @@ impl Inputs {
             lens: self.take("lens"),
             numbers: self.take("x_num"),
             return_scores: false,
-            attached_mems: false,
+            attached_mems: call.attached_mems,
             token_types: self.take("token_types"),
             return_embeddings: call.return_embeddings,
             return_logits_and_embeddings: call.return_logits_and_embeddings,
@@ -98,8 +98,22 @@ impl Inputs {
         }
     }
 
+    /// Takes prompts, `[b, t]` or a list of rows, and the numbers of their real tokens.
+    pub fn prompts(&mut self) -> Result<(Tensor, Option<Vec<usize>>)> {
+        let Some(rows) = self.list("prompts") else { return Ok((self.prompt()?, self.lengths()?)) };
+        let rows = rows.iter().map(Tensor::to_vec::<i64>).try_collect_vec()?;
+        let lengths: Vec<usize> = rows.iter().map(Vec::len).collect_vec();
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let padded = rows.into_iter().flat_map(|mut row| {
+            row.resize(longest, 0);
+            row
+        });
+        let prompts = Tensor::from_vec(padded.collect_vec(), [lengths.len(), longest], &self.device)?;
+        Ok((prompts, Some(lengths)))
+    }
+
     /// Takes the numbers of real tokens in the prompt.
-    pub fn lengths(&mut self) -> Result<Option<Vec<usize>>> {
+    fn lengths(&mut self) -> Result<Option<Vec<usize>>> {
         let Some(lengths) = self.take("prompt_lens") else { return Ok(None) };
         let lengths = lengths.to_vec::<i64>()?;
         Ok(Some(lengths.into_iter().map(|length| usize::try_from(length).unwrap_or(0)).collect_vec()))

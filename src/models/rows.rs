@@ -134,9 +134,11 @@ impl<'m> Rows<'m> {
     /// with at least that many tokens not in the cache yet.
     pub fn last_logits(&mut self, last: &[usize]) -> Result<Vec<Vec<Vec<f64>>>> {
         let (order, hidden) = self.last_hidden(last)?;
-        let values = self.net.logits(&hidden).context("net")?.detach().to_f64_vec()?;
+        let logits = self.net.logits(&hidden).context("net")?.detach();
+        // `logits_dim` may differ from the vocabulary.
+        let (values, width) = (logits.to_f64_vec()?, logits.dim(-1)?.max(1));
         let mut logits = vec![Vec::new(); last.len()];
-        for (row, values) in order.into_iter().zip(values.chunks(self.net.plan().num_tokens)) {
+        for (row, values) in order.into_iter().zip(values.chunks(width)) {
             logits[row].push(values.to_vec());
         }
         Ok(logits)

@@ -11,7 +11,7 @@ use crate::{
     collect::CollectVec,
     config::{AttentionPoolPlan, LayerPlan, MemoryPlan, NormPlan, TransformerPlan, TransformerWrapperConfig},
     error::{ErrorContext, ensure},
-    nn::{AttentionLayers, Branch, Embedding, ForwardOptions, Linear, Norm, Packer},
+    nn::{AttentionLayers, Branch, Embedding, ForwardOptions, Linear, Norm, Packer, log_sigmoid},
     ops::{Activation, PackedMatrix},
 };
 
@@ -76,6 +76,8 @@ pub struct TransformerWrapper {
     to_logits: Vec<Linear>,
     /// Head that predicts numbers.
     to_numbers: Option<Linear>,
+    /// From hidden states to those of several softmaxes, and to the weights of these.
+    mixture: Option<[Linear; 2]>,
     mlm_head: Option<MaskedHead>,
     pooler: Option<Linear>,
 }
@@ -164,6 +166,10 @@ impl TransformerWrapper {
         };
         let heads = if plan.tie_embedding.is_some() || plan.return_only_embed { &[][..] } else { &plan.logits[..] };
         let numbers = || Linear::new(&store.at("to_numerical_output").at(0), dim, 1);
+        let mixture = |count: usize| -> Result<[Linear; 2]> {
+            let states = Linear::without_bias(&store.at("to_mixture").at(0), dim, dim * count)?;
+            Ok([states, Linear::without_bias(&store.at("combine_mixture"), dim, count)?])
+        };
         let cls_token = || store.param("cls_token", [plan.num_cls_tokens, dim], Init::Normal(0.02));
         let embeds = plan.embeds.iter().map(|(name, count)| {
             let place = store.at("embeds").at(format_args!("{name}_embed"));
@@ -192,6 +198,7 @@ impl TransformerWrapper {
             mlm_head: plan.mlm_head.map(mlm_head).transpose()?,
             pooler: plan.pooler.then(|| Linear::new(&store.at("pooler"), dim, dim)).transpose()?,
             to_logits: heads.iter().map(head).try_collect_vec()?,
+            mixture: plan.mixture.map(mixture).transpose()?,
             to_numbers: plan.numerical_token.map(|_| numbers()).transpose()?,
             plan,
         })
@@ -285,7 +292,10 @@ impl TransformerWrapper {
         if only_embeddings {
             return Ok(output);
         }
-        if let (Some(pool), Some(AttentionPoolPlan { used: true, .. })) = (&self.attn_pool, &self.plan.pool) {
+        let pools = !options.return_logits_and_embeddings;
+        if let (Some(pool), Some(AttentionPoolPlan { used: true, .. }), true) =
+            (&self.attn_pool, &self.plan.pool, pools)
+        {
             output.out = pool.forward(&x, mask.as_ref(), None).context("attn_pool")?;
             return Ok(output);
         }
@@ -303,6 +313,9 @@ impl TransformerWrapper {
     ///
     /// Errors: those of [`TransformerWrapper::logits`] and [`Tensor::cross_entropy`].
     pub fn cross_entropy(&self, embeddings: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
+        if self.mixture.is_some() || self.plan.sigsoftmax {
+            return self.logits(embeddings)?.cross_entropy(targets, ignore_index);
+        }
         match (&self.mlm_head, self.to_logits.first()) {
             (None, Some(to_logits)) => to_logits.cross_entropy(embeddings, targets, ignore_index).context("to_logits"),
             (None, None) if !self.plan.return_only_embed => self
@@ -319,11 +332,27 @@ impl TransformerWrapper {
         if let Some(head) = &self.mlm_head {
             return head.forward(embeddings, &self.token_emb).context("mlm_head");
         }
+        let Some([to_mixture, combine]) = &self.mixture else { return self.squeezed(self.one_softmax(embeddings)?) };
+        let weights = combine.forward(embeddings).context("combine_mixture")?.softmax()?;
+        let mut shape = embeddings.shape().to_vec();
+        let at = shape.len() - 1;
+        shape.insert(at, weights.dim(-1)?);
+        let states = to_mixture.forward(embeddings).context("to_mixture.0")?.reshape(&shape[..])?;
+        let mixed = weights.unsqueeze(-2)?.matmul(&self.one_softmax(&states)?.softmax()?)?.squeeze(-2)?;
+        // A probability of 0 has no logarithm.
+        let least = Tensor::full((), 1e-20, mixed.dtype(), mixed.device())?;
+        self.squeezed(mixed.detach().lt(&least)?.where_cond(&least, &mixed)?.ln()?)
+    }
+
+    /// Computes the logits of one softmax.
+    fn one_softmax(&self, embeddings: &Tensor) -> Result<Tensor> {
         let logits = match self.to_logits.first() {
             Some(to_logits) => to_logits.forward(embeddings),
             None => self.token_emb.logits(&self.for_tied_logits(embeddings)?, None),
         };
-        self.squeezed(logits.context("to_logits")?)
+        let logits = logits.context("to_logits")?;
+        // ln sigmoid, of Kanai et al., <https://arxiv.org/abs/1805.10829>
+        if self.plan.sigsoftmax { logits.add(&log_sigmoid(&logits)?) } else { Ok(logits) }
     }
 
     /// Scales hidden states, of which there are fewer than of logits, for tied logits.

@@ -107,8 +107,22 @@ impl Layer {
             }
             None => (stream, None),
         };
-        let (x, normed) = stream.normed(self.norms[0].as_ref(), condition).context("0.0")?;
         let mut input = Cow::Borrowed(input);
+        let (x, normed) = match &input.branch_inputs[..] {
+            [] => stream.normed(self.norms[0].as_ref(), condition).context("0.0")?,
+            [first, others @ ..] => {
+                let norm = |x: &Tensor| match &self.norms[0] {
+                    Some(norm) => norm.forward_given(x, condition).context("0.0"),
+                    None => Ok(x.clone()),
+                };
+                let normed = norm(first)?;
+                if let [keys, values] = others {
+                    let sources = [norm(keys)?, norm(values)?];
+                    input.to_mut().sources = Some(sources);
+                }
+                (stream.whole()?, normed)
+            }
+        };
         if let (true, Some(norm), Some(mem)) = (self.norms_memories, &self.norms[0], &input.mem) {
             let mem = norm.forward_given(mem, condition).context("0.0")?;
             input.to_mut().mem = Some(mem);
@@ -141,7 +155,7 @@ impl Layer {
         let out = out.normed(self.norms[1].as_ref(), condition).context("0.1")?.1;
         let mut stream = match hyper {
             Some((hyper, mixed, weights)) => Stream::Whole(hyper.join(&out, &mixed, &weights).context(2)?),
-            None => self.residual.stream(out, x.clone()).context(2)?,
+            None => self.residual.stream(out, x.clone(), mask).context(2)?,
         };
         if let Some(norm) = &self.norms[2] {
             stream = Stream::Whole(stream.normed(Some(norm), condition).context("0.2")?.1);
@@ -193,5 +207,5 @@ fn flowing_mut(input: &mut AttentionInput) -> impl Iterator<Item = &mut Tensor> 
         input.condition.as_mut(),
         input.value_residual.as_mut(),
     ];
-    tensors.into_iter().flatten()
+    tensors.into_iter().flatten().chain(&mut input.branch_inputs)
 }

@@ -6,7 +6,9 @@ use super::{
     AttentionInput, Branch, ForwardOptions, LayersCache, Linear, Norm, RelativePositionBias, Rotation,
     attention::{causal_mask, soft_clamp},
     cache::{Decode, LayerCache},
+    key_masks::{drop_tokens, key_mask},
     layer::Layer,
+    links::Links,
     positions::{PolarEmbedding, Turn},
     residual::Stream,
     step::{DecodeStep, Tables},
@@ -15,10 +17,9 @@ use crate::{
     DType, Error, Init, Param, ParamStore, Result, Tensor,
     autograd::dropout_stream,
     collect::CollectVec,
-    config::{AttentionPlan, BranchPlan, LayerPlan, LayersPlan, RotaryPlan, ScoreResidual, ValueResidual},
+    config::{BranchPlan, Forget, LayerPlan, LayersPlan, RotaryPlan, ScoreResidual, ValueResidual},
     error::{ErrorContext, ensure},
     ops::Window,
-    sort::sort_by,
 };
 
 /// Output of attention layers.
@@ -65,6 +66,7 @@ pub struct AttentionLayers {
     stream_emb: Option<Param>,
     /// Final norm, unless it is the wrapper's.
     final_norm: Option<Norm>,
+    links: Links,
 }
 
 /// Part of the cache that a call continues, and its step.
@@ -109,14 +111,14 @@ impl AttentionLayers {
             let place = store.at("layers").at(index);
             Layer::new(layer, plan.dim, plan.norms_memories, rotary.as_ref(), &place, custom)
         };
-        let count = plan.modules.iter().max().map_or(0, |last| last + 1);
+        let count = plan.modules.len() + plan.idle.len();
         let mut modules = Vec::with_capacity(count);
         for index in 0..count {
             // Repeated layers share a module.
             let at = plan.modules.iter().position(|&module| module == index);
-            let missing = || Error::option("layers_execute_order", format_args!("leaves out sublayer {index}"));
-            let at = at.ok_or_else(missing)?;
-            modules.push(layer((index, &plan.layers[at]))?);
+            let idle = || plan.idle.iter().find(|(module, _)| *module == index).map(|(_, layer)| layer);
+            let Some(own) = at.map(|at| &plan.layers[at]).or_else(idle) else { break };
+            modules.push(layer((index, own))?);
         }
         let layers: Vec<Layer> = plan.modules.iter().map(|&index| modules[index].clone()).collect_vec();
         let bias = RelativePositionBias::new(plan.positions.bias, &store.at("rel_pos"))?;
@@ -129,6 +131,7 @@ impl AttentionLayers {
         let streams = plan.streams > 1;
         let stream_emb =
             streams.then(|| store.param("stream_emb", [plan.streams, plan.dim], Init::Constant(0.0))).transpose()?;
+        let links = Links::new(plan, store)?;
         let mut plan = plan.clone();
         for (plan, layer) in plan.layers.iter_mut().zip(&layers) {
             if layer.custom().is_some() {
@@ -136,7 +139,7 @@ impl AttentionLayers {
             }
         }
         let plan = Arc::new(plan);
-        Ok(Self { plan, layers, bias, rotary, infused, polar, adaptive_mlp: network, stream_emb, final_norm })
+        Ok(Self { plan, layers, bias, rotary, infused, polar, adaptive_mlp: network, stream_emb, final_norm, links })
     }
 
     /// Calls `f` with each linear layer of the branches; those of norms, gates and custom branches are not among them.
@@ -280,7 +283,11 @@ impl AttentionLayers {
         let (mut own_values, mut cross_values) = (None, None);
         let mut mems = options.mems.iter().flatten();
         let mut mem_masks = options.mem_masks.iter().flatten();
+        let mut linked = self.links.start(&walked.stream)?;
         for (index, (layer, plan)) in self.layers.iter().zip(&self.plan.layers).enumerate() {
+            let module = self.plan.modules[index];
+            let branch_inputs;
+            (walked.stream, branch_inputs) = self.links.join(walked.stream, &mut linked, module)?;
             if self.drops(self.plan.modules[index]) {
                 continue;
             }
@@ -317,6 +324,7 @@ impl AttentionLayers {
                     (AttentionInput { query_mask, condition, ..AttentionInput::default() }, None)
                 }
             };
+            let input = AttentionInput { branch_inputs, ..input };
             let output = match &mut decoding {
                 None if options.checkpoint_layers => layer.forward_checkpointed(walked.stream, &input),
                 None => layer.forward(walked.stream, &input, None),
@@ -366,13 +374,28 @@ impl AttentionLayers {
         if shifts().flatten().any(|&amount| amount < 0) {
             return Err("`shift_tokens` shifts later tokens backwards: `kind` is not Decoder");
         }
-        let cross = branches().filter(|branch| matches!(branch, BranchPlan::CrossAttention(_)));
-        if cross.filter_map(BranchPlan::attention).any(|plan| plan.window != Window::default()) {
+        let cross = || {
+            let cross = branches().filter(|branch| matches!(branch, BranchPlan::CrossAttention(_)));
+            cross.filter_map(BranchPlan::attention)
+        };
+        if cross().any(|plan| plan.window != Window::default()) {
             return Err("`attn_max_attend_past` in cross-attention counts from the last token");
         }
         self.layers.iter().filter_map(Layer::custom).try_for_each(Branch::supports_kv_cache)?;
         if branches().filter_map(BranchPlan::attention).any(|plan| plan.selective) {
             return Err("`attn_selective` reads the scores of earlier queries");
+        }
+        if branches().filter_map(BranchPlan::attention).any(|plan| plan.forget != Forget::None) {
+            return Err("`attn_data_dependent_alibi` reads the gates of all tokens");
+        }
+        if branches().filter_map(BranchPlan::attention).any(|plan| plan.rel_proj.is_some() || plan.cope.is_some()) {
+            return Err("`attn_use_rel_proj_pos_bias` and `attn_use_cope` are computed for whole sequences");
+        }
+        if cross().any(|plan| plan.inverted) {
+            return Err("`cross_attn_inverted_attention` lets all queries compete for a key");
+        }
+        if self.plan.layers.iter().any(|layer| layer.residual.split) {
+            return Err("`mv_split_residual` reads the mean of all tokens");
         }
         if self.rotary.as_ref().is_some_and(Rotation::scales) {
             return Err("`rotary_xpos` scales keys by their distance from the middle of the sequence");
@@ -474,7 +497,7 @@ impl AttentionLayers {
 
     /// Adds the bias on the scores of self-attention, if there is one.
     fn add_bias(&self, own: &mut AttentionInput, x: &Tensor, options: &ForwardOptions) -> Result<()> {
-        let Some(bias) = &self.bias else {
+        let Some(bias) = self.bias.as_ref().filter(|_| self.plan.self_attentions() > 0) else {
             own.dense_bias = options.attn_bias.clone();
             return Ok(());
         };
@@ -488,27 +511,14 @@ impl AttentionLayers {
         }
         let n = x.dim(1)?;
         let memories = options.mems.iter().flatten().map(|mem| mem.shape()[1]).max().unwrap_or(0);
-        // The fused op counts queries from 0 and adds ALiBi by the key's position, which is the same only in these cases.
-        let mut plans = self.plan.layers.iter().filter_map(|layer| match &layer.branch {
-            BranchPlan::SelfAttention(plan) => Some(plan),
-            _ => None,
+        // T5's buckets of the fused op count queries and keys from 0.
+        let plain = self.plan.layers.iter().all(|layer| match &layer.branch {
+            BranchPlan::SelfAttention(plan) => plan.prefix_len() == 0,
+            _ => true,
         });
-        let fits = |plan: &AttentionPlan| plan.prefix_len() == 0 && plan.needs_scores().is_none();
-        let fits = match bias {
-            RelativePositionBias::Dynamic(_) => false,
-            RelativePositionBias::T5 { .. } => plans.all(fits),
-            _ => options.pos.is_none() && plans.all(|plan| plan.causal && fits(plan)),
-        };
-        if fits && memories == 0 {
-            own.bias = Some(bias.forward().context("rel_pos")?);
-        } else {
-            own.dense_bias = Some(
-                match &options.pos {
-                    Some(positions) => bias.at(positions, x.dtype()),
-                    None => bias.dense(n, memories + n, x.dtype()),
-                }
-                .context("rel_pos")?,
-            );
+        match &options.pos {
+            Some(positions) => own.dense_bias = Some(bias.at(positions, x.dtype()).context("rel_pos")?),
+            None => own.bias = Some(bias.relative(n, memories + n, plain, x.dtype()).context("rel_pos")?),
         }
         Ok(())
     }
@@ -519,14 +529,18 @@ impl AttentionLayers {
             return Ok(None);
         };
         ensure!(
-            options.mems.is_none(),
-            Error::argument(
-                "mems",
-                "cannot be used with `pos` or `rotary_xpos`, whose positions are those of the tokens"
-            )
+            options.mems.is_none() || options.pos.is_none(),
+            Error::argument("mems", "cannot be used with `pos`, whose positions are those of the tokens")
         );
-        let positions = options.pos.clone().map_or_else(|| Tensor::arange(x.dim(1)?, x.device()), Ok)?;
-        rotation.turns(&positions, x).map(Some)
+        let n = x.dim(1)?;
+        let memories = options.mems.iter().flatten().map(|mem| mem.shape()[1]).max().unwrap_or(0);
+        let counted = || {
+            let first = Tensor::full((), memories as f64, DType::I64, x.device())?;
+            Tensor::arange(memories + n, x.device())?.sub(&first)
+        };
+        let positions = options.pos.clone().map_or_else(counted, Ok)?;
+        let [queries, keys] = rotation.turns(&positions, x)?;
+        Ok(Some([if memories == 0 { queries } else { queries.last(n)? }, keys]))
     }
 
     /// Returns the turns of queries and of the keys of a context with positions.
@@ -545,36 +559,4 @@ impl AttentionLayers {
         let memories = options.mems.iter().flatten().map(|mem| mem.shape()[1]).max().unwrap_or(0);
         rotation.frequencies()?.sinusoid(0, memories + x.dim(1)?, x.dtype()).map(Some)
     }
-}
-
-/// Returns the mask of the keys: that of the `n` tokens, preceded by that of the memories, `true` by default.
-fn key_mask(
-    mask: Option<&Tensor>,
-    mem: Option<&Tensor>,
-    mem_mask: Option<&Tensor>,
-    n: usize,
-) -> Result<Option<Tensor>> {
-    let Some(mem) = mem.filter(|_| mask.is_some() || mem_mask.is_some()) else { return Ok(mask.cloned()) };
-    let kept = |n: usize| Tensor::ones([mem.dim(0)?, n], DType::Bool, mem.device());
-    let memories = mem_mask.map_or_else(|| kept(mem.dim(1)?), |mask| Ok(mask.clone()))?;
-    let tokens = mask.map_or_else(|| kept(n), |mask| Ok(mask.clone()))?;
-    Tensor::cat(&[&memories, &tokens], 1).map(Some)
-}
-
-/// Draws which tokens of a context `[b, n, dim]` training leaves out, beside those that are masked: `[b, n]`. `None`
-/// outside of training.
-pub(crate) fn drop_tokens(context: &Tensor, mask: Option<&Tensor>, share: f64, padded: bool) -> Result<Option<Tensor>> {
-    let Some(draws) = dropout_stream() else { return Ok(None) };
-    let (b, n) = (context.dim(0)?, context.dim(1)?);
-    let mut keep = mask.map_or_else(|| Ok(vec![true; b * n]), |mask| mask.to_vec::<bool>())?;
-    for (row, keep) in keep.chunks_mut(n.max(1)).enumerate() {
-        let mut left: Vec<usize> = (0..n).filter(|&at| keep[at]).collect_vec();
-        let kept = left.len() as f64 * (1.0 - share);
-        // A row of padded ones keeps whole tokens rounded up, others rounded down, like x-transformers.
-        let kept = if padded { kept.ceil() as usize } else { (kept as usize).max(1) };
-        let draw = |at: usize| draws.uniform((row * n + at) as u64);
-        sort_by(&mut left, |&a, &b| draw(a).total_cmp(&draw(b)));
-        left.into_iter().skip(kept).for_each(|at| keep[at] = false);
-    }
-    Tensor::from_vec(keep, [b, n], context.device()).map(Some)
 }

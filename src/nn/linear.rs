@@ -109,6 +109,20 @@ impl Linear {
         Self::with_init(store, fan_in, fan_out, init, bias.then_some(init))
     }
 
+    /// Like [`Linear::output`], with a weight normal around 0 and smaller with the depth, `1 / √(2 in depth)`, if one is
+    /// given.
+    pub(super) fn output_at(
+        store: &ParamStore,
+        [fan_in, fan_out]: [usize; 2],
+        bias: bool,
+        zero: bool,
+        depth: Option<usize>,
+    ) -> Result<Self> {
+        let Some(depth) = depth.filter(|_| !zero) else { return Self::output(store, fan_in, fan_out, bias, zero) };
+        let weight = Init::Normal(((2 * fan_in * depth) as f64).powf(-0.5));
+        Self::with_init(store, fan_in, fan_out, weight, bias.then_some(Init::linear(fan_in)))
+    }
+
     /// Creates a layer with these initial values, and a bias if it has one.
     pub fn with_init(
         store: &ParamStore,
@@ -186,9 +200,17 @@ impl Linear {
         self.weight.pack(packer)
     }
 
-    /// Computes `activation(x Wᵀ + b)`, with the bias fused into the activation.
+    /// Returns the bias, if it should be added by the activation and not by the product.
+    fn late_bias(&self, x: &Tensor) -> Option<&Param> {
+        let by_product = matches!(x.device(), Device::Gpu(gpu) if gpu.limits().adds_biases)
+            && matches!(x.dtype(), DType::BF16 | DType::F16)
+            && self.lora.is_none();
+        self.bias.as_ref().filter(|_| !by_product)
+    }
+
+    /// Computes `activation(x Wᵀ + b)`, with the bias fused into the activation or the product.
     pub fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
-        let Some(bias) = &self.bias else { return activation.of(&self.forward(x)?) };
+        let Some(bias) = self.late_bias(x) else { return activation.of(&self.forward(x)?) };
         self.product(x)?.add_activation(&bias.tensor(), activation)
     }
 
@@ -200,7 +222,7 @@ impl Linear {
 
     /// Like [`Linear::activated`], but with a gated unit: `[.., in] → [.., out / 2]`, see [`Tensor::glu`].
     pub fn gated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
-        let Some(bias) = &self.bias else { return self.forward(x)?.glu(activation) };
+        let Some(bias) = self.late_bias(x) else { return self.forward(x)?.glu(activation) };
         self.product(x)?.add_glu(&bias.tensor(), activation)
     }
 }

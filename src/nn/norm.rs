@@ -70,6 +70,17 @@ pub enum Norm {
         /// Added to the weight.
         offset: f64,
     },
+    /// `tanh(x · scale) ⊙ gamma + beta` (Zhu et al., <https://arxiv.org/abs/2503.10622>).
+    Tanh {
+        /// Scale, a scalar.
+        scale: Param,
+        /// Weight, `[dim]`.
+        gamma: Param,
+        /// Bias, `[dim]`, initially 0.
+        beta: Param,
+        /// Added to the scale and to the weight.
+        offsets: [f64; 2],
+    },
     /// LayerNorm or `x √dim / |x|`, times `W condition + 1` (Peebles and Xie, <https://arxiv.org/abs/2212.09748>).
     Adaptive {
         /// Linear layer from the condition to a scale, initially 0.
@@ -110,6 +121,15 @@ impl Norm {
                 let g = width.map(|width| store.param("g", [width], Init::Constant(1.0 - offset))).transpose()?;
                 Self::Unit { g, ones: ones()?, offset }
             }
+            NormPlan::Tanh { alpha, stored_offset } => {
+                let offsets = if stored_offset { [alpha, 1.0] } else { [0.0; 2] };
+                Self::Tanh {
+                    scale: store.param("pre_tanh_scale", (), Init::Constant(alpha - offsets[0]))?,
+                    gamma: store.param("gamma", [dim], Init::Constant(1.0 - offsets[1]))?,
+                    beta: store.param("beta", [dim], Init::Constant(0.0))?,
+                    offsets,
+                }
+            }
             NormPlan::Adaptive { layer, dim_condition } => {
                 let place = store.at("to_gamma");
                 let to_gamma = Linear::with_init(&place, dim_condition, dim, Init::Constant(0.0), None)?;
@@ -135,6 +155,10 @@ impl Norm {
                     Some(g) => x.clamped_rms_norm(&shifted(g, *offset)?, floor),
                     None => x.clamped_rms_norm(ones, floor),
                 }
+            }
+            Self::Tanh { scale, gamma, beta, offsets } => {
+                let bounded = x.mul(&shifted(scale, offsets[0])?)?.tanh()?;
+                bounded.mul(&shifted(gamma, offsets[1])?)?.add(&beta.tensor())
             }
             Self::Adaptive { .. } => Err(Error::argument("condition", "is missing: the norm is adaptive")),
         }
@@ -173,6 +197,11 @@ impl Norm {
                     Some(g) => x.add_clamped_rms_norm(residual, &shifted(g, *offset)?, floor),
                     None => x.add_clamped_rms_norm(residual, ones, floor),
                 }
+            }
+            Self::Tanh { .. } => {
+                let sum = x.add(residual)?;
+                let normed = self.forward(&sum)?;
+                Ok((sum, normed))
             }
             Self::Adaptive { .. } => Err(Error::argument("condition", "is missing: the norm is adaptive")),
         }

@@ -91,9 +91,7 @@ impl RelativePositionBias {
             }
             Self::Dynamic(network) => network.forward(&distances().map(|distance| distance as f64).collect_vec()),
             Self::Alibi(_) | Self::LearnedAlibi { .. } => {
-                let PositionBias::Alibi { slopes } = self.forward()? else {
-                    return Err(Error::argument("rel_pos", "has no slopes"));
-                };
+                let slopes = self.forward()?.weights().clone();
                 let values = distances().map(|distance| -(distance.unsigned_abs() as f64)).collect_vec();
                 let distances = Tensor::from_vec(values, [after + 1 + before, 1], slopes.device())?;
                 // Half types do not hold all positions: the product is rounded once.
@@ -117,14 +115,19 @@ impl RelativePositionBias {
         distance.mul(&slopes.to_dtype(DType::F64)?.reshape([1, slopes.numel(), 1, 1])?)?.to_dtype(dtype)
     }
 
-    /// Returns the bias of the last `queries` of `keys` positions, `[heads, queries, keys]`.
-    pub(super) fn dense(&self, queries: usize, keys: usize, dtype: DType) -> Result<Tensor> {
-        let (before, after) = (keys.saturating_sub(1), queries.saturating_sub(1));
-        let by_distance = self.by_distance(before, after, dtype)?;
-        let row = |i: usize| (0..keys).map(move |key| (keys - queries + i + after - key) as i64);
-        let index = (0..queries).flat_map(row).collect_vec();
-        let index = Tensor::from_vec(index, [queries, keys], by_distance.device())?;
-        by_distance.embedding(&index)?.permute(&[2, 0, 1])
+    /// Returns the bias of the last `queries` of `keys` positions, a function of the distance alone. `plain`: if `true`,
+    /// these are all keys.
+    pub(super) fn relative(&self, queries: usize, keys: usize, plain: bool, dtype: DType) -> Result<PositionBias> {
+        match self {
+            Self::T5 { .. } if plain && queries == keys => self.forward(),
+            Self::T5 { .. } | Self::Dynamic(_) => {
+                let table = self.by_distance(keys.saturating_sub(1), queries.saturating_sub(1), dtype)?;
+                Ok(PositionBias::ByDistance { table })
+            }
+            Self::Alibi(_) | Self::LearnedAlibi { .. } => {
+                Ok(PositionBias::SymmetricAlibi { slopes: self.forward()?.weights().clone() })
+            }
+        }
     }
 }
 

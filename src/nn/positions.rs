@@ -174,6 +174,12 @@ impl Rotation {
 }
 
 impl Turn {
+    /// Returns the turn of the last `n` positions.
+    pub(super) fn last(&self, n: usize) -> Result<Self> {
+        let last = |x: &Tensor| x.narrow(2, x.dim(2)? - n, n);
+        Ok(Self { cos: last(&self.cos)?, sin: last(&self.sin)? })
+    }
+
     /// Turns features `k` and `k + pairs` of `[b, heads, n, d]`.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let pairs = self.cos.dim(-1)?;

@@ -41,6 +41,8 @@ pub struct Residual {
     constant: f64,
     gru: Option<GruCell>,
     hyper: Option<HyperConnection>,
+    /// Factors of the difference of means, and of the centred branch, `[dim]`.
+    split: Option<[Param; 2]>,
 }
 
 impl Residual {
@@ -49,18 +51,28 @@ impl Residual {
         let scale = plan.scaled.then(|| store.param("residual_scale", [dim], Init::Constant(1.0))).transpose()?;
         let gru = plan.gated.then(|| GruCell::new(dim, &store.at("gru"))).transpose()?;
         let hyper = plan.hyper.map(|plan| HyperConnection::new(plan, dim, store)).transpose()?;
-        Ok(Self { scale, constant: plan.constant, gru, hyper })
+        let split = || -> Result<[Param; 2]> {
+            let factor = |name: &str, start: f64| store.param(name, [dim], Init::Constant(start));
+            Ok([factor("alpha", 0.0)?, factor("beta", 0.03)?])
+        };
+        Ok(Self { scale, constant: plan.constant, gru, hyper, split: plan.split.then(split).transpose()? })
     }
 
     /// Computes `branch + residual`, or the GRU cell's new state; both `[.., dim]`.
     ///
     /// Errors: shapes or dtypes that do not match.
     pub fn forward(&self, branch: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        self.stream(branch.clone(), residual.clone())?.whole()
+        self.stream(branch.clone(), residual.clone(), None)?.whole()
     }
 
-    /// Like [`Residual::forward`], but leaves a sum to the op that follows.
-    pub(super) fn stream(&self, branch: Tensor, residual: Tensor) -> Result<Stream> {
+    /// Like [`Residual::forward`], but leaves a sum to the op that follows. `mask`: padding mask, `[b, n]`.
+    pub(super) fn stream(&self, branch: Tensor, residual: Tensor, mask: Option<&Tensor>) -> Result<Stream> {
+        if let Some([alpha, beta]) = &self.split {
+            let mean = mean_of_tokens(&branch, mask)?;
+            let means = mean.sub(&mean_of_tokens(&residual, mask)?)?.mul(&alpha.tensor())?;
+            let centred = branch.sub(&mean)?.mul(&beta.tensor())?;
+            return Ok(Stream::Whole(residual.add(&centred)?.add(&means)?));
+        }
         let residual = match &self.scale {
             Some(scale) => residual.mul(&scale.tensor())?,
             None => residual,
@@ -78,6 +90,15 @@ impl Residual {
     pub(super) fn hyper(&self) -> Option<&HyperConnection> {
         self.hyper.as_ref()
     }
+}
+
+/// Returns the mean of the tokens that the mask keeps, `[b, 1, dim]`.
+fn mean_of_tokens(x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    let Some(mask) = mask else { return x.mean(&[1])?.unsqueeze(1) };
+    let kept = mask.to_dtype(x.dtype())?.unsqueeze(1)?;
+    let counts = kept.sum(&[-1])?.unsqueeze(-1)?;
+    let none = counts.lt(&Tensor::ones((), x.dtype(), x.device())?)?;
+    kept.matmul(x)?.div(&counts.masked_fill(&none, 1.0)?)
 }
 
 /// PyTorch's `nn.GRUCell`: the branch is its input, the residual its hidden state.

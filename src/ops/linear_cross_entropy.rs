@@ -5,7 +5,7 @@ use super::{
         COST, Losses as RowLosses, check_targets, count_targets, forward, forward_rows, launch_gradient, launch_mean,
         launch_rows, rows_and_gradient,
     },
-    matmul::{check_linear, product, product_sums},
+    matmul::{check_linear, product, product_and_bias, product_and_row_sums, product_sums},
     norm::widen,
 };
 use crate::{
@@ -211,8 +211,17 @@ impl Layer {
                 product_sums(&gradient, &self.weight, false, &mut of_block)?;
                 of_x.push(of_block);
             }
+            let turned = gradient.transpose(0, 1)?;
+            if height == rows
+                && need[1]
+                && need[2]
+                && let Some([weight, bias]) = product_and_row_sums(&turned, &x, dtype.accumulator())?
+            {
+                (of_weight, of_bias) = (Some(weight), Some(bias.unsqueeze(0)?));
+                continue;
+            }
             if let Some(of_weight) = &mut of_weight {
-                product_sums(&gradient.transpose(0, 1)?, &x, first > 0, of_weight)?;
+                product_sums(&turned, &x, first > 0, of_weight)?;
             }
             if let Some(of_bias) = &mut of_bias {
                 let ones = Tensor::ones([1, height], dtype, &device)?;
@@ -225,14 +234,11 @@ impl Layer {
                 (loss, Tensor::scalar(count, &device)?)
             }
             Device::Gpu(gpu) => {
-                let (losses, ..) = Tensor::joined(&losses.of_rows.iter().collect_vec(), 0)?;
+                let losses = joined(losses.of_rows)?;
                 launch_mean(*gpu, dtype, &losses, &self.targets, self.ignore_index)?
             }
         };
-        let x = match of_x.len() {
-            0 | 1 => of_x.pop(),
-            _ => Some(Tensor::joined(&of_x.iter().collect_vec(), 0)?.0),
-        };
+        let x = if of_x.is_empty() { None } else { Some(joined(of_x)?) };
         let divisor = divide_at_last.then_some(count);
         let weight = of_weight.map(|of_weight| of_weight.narrow(0, 0, self.classes)).transpose()?;
         let bias = of_bias.map(|of_bias| of_bias.narrow(1, 0, self.classes)).transpose()?;
@@ -305,12 +311,8 @@ impl Layer {
         let bias = self.bias.as_ref().map(|bias| bias.to_dtype(sums)).transpose()?;
         for (first, rows) in of_about_one_size(height, if is_half { rows_of_part } else { height }) {
             let (x, targets) = (x.narrow(0, first, rows)?, targets.narrow(0, first, rows)?);
-            let mut logits = match &bias {
-                // The product is added to it.
-                Some(bias) => bias.expand(Shape::new(&[rows, padded])?)?.contiguous()?.into_owned()?,
-                None => uninit(rows, sums)?,
-            };
-            product_sums(&x, &self.weight.transpose(0, 1)?, bias.is_some(), &mut logits)?;
+            let mut logits = uninit(rows, sums)?;
+            product_and_bias(&x, &self.weight.transpose(0, 1)?, bias.as_ref(), &mut logits)?;
             let mut statistics = Tensor::uninit(Shape::new(&[rows, 2])?, sums, device)?;
             let ends = (self.classes, self.ignore_index);
             losses.of_rows.push(launch_rows(gpu, &logits, &targets, ends, &mut statistics)?);
@@ -337,6 +339,14 @@ fn pad_rows(x: Tensor, rows: usize) -> Result<Tensor> {
     shape[0] = rows - shape[0];
     let zeros = Tensor::zeros(Shape::new(&shape)?, x.dtype(), x.device())?;
     Ok(Tensor::joined(&[&x, &zeros], 0)?.0)
+}
+
+/// Joins blocks of rows.
+fn joined(mut blocks: Vec<Tensor>) -> Result<Tensor> {
+    match blocks.pop() {
+        Some(only) if blocks.is_empty() => Ok(only),
+        last => Ok(Tensor::joined(&blocks.iter().chain(&last).collect_vec(), 0)?.0),
+    }
 }
 
 /// Losses of rows, in the form that their device computes.
@@ -416,6 +426,16 @@ fn launch_rounded_gradient(
     )
 }
 
+/// Returns `x · grad / divisor`, rounded to a dtype; `grad` in the type of `x`, `divisor` in f64, one element each.
+fn launch_scaled(gpu: &dyn Gpu, dtype: DType, x: &Tensor, grad: &Tensor, divisor: Option<&Tensor>) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let (grad, mut y) = (grad.contiguous()?, Tensor::uninit(*x.shape(), dtype, x.device())?);
+    let n = x.numel();
+    gpu.kernel("scale_elements", &[("DTYPE", dtype.name())])?
+        .launch(Grid::packets(n, x.dtype()), args![&mut y, &x, &grad, divisor, n as i64])?;
+    Ok(y)
+}
+
 struct LinearCrossEntropyBackward {
     gradients: Gradients,
     /// Shape of `x`.
@@ -431,6 +451,20 @@ impl Backward for LinearCrossEntropyBackward {
     /// Multiplies the gradients of the forward pass by the gradient of the loss.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let Self { gradients: Gradients { x, weight, bias, divisor }, shape, dtype } = *self;
+        let with_bias = need.len() > 2;
+        if let Device::Gpu(gpu) = *grad.device() {
+            let finish = |gradient: Option<Tensor>, shape: Shape| {
+                let launch = |gradient| launch_scaled(gpu, dtype, &gradient, &grad, divisor.as_ref());
+                gradient.map(launch).transpose()?.map(|gradient| gradient.reshape(shape)).transpose()
+            };
+            let own = |gradient: &Option<Tensor>, rank: usize| {
+                gradient.as_ref().map_or(Shape::new(&[]), |of| Shape::new(&of.shape()[of.rank() - rank..]))
+            };
+            let shapes = [own(&weight, 2)?, own(&bias, 1)?];
+            let mut grads = vec![finish(x, shape)?, finish(weight, shapes[0])?];
+            grads.extend(with_bias.then(|| finish(bias, shapes[1])).transpose()?);
+            return Ok(InputGrads::whole(grads));
+        }
         let factor = match divisor {
             Some(divisor) => grad.div(&divisor.to_dtype(grad.dtype())?)?,
             None => grad,
@@ -444,7 +478,7 @@ impl Backward for LinearCrossEntropyBackward {
         };
         let x = finish(x)?.map(|x| x.reshape(shape)).transpose()?;
         let mut grads = vec![x, finish(weight)?];
-        if need.len() > 2 {
+        if with_bias {
             grads.push(finish(bias)?.map(|bias| bias.squeeze(0)).transpose()?);
         }
         Ok(InputGrads::whole(grads))

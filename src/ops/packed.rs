@@ -126,7 +126,7 @@ impl PackedMatrix {
         let row = self.row_bytes();
         let mut blocks = Tensor::uninit(Shape::new(&[self.rows, row])?, DType::Bool, &Device::Cpu)?;
         let panels = self.blocks.values::<bool>()?;
-        cpu::for_rows(blocks.values_mut::<bool>()?, row, row, &|first, blocks: &mut [u8]| {
+        cpu::for_rows(blocks.values_mut::<bool>()?, row, row, |first, blocks: &mut [u8]| {
             for (at, out) in blocks.chunks_exact_mut(row).enumerate() {
                 self.copy_row(panels, first + at, out);
             }

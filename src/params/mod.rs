@@ -430,6 +430,21 @@ impl ParamStore {
         self.register(self.at(name).prefix, param.clone())
     }
 
+    /// Registers all that lies at another place under this one too: a module that two others hold.
+    ///
+    /// Errors: a name is taken.
+    pub(crate) fn tie_all(&self, other: &ParamStore) -> Result<()> {
+        let place = format!("{}.", other.prefix);
+        let all = self.params();
+        for (name, param) in all.iter() {
+            name.strip_prefix(&place).map(|name| self.tie(name, param)).transpose()?;
+        }
+        for (name, value) in all.buffers() {
+            name.strip_prefix(&place).map(|name| self.buffer(name, value)).transpose()?;
+        }
+        Ok(())
+    }
+
     /// Registers a tensor that is saved but not trained.
     ///
     /// Errors: the name is taken.

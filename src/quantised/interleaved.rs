@@ -12,7 +12,7 @@ use crate::device::{
 
 /// Interleaves whole panels of rows of `row_bytes` bytes in place.
 pub(crate) fn interleave(kind: QuantType, row_bytes: usize, rows: &mut [u8]) {
-    cpu::for_rows(rows, ROWS * row_bytes, ROWS * row_bytes, &|_, rows: &mut [u8]| {
+    cpu::for_rows(rows, ROWS * row_bytes, ROWS * row_bytes, |_, rows: &mut [u8]| {
         lend(User::Products, |[area, _, _]| {
             let from = aligned::<u8>(area, ROWS * row_bytes);
             for panel in rows.chunks_exact_mut(ROWS * row_bytes) {

@@ -3,7 +3,7 @@
 #![allow(dead_code)]
 
 use std::{
-    ffi::{CString, c_char},
+    ffi::{CStr, CString, c_char},
     io::Write,
     ops::Deref,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -83,6 +83,19 @@ pub fn count(kind: &str) -> u64 {
     let kind = CString::new(kind).expect("a name");
     // SAFETY: the text ends with a zero.
     unsafe { get(kind.as_ptr()) }
+}
+
+/// Returns the names of the kernels, products, copies and fills that `f` enqueues, and its result.
+pub fn traced<T>(f: impl FnOnce() -> T) -> (Vec<String>, T) {
+    let trace: unsafe extern "C" fn(i32) -> *const c_char = exported("xt_emulator_trace");
+    // SAFETY: it has no conditions; the text is read before the next call.
+    let result = unsafe {
+        trace(1);
+        f()
+    };
+    // SAFETY: as above; the text ends with a zero.
+    let names = unsafe { CStr::from_ptr(trace(0)) }.to_string_lossy().lines().map(str::to_string).collect();
+    (names, result)
 }
 
 /// Returns the number of live objects of a kind: `graph`, `stream`, `module`, …

@@ -1,6 +1,8 @@
-// cuBLAS: C = alpha op(A) op(B) + beta C, column-major, summed in the order of k without blocking.
+// cuBLAS and cuBLASLt: C = alpha op(A) op(B) + beta C, column-major, summed in the order of k without blocking.
 
+#include <algorithm>
 #include <bit>
+#include <cstdlib>
 #include <cstring>
 
 #include "emulator.h"
@@ -85,6 +87,8 @@ struct Gemm : Operation {
     double alpha, beta;
     Matrix a, b, c;
     bool in_f64, tf32;
+    // Epilogues of cuBLASLt, of the type of C: a value per row to add, and sums over k per column of B; or 0.
+    uintptr_t bias = 0, column_sums = 0;
 
     // Checks the access to all elements, column by column, because the gaps between columns are not accessed.
     bool allowed(const char* name, const Matrix& matrix, int rows, int columns, bool write) const {
@@ -131,17 +135,37 @@ struct Gemm : Operation {
                 for (int row = 0; row < m; ++row) {
                     char* const element = to + row * size_of(c.type);
                     A value = A(alpha) * sums[row];
+                    if (bias != 0) {
+                        value += read<A>(reinterpret_cast<const char*>(bias) + row * size_of(c.type), c.type, false);
+                    }
                     if (beta != 0) value += A(beta) * read<A>(element, c.type, false);
                     write<A>(element, c.type, value);
                 }
                 mark_written(uintptr_t(to), m * size_of(c.type));
+                if (column_sums == 0) continue;
+                A sum = 0;
+                for (int inner = 0; inner < k; ++inner) sum += right[size_t(column) * k + inner];
+                const uintptr_t total = column_sums + column * size_of(c.type);
+                write<A>(reinterpret_cast<char*>(total), c.type, sum);
+                mark_written(total, size_of(c.type));
             }
         }
     }
 
+    // `product`, m, n, k, the leading dimensions of A, B and C, and the epilogue.
+    std::string name() const override {
+        std::string text = "product";
+        for (int size : {m, n, k}) text += ' ' + std::to_string(size);
+        for (const Matrix* matrix : {&a, &b, &c}) text += ' ' + std::to_string(matrix->leading);
+        return text + (bias != 0 ? " + bias" : column_sums != 0 ? " + sums" : "");
+    }
+
     int run() override {
         if (shall_fail(LAUNCH)) return LAUNCH_OUT_OF_RESOURCES;
-        const bool right = allowed("A", a, a.transposed ? k : m, a.transposed ? m : k, false) &&
+        std::string why;
+        if (bias != 0 && !may_read(bias, m * size_of(c.type), why)) report("cuBLASLt, bias, " + why);
+        if (column_sums != 0 && !may_write(column_sums, n * size_of(c.type), why)) report("cuBLASLt, sums, " + why);
+        const bool right = why.empty() && allowed("A", a, a.transposed ? k : m, a.transposed ? m : k, false) &&
                            allowed("B", b, b.transposed ? n : k, b.transposed ? k : n, false) &&
                            (beta == 0 || allowed("C", c, m, n, false)) && allowed("C", c, m, n, true);
         if (!right) {
@@ -158,6 +182,20 @@ int invalid(const std::string& what) {
     return BLAS_INVALID_VALUE;
 }
 
+// Returns the error of a product with these types, or 0.
+int objection(int a_type, int b_type, int c_type, int compute) {
+    const bool in_f64 = compute == COMPUTE_F64 || compute == COMPUTE_F64_PEDANTIC;
+    const bool in_f32 = compute == COMPUTE_F32 || compute == COMPUTE_F32_PEDANTIC || compute == COMPUTE_F32_FAST_TF32;
+    const auto halves = [](int type) { return type == F16 || type == BF16; };
+    const bool types = in_f64 ? a_type == F64 && b_type == F64 && c_type == F64
+                              : a_type == b_type && (a_type == F32 || halves(a_type)) &&
+                                    (c_type == a_type || c_type == F32);
+    if ((in_f64 || in_f32) && types) return BLAS_SUCCESS;
+    report("cuBLAS: no product of types " + std::to_string(a_type) + ", " + std::to_string(b_type) + " and " +
+           std::to_string(c_type) + " with compute type " + std::to_string(compute));
+    return BLAS_NOT_SUPPORTED;
+}
+
 int gemm(Handle* handle, int transposed_a, int transposed_b, int m, int n, int k, const void* alpha, const void* a,
          int a_type, int lda, long long a_stride, const void* b, int b_type, int ldb, long long b_stride,
          const void* beta, void* c, int c_type, int ldc, long long c_stride, int items, int compute) {
@@ -165,16 +203,7 @@ int gemm(Handle* handle, int transposed_a, int transposed_b, int m, int n, int k
     if (handle == nullptr) return BLAS_NOT_INITIALIZED;
     if (m < 0 || n < 0 || k < 0 || items < 0) return invalid("a negative size");
     const bool in_f64 = compute == COMPUTE_F64 || compute == COMPUTE_F64_PEDANTIC;
-    const bool in_f32 = compute == COMPUTE_F32 || compute == COMPUTE_F32_PEDANTIC || compute == COMPUTE_F32_FAST_TF32;
-    const auto halves = [](int type) { return type == F16 || type == BF16; };
-    const bool types = in_f64 ? a_type == F64 && b_type == F64 && c_type == F64
-                              : a_type == b_type && (a_type == F32 || halves(a_type)) &&
-                                    (c_type == a_type || c_type == F32);
-    if (!(in_f64 || in_f32) || !types) {
-        report("cuBLAS: no product of types " + std::to_string(a_type) + ", " + std::to_string(b_type) + " and " +
-               std::to_string(c_type) + " with compute type " + std::to_string(compute));
-        return BLAS_NOT_SUPPORTED;
-    }
+    if (int error = objection(a_type, b_type, c_type, compute)) return error;
     if (lda < (transposed_a ? k : m) || ldb < (transposed_b ? n : k) || ldc < m || lda < 1 || ldb < 1 || ldc < 1) {
         return invalid("a leading dimension is smaller than the matrix");
     }
@@ -265,3 +294,180 @@ XT_EXPORT int cublasGemmStridedBatchedEx(Handle* handle, int ta, int tb, int m, 
     }
 XT_GEMM(S, float, F32, COMPUTE_F32)
 XT_GEMM(D, double, F64, COMPUTE_F64)
+
+// --- cuBLASLt: products with an epilogue.
+
+namespace xt {
+namespace {
+
+struct Layout {
+    int type;
+    uint64_t rows, columns;
+    int64_t leading;
+};
+
+struct Product {
+    int compute, transposed_a = 0, transposed_b = 0, epilogue = 1;
+    uintptr_t bias = 0;
+};
+
+enum ProductAttribute { TRANS_A = 3, TRANS_B = 4, EPILOGUE = 7, BIAS_POINTER = 8 };
+enum Epilogue { EPILOGUE_DEFAULT = 1, EPILOGUE_BIAS = 4, EPILOGUE_BGRADB = 512 };
+
+// Alignments that the caller promises, and the permitted ways to add partial sums.
+struct Preference {
+    uint32_t alignment[4] = {256, 256, 256, 256}, reduction = ~0u;
+};
+
+// The opaque descriptor, in which a heuristic leaves what it was asked for.
+struct Algorithm {
+    uint64_t marker, rows, columns, inner, alignment, unused[3];
+};
+constexpr uint64_t MARKER = 0x58545F4C54ull;
+
+struct Found {
+    Algorithm algorithm;
+    size_t workspace;
+    int state;
+    float waves;
+    int reserved[4];
+};
+
+uint64_t inner_of(const Product& product, const Layout& a) { return product.transposed_a ? a.rows : a.columns; }
+
+// Returns the error of a product of these matrices, or 0.
+int objection(const Product& product, const Layout& a, const Layout& b, const Layout& c) {
+    if (int error = objection(a.type, b.type, c.type, product.compute)) return error;
+    const uint64_t m = product.transposed_a ? a.columns : a.rows, n = product.transposed_b ? b.rows : b.columns;
+    const uint64_t k = product.transposed_b ? b.columns : b.rows;
+    if (m != c.rows || n != c.columns || k != inner_of(product, a)) return invalid("cuBLASLt: sizes that do not match");
+    for (const Layout* layout : {&a, &b, &c}) {
+        if (layout->leading < int64_t(layout->rows) || layout->leading < 1) {
+            return invalid("cuBLASLt: a leading dimension is smaller than the matrix");
+        }
+    }
+    const bool known = product.epilogue == EPILOGUE_DEFAULT || product.epilogue == EPILOGUE_BIAS ||
+                       product.epilogue == EPILOGUE_BGRADB;
+    if (!known) return BLAS_NOT_SUPPORTED;
+    // Rows that are not whole packets of four bytes have no kernels with epilogues.
+    const auto aligned = [](const Layout& layout) { return layout.leading * size_of(layout.type) % 4 == 0; };
+    return aligned(a) && aligned(b) && aligned(c) ? BLAS_SUCCESS : BLAS_NOT_SUPPORTED;
+}
+
+}  // namespace
+}  // namespace xt
+
+// XT_EMULATOR_CUBLASLT=off: as if the library were not there.
+XT_EXPORT int cublasLtCreate(Handle** handle) {
+    const char* const state = getenv("XT_EMULATOR_CUBLASLT");
+    if (state != nullptr && std::string(state) == "off") return BLAS_NOT_INITIALIZED;
+    *handle = new Handle;
+    count_alive(BLAS_HANDLE, 1);
+    return BLAS_SUCCESS;
+}
+
+XT_EXPORT int cublasLtDestroy(Handle* handle) { return cublasDestroy_v2(handle); }
+
+XT_EXPORT int cublasLtMatrixLayoutCreate(Layout** layout, int type, uint64_t rows, uint64_t columns, int64_t leading) {
+    *layout = new Layout{type, rows, columns, leading};
+    return BLAS_SUCCESS;
+}
+
+XT_EXPORT int cublasLtMatrixLayoutDestroy(Layout* layout) {
+    delete layout;
+    return BLAS_SUCCESS;
+}
+
+XT_EXPORT int cublasLtMatmulDescCreate(Product** product, int compute, int scale) {
+    if (scale != F32) return BLAS_NOT_SUPPORTED;
+    *product = new Product{compute};
+    return BLAS_SUCCESS;
+}
+
+XT_EXPORT int cublasLtMatmulDescSetAttribute(Product* product, int attribute, const void* value, size_t bytes) {
+    if (attribute == BIAS_POINTER) {
+        if (bytes != sizeof product->bias) return BLAS_INVALID_VALUE;
+        memcpy(&product->bias, value, bytes);
+        return BLAS_SUCCESS;
+    }
+    int* const to = attribute == TRANS_A    ? &product->transposed_a
+                    : attribute == TRANS_B  ? &product->transposed_b
+                    : attribute == EPILOGUE ? &product->epilogue
+                                            : nullptr;
+    if (to == nullptr || bytes != sizeof *to) return BLAS_INVALID_VALUE;
+    memcpy(to, value, bytes);
+    return BLAS_SUCCESS;
+}
+
+XT_EXPORT int cublasLtMatmulDescDestroy(Product* product) {
+    delete product;
+    return BLAS_SUCCESS;
+}
+
+XT_EXPORT int cublasLtMatmulPreferenceCreate(Preference** preference) {
+    *preference = new Preference;
+    return BLAS_SUCCESS;
+}
+
+XT_EXPORT int cublasLtMatmulPreferenceSetAttribute(Preference* preference, int attribute, const void* value,
+                                                   size_t bytes) {
+    enum { WORKSPACE = 1, REDUCTION = 3, ALIGNMENT_A = 5, ALIGNMENT_D = 8 };
+    if (attribute == WORKSPACE) return bytes == sizeof(size_t) ? BLAS_SUCCESS : BLAS_INVALID_VALUE;
+    uint32_t* const to = attribute == REDUCTION                                     ? &preference->reduction
+                         : attribute >= ALIGNMENT_A && attribute <= ALIGNMENT_D ? &preference->alignment[attribute - 5]
+                                                                                    : nullptr;
+    if (to == nullptr || bytes != sizeof *to) return BLAS_INVALID_VALUE;
+    memcpy(to, value, bytes);
+    return BLAS_SUCCESS;
+}
+
+XT_EXPORT int cublasLtMatmulPreferenceDestroy(Preference* preference) {
+    delete preference;
+    return BLAS_SUCCESS;
+}
+
+XT_EXPORT int cublasLtMatmulAlgoGetHeuristic(Handle*, const Product* product, const Layout* a, const Layout* b,
+                                             const Layout* c, const Layout* d, const Preference* preference, int most,
+                                             Found* found, int* count) {
+    *count = 0;
+    if (most < 1) return BLAS_INVALID_VALUE;
+    if (memcmp(c, d, sizeof *c) != 0) return BLAS_NOT_SUPPORTED;
+    if (int error = objection(*product, *a, *b, *c)) return error;
+    uint32_t least = 256;
+    for (uint32_t alignment : preference->alignment) least = std::min(least, alignment);
+    *found = {{MARKER, c->rows, c->columns, inner_of(*product, *a), least, {}}, 0, BLAS_SUCCESS, 1, {}};
+    *count = 1;
+    return BLAS_SUCCESS;
+}
+
+XT_EXPORT int cublasLtMatmul(Handle* handle, const Product* product, const void* alpha, const void* a,
+                             const Layout* a_layout, const void* b, const Layout* b_layout, const void* beta,
+                             const void* c, const Layout* c_layout, void* d, const Layout* d_layout,
+                             const Algorithm* algorithm, void*, size_t, Stream* stream) {
+    if (lost()) return BLAS_EXECUTION_FAILED;
+    if (handle == nullptr) return BLAS_NOT_INITIALIZED;
+    if (c != d || memcmp(c_layout, d_layout, sizeof *c_layout) != 0) return BLAS_NOT_SUPPORTED;
+    if (int error = objection(*product, *a_layout, *b_layout, *c_layout)) return error;
+    const uint64_t inner = inner_of(*product, *a_layout);
+    if (algorithm == nullptr || algorithm->marker != MARKER || algorithm->rows != c_layout->rows ||
+        algorithm->columns != c_layout->columns || algorithm->inner != inner) {
+        return invalid("cuBLASLt: the algorithm was chosen for another product");
+    }
+    for (uintptr_t address : {uintptr_t(a), uintptr_t(b), uintptr_t(d)}) {
+        if (address % algorithm->alignment != 0) return invalid("cuBLASLt: a matrix is less aligned than was promised");
+    }
+    if (product->epilogue != EPILOGUE_DEFAULT && product->bias % 16 != 0) return invalid("cuBLASLt: a misaligned bias");
+    auto operation = std::make_unique<Gemm>();
+    operation->m = int(c_layout->rows), operation->n = int(c_layout->columns), operation->k = int(inner);
+    operation->items = 1;
+    operation->alpha = *static_cast<const float*>(alpha), operation->beta = *static_cast<const float*>(beta);
+    const auto matrix = [](const void* address, const Layout* layout, bool transposed) {
+        return Matrix{uintptr_t(address), layout->type, int(layout->leading), 0, transposed};
+    };
+    operation->a = matrix(a, a_layout, product->transposed_a), operation->b = matrix(b, b_layout, product->transposed_b);
+    operation->c = matrix(d, d_layout, false);
+    operation->in_f64 = operation->tf32 = false;
+    operation->bias = product->epilogue == EPILOGUE_BIAS ? product->bias : 0;
+    operation->column_sums = product->epilogue == EPILOGUE_BGRADB ? product->bias : 0;
+    return enqueue(stream, std::move(operation)) == SUCCESS ? BLAS_SUCCESS : BLAS_EXECUTION_FAILED;
+}

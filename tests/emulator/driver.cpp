@@ -114,6 +114,10 @@ struct CopyOperation : Operation {
     CopyOperation(Direction direction, uintptr_t to, uintptr_t from, size_t bytes)
         : direction(direction), to(to), from(from), bytes(bytes) {}
 
+    std::string name() const override {
+        return direction == IN ? "copy in" : direction == OUT ? "copy out" : "copy within";
+    }
+
     int run() override {
         if (int error = check()) return error;
         act();
@@ -147,6 +151,8 @@ struct FillOperation : Operation {
 
     FillOperation(uintptr_t to, uint32_t value, size_t count, unsigned size)
         : to(to), value(value), count(count), size(size) {}
+
+    std::string name() const override { return "fill"; }
 
     int run() override {
         std::string why;

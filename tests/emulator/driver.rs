@@ -338,3 +338,73 @@ fn products_out_of_bounds_and_in_tf32() {
         assert!(report().starts_with("cuBLAS, matrix A of item 0, reads 4 bytes at 0x"), "{}", report());
     });
 }
+
+/// cuBLASLt: a bias, sums over k, and the errors for what a card would compute wrongly or not at all.
+#[test]
+fn products_with_epilogues() {
+    use cudarc::cublaslt::{
+        result as lt,
+        sys::{
+            cublasComputeType_t as LtCompute, cublasLtEpilogue_t as Epilogue,
+            cublasLtMatmulDescAttributes_t as Attribute, cudaDataType_t as LtType,
+        },
+    };
+    emulated(here!(), &[], || {
+        let card = Card::open();
+        let handle = lt::create_handle().unwrap();
+        let bf = |values: &[f32]| values.iter().map(|&x| bf16::from_f32(x).to_bits()).collect::<Vec<u16>>();
+        // Column-major: A [2, 4], B [4, 2] and C [2, 2].
+        let a = card.upload(&bf(&[1., 2., 3., 4., 5., 6., 7., 8.]));
+        let b = card.upload(&bf(&[1., 0., 1., 0., 0., 2., 0., 3.]));
+        let extra = card.upload(&bf(&[10., 20.]));
+        let multiply = |epilogue: Epilogue, extra: u64, c: Buffer, kind: LtType, columns: u64| {
+            let product = lt::create_matmul_desc(LtCompute::CUBLAS_COMPUTE_32F, LtType::CUDA_R_32F)?;
+            let layout = |rows, columns| lt::create_matrix_layout(kind, rows, columns, rows as i64);
+            let [a_layout, b_layout, c_layout] = [layout(2, 4)?, layout(4, columns)?, layout(2, columns)?];
+            let (epilogue, one, zero) = (epilogue as u32, 1f32, 0f32);
+            let preference = lt::create_matmul_pref()?;
+            // SAFETY: the descriptors exist, values have their attributes' sizes, and the emulator checks addresses.
+            unsafe {
+                let of_epilogue = Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE;
+                lt::set_matmul_desc_attribute(product, of_epilogue, (&raw const epilogue).cast(), 4)?;
+                let of_bias = Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+                lt::set_matmul_desc_attribute(product, of_bias, (&raw const extra).cast(), 8)?;
+                let found =
+                    lt::get_matmul_algo_heuristic(handle, product, a_layout, b_layout, c_layout, c_layout, preference)?;
+                lt::matmul(
+                    handle,
+                    product,
+                    (&raw const one).cast(),
+                    (&raw const zero).cast(),
+                    a.address as *const _,
+                    a_layout,
+                    b.address as *const _,
+                    b_layout,
+                    c.address as *const _,
+                    c_layout,
+                    c.address as *mut _,
+                    c_layout,
+                    &found.algo,
+                    std::ptr::null_mut(),
+                    0,
+                    card.stream.cast(),
+                )
+            }
+        };
+        let (bias, sums) = (Epilogue::CUBLASLT_EPILOGUE_BIAS, Epilogue::CUBLASLT_EPILOGUE_BGRADB);
+        let c = card.empty(8);
+        multiply(bias, extra.address, c, LtType::CUDA_R_16BF, 2).unwrap();
+        assert_eq!(card.read::<u16>(c), bf(&[16., 28., 37., 52.]));
+        let totals = card.empty(4);
+        multiply(sums, totals.address, c, LtType::CUDA_R_16BF, 2).unwrap();
+        assert_eq!((card.read::<u16>(c), card.read::<u16>(totals)), (bf(&[6., 8., 27., 32.]), bf(&[2., 5.])));
+        // No algorithm: GELU, and half types in f64. An error: a bias that is not aligned.
+        let gelu = Epilogue::CUBLASLT_EPILOGUE_GELU_BIAS;
+        assert!(multiply(gelu, extra.address, c, LtType::CUDA_R_16BF, 2).is_err());
+        assert!(multiply(bias, extra.address, c, LtType::CUDA_R_64F, 2).is_err());
+        assert!(multiply(bias, extra.address + 2, c, LtType::CUDA_R_16BF, 2).is_err());
+        // More columns than B and C have.
+        assert!(multiply(bias, extra.address, c, LtType::CUDA_R_16BF, 3).is_err());
+        assert!(report().starts_with("cuBLAS, matrix B of item 0, reads"), "{}", report());
+    });
+}

@@ -130,6 +130,8 @@ struct Operation {
     virtual ~Operation() = default;
     // 0, or a CUresult.
     virtual int run() = 0;
+    // Name for `xt_emulator_trace`.
+    virtual std::string name() const = 0;
 };
 
 struct Stream;

@@ -3,6 +3,7 @@
 inline f32 ptx_f16_to_f32(unsigned short bits) { return xt_f16_to_f32(bits); }
 inline unsigned short ptx_f32_to_f16(f32 x) { return xt_f32_to_f16(x); }
 inline f32 ptx_exp2(f32 x) { return exp2(x); }
+inline f32 ptx_log2(f32 x) { return log2(fabs(x) < 0x1p-126f ? 0.0f : x); }
 // Flushes numbers below 2^-126 to 0, in arguments and results.
 inline f32 ptx_inverse(f32 x) {
     const f32 least = 0x1p-126f, y = 1 / (fabs(x) < least ? copysign(0.0f, x) : x);

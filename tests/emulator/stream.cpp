@@ -29,6 +29,10 @@ struct Event {
     timespec time;
 };
 
+std::mutex trace_lock;
+bool tracing = false;
+std::string traced;
+
 std::mutex streams_lock;
 std::vector<Stream*> recording;
 std::recursive_mutex late_lock;
@@ -54,6 +58,8 @@ struct LaunchOperation : Operation {
         }
         for (std::vector<char>& value : values) arguments.push_back(value.data());
     }
+
+    std::string name() const override { return function.kernel->name; }
 
     int run() override {
         if (shall_fail(LAUNCH)) return LAUNCH_OUT_OF_RESOURCES;
@@ -107,6 +113,10 @@ std::string objection(const Function& function, XtDim grid, XtDim block, unsigne
 
 int enqueue(Stream* handle, std::unique_ptr<Operation> operation) {
     Stream& stream = stream_of(handle);
+    {
+        std::lock_guard guard(trace_lock);
+        if (tracing) traced += operation->name() + '\n';
+    }
     if (!stream.recording) {
         catch_up();
         return operation->run();
@@ -144,6 +154,16 @@ int refuse_while_recording() {
 }  // namespace xt
 
 using namespace xt;
+
+// Begins a list of the work that is enqueued, or ends it and returns it: a name per line, until the next call.
+XT_EXPORT const char* xt_emulator_trace(int on) {
+    std::lock_guard guard(trace_lock);
+    static std::string ended;
+    ended.swap(traced);
+    traced.clear();
+    tracing = on != 0;
+    return ended.c_str();
+}
 
 XT_EXPORT int cuStreamCreate(Stream** stream, unsigned) {
     *stream = new Stream;

@@ -189,6 +189,10 @@ def public_cases():
       dict(x=tok(2, 14, V), lens=ints(14, 6)), same=("pad_value", "ignore_index"))
     P("autoregressive_loss_prepend_embeds", ar(tw(dec(depth=1, rotary_pos_emb=True))),
       dict(x=tok(2, 10, V), prepend_embeds=flt(2, 3, D)))
+    P("autoregressive_return_outputs", ar(tw(dec(depth=1)), call=dict(return_outputs=True)), dict(x=tok(2, 9, V)))
+    P("xl_autoregressive_tbptt", dict(model="XLAutoregressiveWrapper", tbptt_steps=2,
+                                      net=tw(dec(depth=1, alibi_pos_bias=True), max_seq_len=5, max_mem_len=5)),
+      {"x": tok(2, 16, V), "mems.0": flt(2, 4, D)})
     P("autoregressive_attn_z_loss", ar(tw(dec(depth=2)), add_attn_z_loss=True), dict(x=tok(2, 10, V)))
     P("xl_autoregressive_loss", dict(model="XLAutoregressiveWrapper",
                                      net=tw(dec(depth=2, rotary_pos_emb=True, attn_dim_head=8), max_seq_len=6, max_mem_len=6)),
@@ -411,6 +415,108 @@ def public_cases():
     P("xval_loss", dict(model="XValAutoregressiveWrapper", numerical_loss_weight=0.5, net=xval),
       dict(x=tok(2, 12, 8), x_num=flt(2, 12), mask=lens(12, 12, 7)))
 
+    # --- tokens that are filled in: draws are inputs ------------------------------------------------------------------
+    nar = dict(model="NonAutoregressiveWrapper", mask_id=25, no_replace_prob=0.0, random_token_prob=0.0,
+               net=tw(enc(depth=1), max_seq_len=9), call=dict(generator_sample_temperature=0.0))
+    drawn = {"x": tok(2, 9, 25), "times": ints(0.3, 0.8), "order": ints((3, 1, 8, 0, 2, 7, 4, 6, 5), (8, 7, 0, 1, 5, 2, 6, 3, 4))}
+    P("nonautoregressive", nar, drawn, same=("generator_sample_temperature",))
+    P("nonautoregressive_cosine_self_cond", {**nar, "schedule": "cosine", "self_cond": True, "self_cond_train_prob": 1.0,
+                                             "use_simple_mdlm_loss_weight": False}, drawn)
+    P("nonautoregressive_null_embed_critic", {**nar, "self_cond": True, "self_cond_train_prob": 0.0, "schedule": "cosine",
+                                              "self_token_critic": True, "critic_loss_weight": 0.7}, drawn)
+    P("nonautoregressive_token_critic",
+      {**nar, "token_critic": tw(enc(depth=1, heads=2), max_seq_len=9, logits_dim=1), "steps": 4}, drawn)
+    fills = dict(method="generate", start_temperature=0.0, noise_level_scale=0.0)
+    P("nonautoregressive_generate", {**nar, "steps": 5, "call": {**fills, "batch_size": 2}}, {})
+    P("nonautoregressive_generate_again",
+      {**nar, "steps": 4, "schedule": "cosine", "self_cond": True, "can_mask_prev_unmasked": True, "call": fills}, {})
+    P("nonautoregressive_fill_critic",
+      {**nar, "steps": 4, "self_token_critic": True, "call": {**fills, "filter_thres": 0.9}}, {})
+
+    # --- one paper each -----------------------------------------------------------------------------------------------
+    cross6 = dict(x=tok(2, 7, V), context=flt(2, 6, D), context_mask=lens(6, 6, 4), mask=lens(7, 7, 5))
+    P("use_dynamic_tanh", tw(dec(depth=1, use_dynamic_tanh=True, dynamic_tanh_init_alpha=0.7)), x12)
+    P("use_dynamic_tanh_without_offset", tw(enc(depth=1, use_dynamic_tanh=True, norm_add_unit_offset=False, sandwich_norm=True)), x12)
+    P("rotate_num_heads", tw(dec(depth=1, rotary_pos_emb=True, rotate_num_heads=1, attn_dim_head=8)), x12)
+    P("mv_split_residual", tw(enc(depth=1, mv_split_residual=True)), dict(x=tok(2, 9, V), mask=lens(9, 9, 5)))
+    P("scale_residual_number", tw(dec(depth=1, scale_residual=0.8)), x12)
+    P("depth_scale_residual_number", tw(dec(depth=1, depth_scale_residual=0.6, macaron=True)), x12)
+    P("unet_skips", tw(enc(depth=4, unet_skips=True)), dict(x=tok(2, 8, V)))
+    P("integrate_layers", tw(dec(depth=2, integrate_layers=True, rotary_pos_emb=True, attn_dim_head=8)), x12)
+    P("integrate_layers_relu_cross", tw(enc(depth=2, integrate_layers=True, layer_integrate_use_softmax=False, cross_attend=True)), cross6)
+    P("reinject_input", tw(dec(depth=1, reinject_input=True, learned_reinject_input_gate=True)), x12)
+    P("reinject_input_layers", tw(enc(depth=2, reinject_input=True, integrate_layers=True)), x12)
+    P("attn_pre_scale_post_talking_heads", tw(dec(depth=1, attn_pre_scale_post_talking_heads=True)), x12)
+    P("attn_gate_values_rank", tw(dec(depth=1, attn_gate_values=True, attn_gate_values_rank=5)), x12)
+    P("attn_output_gate", tw(dec(depth=1, attn_output_gate=True, attn_output_gate_rank=4, attn_low_rank_silu_gates=False)), x12)
+    P("attn_gate_values_headwise_output_gate",
+      tw(enc(depth=1, attn_gate_values=True, attn_gate_values_headwise=True, attn_output_gate=True, attn_swiglu_values=True)), x12)
+    P("attn_output_gate_headwise", tw(enc(depth=1, attn_output_gate=True, attn_output_gate_headwise=True, attn_gate_values=True)), x12)
+    P("cross_attn_inverted_attention", tw(enc(depth=1, cross_attend=True, cross_attn_inverted_attention=True)), cross6)
+    P("cross_attn_inverted_attention_mem_kv",
+      tw(dec(depth=1, cross_attend=True, cross_attn_inverted_attention=True, cross_attn_num_mem_kv=1, cross_attn_kv_heads=2)),
+      dict(x=tok(2, 7, V), context=flt(2, 6, D)))
+    P("attn_data_dependent_alibi", tw(dec(depth=1, attn_data_dependent_alibi=True)), x12)
+    P("attn_data_dependent_alibi_encoder", tw(enc(depth=1, attn_data_dependent_alibi=True, attn_num_mem_kv=2)),
+      dict(x=tok(2, 9, V), mask=lens(9, 9, 6)))
+    P("attn_data_dependent_alibi_per_row",
+      tw(dec(depth=1, attn_data_dependent_alibi=True, attn_data_dependent_alibi_per_row=True,
+             attn_data_dependent_alibi_per_row_dim_head=5)), x12)
+    P("attn_use_rel_proj_pos_bias", tw(dec(depth=1, attn_use_rel_proj_pos_bias=True, attn_rel_proj_num_distance_basis=3,
+                                           attn_rel_proj_max_dist=7)), x12)
+    P("attn_use_rel_proj_pos_bias_alibi",
+      tw(enc(depth=1, attn_use_rel_proj_pos_bias=True, attn_rel_proj_num_distance_basis=3, alibi_pos_bias=True,
+             attn_rel_proj_max_dist=20), max_mem_len=5), {"x": tok(2, 7, V), "mems.0": flt(2, 5, D)})
+    P("attn_use_cope", tw(dec(depth=1, attn_use_cope=True, attn_cope_max_pos=5)), x12)
+    P("attn_use_cope_talking", tw(dec(depth=1, attn_use_cope=True, attn_cope_max_pos=6, attn_cope_talking_heads=True,
+                                      rotary_pos_emb=True, attn_dim_head=8, attn_kv_heads=2)), x12)
+    P("attn_use_latent", tw(dec(depth=1, attn_use_latent_q=True, attn_dim_latent_q=9, attn_use_latent_kv=True,
+                                attn_dim_latent_kv=7)), x12)
+    P("attn_latent_rope_subheads", tw(dec(depth=1, attn_use_latent_kv=True, attn_dim_latent_kv=7, attn_dim_head=8,
+                                          attn_latent_rope_subheads=2, rotary_pos_emb=True)), x12)
+    P("ff_solu", tw(dec(depth=1, ff_solu=True)), x12)
+    P("ff_solu_glu", tw(dec(depth=1, ff_solu=True, ff_glu=True, ff_post_act_ln=True)), x12)
+    P("ff_softclamp_value", tw(dec(depth=1, ff_softclamp_value=0.8)), x12)
+    P("ff_solu_softclamp", tw(dec(depth=1, ff_softclamp_value=1.5, ff_solu=True)), x12)
+    P("ff_glu_softclamp", tw(dec(depth=1, ff_glu=True, ff_glu_softclamp=True, ff_glu_gate_softclamp_value=0.7,
+                                 ff_glu_up_softclamp_value=1.1)), x12)
+    P("ff_glu_softclamp_swish", tw(dec(depth=1, ff_glu=True, ff_swish=True, ff_glu_softclamp=True, ff_glu_mult_bias=True)), x12)
+    P("mixture_of_softmax", tw(dec(depth=1), mixture_of_softmax=True, mixture_of_softmax_k=3), x12)
+    P("mixture_of_softmax_loss", ar(tw(dec(depth=1), mixture_of_softmax=True, tie_embedding=True)), x12)
+    P("sigsoftmax_logits", tw(dec(depth=1), sigsoftmax_logits=True), x12)
+    P("sigsoftmax_mixture_loss", ar(tw(dec(depth=1), sigsoftmax_logits=True, mixture_of_softmax=True)), x12)
+
+    # --- combinations that were once off ------------------------------------------------------------------------------
+    P("layers_execute_order_leaves_out", tw(dec(depth=2, layers_execute_order=[0, 3, 0, 3])), x12)
+    P("pre_and_post_norm", tw(dec(depth=1, pre_and_post_norm=True)), x12)
+    P("pre_and_post_norm_without_pre", tw(enc(depth=1, pre_norm=False, pre_and_post_norm=True)), x12, same=("pre_and_post_norm",))
+    P("continuous_pos", cont(enc(depth=1, rotary_pos_emb=True, disable_abs_pos_emb=False, attn_dim_head=8), dim_in=6, max_seq_len=24),
+      dict(x=flt(2, 8, 6), pos=ints(0, 1, 2, 5, 6, 9, 10, 20), seq_start_pos=ints(0, 3)))
+    P("attn_z_loss_alibi", ar(tw(dec(depth=2, alibi_pos_bias=True)), add_attn_z_loss=True), dict(x=tok(2, 10, V)))
+    P("attn_z_loss_sink_selective", ar(tw(dec(depth=1, attn_head_learned_sink=True, attn_selective=True)), add_attn_z_loss=True),
+      dict(x=tok(2, 10, V)))
+    P("attn_selective_residual_attn", tw(dec(depth=2, attn_selective=True, residual_attn=True)), x12)
+    P("rotary_mem_kv_mems", tw(dec(depth=1, rotary_pos_emb=True, attn_num_mem_kv=2, attn_dim_head=8), max_mem_len=6),
+      {"x": tok(2, 6, V), "mems.0": flt(2, 5, D)})
+    P("cross_attn_rel_proj_pos_bias", tw(dec(depth=1, cross_attend=True, attn_use_rel_proj_pos_bias=True,
+                                             attn_rel_proj_num_distance_basis=3, attn_rel_proj_max_dist=7)),
+      dict(x=tok(2, 7, V), context=flt(2, 4, D)))
+    P("beam_search_logits_dim", ar(tw(dec(depth=1), logits_dim=9), call=dict(method="beam_search", seq_len=4, beams=3, cache_kv=False)),
+      dict(prompts=tok(2, 4, V)))
+    P("xl_generate_shift_mem_down", dict(model="XLAutoregressiveWrapper", call=dict(method="generate", temperature=0.0, seq_len=6),
+                                         net=tw(dec(depth=2, alibi_pos_bias=True), max_seq_len=5, max_mem_len=5, shift_mem_down=1)),
+      dict(start_tokens=tok(2, 8, V)))
+    P("rotary_xpos_mems", tw(dec(depth=1, rotary_xpos=True, rotary_xpos_scale_base=16, attn_num_mem_kv=1, attn_dim_head=8), max_mem_len=6),
+      {"x": tok(2, 6, V), "mems.0": flt(2, 5, D)})
+    P("rotary_mem_kv_cross", tw(dec(depth=1, rotary_pos_emb=True, cross_attend=True, attn_num_mem_kv=2, attn_dim_head=8)),
+      dict(x=tok(2, 6, V), context=flt(2, 5, D)))
+    P("attn_pool_logits_and_embeddings", tw(enc(depth=1), attn_pool=True, call=dict(return_logits_and_embeddings=True)),
+      dict(x=tok(2, 9, V)), same=("attn_pool",))
+    P("polar_pos_emb_one_kv_head", tw(dec(depth=1, polar_pos_emb=True, attn_one_kv_head=True)), x12)
+    P("cross_attn_learned_value_residual_mix",
+      tw(dec(depth=2, cross_attend=True, add_value_residual=True, cross_attn_learned_value_residual_mix=True)),
+      dict(x=tok(2, 6, V), context=flt(2, 6, D)))
+
     # --- generation: greedy, so that there is nothing to draw ---------------------------------------------------------
     greedy = dict(method="generate", temperature=0.0)
     g = tw(dec(depth=1), max_seq_len=16)
@@ -419,6 +525,8 @@ def public_cases():
                                             filter_kwargs={"k": 1})), dict(prompts=tok(2, 4, V)))
     P("generate_prompt_lens", ar(tw(dec(depth=2, rotary_pos_emb=True, attn_dim_head=8), max_seq_len=20),
                                  call={**greedy, "seq_len": 6}), dict(prompts=tok(3, 7, V), prompt_lens=ints(7, 3, 5)))
+    P("generate_prompts_list", ar(tw(dec(depth=1, rotary_pos_emb=True, attn_dim_head=8), max_seq_len=20),
+                                  call={**greedy, "seq_len": 5}), {"prompts.0": ("row", 3, V), "prompts.1": ("row", 6, V)})
     P("generate_prompt_lens_absolute", ar(g, call={**greedy, "seq_len": 6}),
       dict(prompts=tok(2, 7, V), prompt_lens=ints(4, 7)))
     P("generate_sliding_window", ar(tw(dec(depth=1, rotary_pos_emb=True, attn_dim_head=8), max_seq_len=8),
@@ -433,6 +541,9 @@ def public_cases():
     P("xl_generate", dict(model="XLAutoregressiveWrapper", call={**greedy, "seq_len": 7},
                           net=tw(dec(depth=2, rotary_pos_emb=True, attn_dim_head=8), max_seq_len=5, max_mem_len=5)),
       dict(start_tokens=tok(2, 12, V)))
+    P("xval_generate", dict(model="XValAutoregressiveWrapper", net={**xval, "max_seq_len": 9},
+                            call=dict(method="generate", seq_len=7, filter_logits_fn="top_k", filter_kwargs={"k": 1})),
+      dict(start_tokens=("rows", ((3, 1, 3, 2), (5, 3, 3, 0))), start_numbers=flt(2, 4)))
     for nm, c in (("top_k", dict(frac_num_tokens=0.1)), ("top_k_k", dict(k=4)), ("top_p", dict(thres=0.9)),
                   ("top_a", dict(min_p_pow=2.0, min_p_ratio=0.02)), ("min_p", dict(min_p=0.1))):
         fn = "top_k" if nm == "top_k_k" else nm
@@ -532,6 +643,8 @@ class Ref:
             return self.attn_layers({"kind": model, **cfg})
         if "net" in cfg:
             net = self.build(cfg.pop("net"))
+            if "token_critic" in cfg:
+                cfg["token_critic"] = self.build(cfg.pop("token_critic"))
             out = getattr(self.pkg, model)(net, **self.keywords(cfg))
             return out
         if model == "XTransformer":
@@ -603,15 +716,40 @@ class Ref:
         return {k: ([v[i] for i in sorted(v)] if isinstance(v, dict) and all(isinstance(i, int) for i in v) else v)
                 for k, v in args.items()}
 
+    @contextlib.contextmanager
+    def given_draws(self, times, order):
+        """Gives the draws of NonAutoregressiveWrapper: times of rows, and the ranks of the positions."""
+        torch = self.torch
+        uniform, rand = torch.Tensor.uniform_, torch.rand
+
+        def drawn(t, *a, **k):
+            with torch.no_grad():
+                return t.copy_(times.detach()) if t.shape == times.shape else t.fill_(0.5)
+        torch.Tensor.uniform_, torch.rand = drawn, lambda *a, **k: order.argsort(dim=-1).double()
+        try:
+            yield
+        finally:
+            torch.Tensor.uniform_, torch.rand = uniform, rand
+
     def forward(self, model, cfg, inp):
         """Returns (outputs with gradients, extras without)."""
         call = {k: tuples(v) for k, v in cfg.get("call", {}).items()}
+        if cfg["model"] == "NonAutoregressiveWrapper":
+            with self.given_draws(inp["times"], inp["order"]):
+                loss = model(inp["x"], **call)
+            # x-transformers has the weights of masked diffusion with the wrong sign
+            weighted = cfg.get("use_simple_mdlm_loss_weight", True)
+            critic = 0.0 if loss.critic_loss is None else model.critic_loss_weight * loss.critic_loss
+            return {"out": (-loss.generator_loss if weighted else loss.generator_loss) + critic}, {}
         out = model(**self.arguments(inp), **call)
         extras = {}
         if call.get("return_mems") or call.get("return_attn"):
             out, rest = out
             tag = "mems" if call.get("return_mems") else "attn"
             extras = {f"{tag}.{i}": t.detach() for i, t in enumerate(rest)}
+        if call.get("return_outputs"):
+            out, (logits, _) = out
+            extras = {"logits": logits.detach()}
         if call.get("return_logits_and_embeddings"):
             logits, embeddings = out
             return {"out": logits, "embeddings": embeddings}, extras
@@ -628,15 +766,26 @@ class Ref:
         net = model.decoder.net if cfg["model"] == "XTransformer" else getattr(model, "net", model)
         hook = None
         if margins is not None and method == "generate" and cfg["model"] != "ContinuousAutoregressiveWrapper":
+            every = cfg["model"] == "NonAutoregressiveWrapper"
+
             def grab(_m, _i, out):
+                if every and not isinstance(out, tuple):
+                    return  # embeddings for the critic
                 logits = out[0] if isinstance(out, tuple) else out
-                t = logits[:, -1].topk(2, dim=-1).values
+                t = (logits if every else logits[:, -1:]).topk(2, dim=-1).values.flatten(0, 1)
                 margins.append(float((t[:, 0] - t[:, 1]).min()))
             hook = net.register_forward_hook(grab)
         torch.manual_seed(0)
+        if cfg["model"] == "XValAutoregressiveWrapper" and "filter_logits_fn" in call:
+            call["filter_logits_fn"] = self.arw.FILTER_LOGITS_FN[call["filter_logits_fn"]]
+        if cfg["model"] == "NonAutoregressiveWrapper":
+            with self.given_draws(torch.zeros(0), torch.zeros(0)):
+                return {"out": model.generate(**call)}
         out = getattr(model, method)(**self.arguments(inp), **call)
         if hook:
             hook.remove()
+        if cfg["model"] == "XValAutoregressiveWrapper":
+            return {"out": out[0], "numbers": torch.nan_to_num(out[1], nan=0.0)}
         if method == "beam_search" and call.get("return_beams_and_scores"):
             return {"out": out[0], "scores": out[1]}
         return {"out": out}
@@ -716,6 +865,8 @@ def make_input(torch, spec, g):
         return torch.tensor(spec[1])
     if kind == "rows":
         return torch.tensor(spec[1])
+    if kind == "row":
+        return torch.randint(0, spec[2], (spec[1],), generator=g)
     if kind == "rowscale":  # alternating row magnitudes
         scale = torch.tensor([spec[2][i % len(spec[2])] for i in range(spec[1][1])])
         return torch.randn(spec[1], generator=g) * scale[None, :, None]
@@ -782,7 +933,7 @@ def generate_set(ref, which, out_dir, only=None):
     return not failed
 
 
-def generate_case(ref, which, name, c, out_dir, stored_weights, load_file, save_file):
+def generate_case(ref, which, name, c, out_dir, stored_weights, load_file, save_file, attempts=90):
     torch = ref.torch
     cfg = json.loads(json.dumps(c["cfg"]))
     root = name
@@ -792,7 +943,7 @@ def generate_case(ref, which, name, c, out_dir, stored_weights, load_file, save_
     folder = os.path.join(out_dir, name)
     os.makedirs(folder, exist_ok=True)
     last = None
-    for attempt in range(90):
+    for attempt in range(attempts):
         g = torch.Generator().manual_seed(seed + 7919 * attempt)
         if cfg["model"] == "SamplingFilter":
             sd = {}

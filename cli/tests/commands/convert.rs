@@ -94,4 +94,15 @@ fn obstacles_are_all_named() {
     .unwrap();
     // Version 2 has a norm after the last sum too.
     assert!(fails(&["convert", &config, &out]).contains("sublayer 1"));
+    let encoder = r#"{"kind": "Encoder", "dim": 8, "depth": 1}"#;
+    let vit =
+        format!(r#"{{"model": "ViTransformerWrapper", "image_size": 8, "patch_size": 4, "attn_layers": {encoder}}}"#);
+    fs::write(&config, vit).unwrap();
+    assert!(fails(&["convert", &config, &out]).contains("class token"));
+    let vectors = format!(
+        r#"{{"model": "ContinuousTransformerWrapper", "max_seq_len": 8, "dim_in": 3, "attn_layers": {encoder}}}"#
+    );
+    fs::write(&config, vectors).unwrap();
+    let message = fails(&["convert", &config, &out]);
+    assert!(message.contains("`dim_in`") && message.contains("`final_norm`"), "{message}");
 }

@@ -65,7 +65,7 @@ fn options_are_set_and_refused_by_the_place_that_has_them() {
     fs::write(&config, GPT).unwrap();
     let info = |option: &str| succeeds(&["info", "--config", &config, "--set", option]);
     assert!(!info("tie_embedding=true").contains("net.to_logits"));
-    assert!(info("attn_softclamp_logits=true").contains("soft clamp"));
+    assert!(info("attn_softclamp_logits=true").contains("soft clamp; fused"));
     assert!(info("depth=1").contains("layer order of net.attn_layers: a f\n"));
     let refused = |option: &str| fails(&["info", "--config", &config, "--set", option]);
     assert!(refused("use_qk_norm_attn=true").contains("0.22"));

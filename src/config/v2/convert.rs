@@ -4,8 +4,8 @@ use super::{
     super::{
         self as config, AttentionPlan, FinalNorm, LayersPlan, ModelPlan, PaddingPlan, Positions, RotaryPlan, options,
     },
-    AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, FeedForwardConfig, LayersKind, PerLayer,
-    TransformerWrapperConfig,
+    AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, ContinuousTransformerWrapperConfig,
+    FeedForwardConfig, LayersKind, PerLayer, TransformerWrapperConfig,
 };
 use crate::{
     Error, Result, Tensor,
@@ -61,7 +61,7 @@ impl Obstacles {
 }
 
 impl Conversion {
-    /// Converts a `TransformerWrapper`, an `AutoregressiveWrapper` or attention layers.
+    /// Converts a `TransformerWrapper`, a `ContinuousTransformerWrapper`, an `AutoregressiveWrapper` or attention layers.
     ///
     /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) with everything that stands in the way.
     pub fn new(first: &config::Config) -> Result<Self> {
@@ -85,10 +85,19 @@ impl Conversion {
                 ("", Config::AttentionLayers(Box::new(layers)))
             }
             config::Config::V2(_) => return Err(Error::option("version", "is already \"2\"")),
-            _ => {
-                let why = "only a TransformerWrapper, an AutoregressiveWrapper and attention layers are converted";
+            config::Config::ContinuousTransformerWrapper(config) => {
+                ("", Config::ContinuousTransformerWrapper(continuous(config, &mut obstacles)?))
+            }
+            config::Config::XTransformer(_) => {
+                let why = "XTransformer cannot have the same numbers in version 2: its logits have a bias in 0.22";
                 return Err(Error::option("model", why));
             }
+            config::Config::ViTransformerWrapper(_) => {
+                let why = "ViTransformerWrapper cannot have the same numbers in version 2, whose head is a linear layer on \
+                           the mean of the patches: in 0.22 it is a feedforward on a class token";
+                return Err(Error::option("model", why));
+            }
+            config::Config::SamplingFilter(_) => return Err(Error::option("model", "SamplingFilter has no weights")),
         };
         let why = obstacles.0.join("\n");
         ensure!(obstacles.0.is_empty(), Error::option("version", format!("2 cannot have the same numbers:\n{why}")));
@@ -223,6 +232,31 @@ fn wrapper(first: &config::TransformerWrapperConfig, obstacles: &mut Obstacles) 
     })
 }
 
+fn continuous(
+    first: &config::ContinuousTransformerWrapperConfig,
+    obstacles: &mut Obstacles,
+) -> Result<ContinuousTransformerWrapperConfig> {
+    let plan = first.plan()?;
+    let final_norm = first.attn_layers.final_norm;
+    for (found, option, why) in [
+        (first.dim_in.is_some(), "dim_in", "projections of version 2 have no bias"),
+        (first.dim_out.is_some(), "dim_out", "projections of version 2 have no bias"),
+        (final_norm == FinalNorm::Layer, "final_norm", "LayerNorm of version 2 has no bias: \"same\" is converted"),
+    ] {
+        obstacles.refuse(found, option, why);
+    }
+    Ok(ContinuousTransformerWrapperConfig {
+        max_seq_len: Some(first.max_seq_len),
+        emb_dropout: first.emb_dropout,
+        use_abs_pos_emb: first.use_pos_emb,
+        attn_layers: AttentionLayersConfig {
+            pre_norm_has_final_norm: (final_norm != FinalNorm::Same).then_some(false),
+            ..layers(&first.attn_layers, &plan.layers, obstacles)
+        },
+        ..ContinuousTransformerWrapperConfig::default()
+    })
+}
+
 fn layers(
     first: &options::AttentionLayersConfig,
     plan: &LayersPlan,
@@ -310,7 +344,7 @@ fn layers(
         macaron: first.macaron,
         pre_norm: first.pre_norm,
         gate_residual: first.gate_residual,
-        scale_residual: first.scale_residual,
+        scale_residual: first.scale_residual.into(),
         shift_tokens: first.shift_tokens.clone(),
         sandwich_norm: first.sandwich_norm,
         zero_init_branch_output: first.zero_init_branch_output,

@@ -2,9 +2,12 @@
 
 use serde_json::{Value, json};
 
-use super::super::{
-    kwargs::Map,
-    options::{LayerType, ShiftTokens},
+use super::{
+    super::{
+        kwargs::Map,
+        options::{LayerType, ShiftTokens},
+    },
+    SwitchOrFactor,
 };
 use crate::{Error, Result, collect::CollectVec};
 
@@ -137,6 +140,16 @@ field!(f64, "a number", Value::as_f64, |value| json!(value));
 field!(Option<bool>, "true, false or null", |value| optional(value, Value::as_bool), |value| json!(value));
 field!(Option<usize>, "a whole number of at least 0, or null", |value| optional(value, size), |value| json!(value));
 field!(Option<f64>, "a number or null", |value| optional(value, Value::as_f64), |value| json!(value));
+field!(
+    SwitchOrFactor,
+    "true, false or a number",
+    |value| value.as_bool().map(SwitchOrFactor::from).or_else(|| value.as_f64().map(SwitchOrFactor::Factor)),
+    |value| match value {
+        SwitchOrFactor::Off => json!(false),
+        SwitchOrFactor::On => json!(true),
+        SwitchOrFactor::Factor(factor) => json!(factor),
+    }
+);
 field!(
     Option<String>,
     "a name or null",

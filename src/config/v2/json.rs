@@ -6,8 +6,8 @@ use super::{
     super::kwargs::{self, Map},
     AttentionConfig, AttentionLayersConfig, AttentionPoolConfig, AutoregressiveConfig, Config,
     ContinuousAutoregressiveConfig, ContinuousTransformerWrapperConfig, DpoConfig, FeedForwardConfig, FilterConfig,
-    LayersKind, MultiInputConfig, PerLayer, SamplingConfig, TransformerWrapperConfig, ViTransformerWrapperConfig,
-    XTransformerConfig, XValAutoregressiveConfig, XValConfig, XlAutoregressiveConfig,
+    LayersKind, MultiInputConfig, NonAutoregressiveConfig, PerLayer, SamplingConfig, TransformerWrapperConfig,
+    ViTransformerWrapperConfig, XTransformerConfig, XValAutoregressiveConfig, XValConfig, XlAutoregressiveConfig,
     fields::{Options, differing, take},
     refused,
 };
@@ -17,8 +17,10 @@ use crate::{
     error::{ErrorContext, ensure},
 };
 
+const TRANSFORMER: &str = "TransformerWrapper";
+
 /// The names that `model` can have, besides those of attention layers.
-const MODELS: [&str; 13] = [
+const MODELS: [&str; 14] = [
     "TransformerWrapper",
     "ContinuousTransformerWrapper",
     "ViTransformerWrapper",
@@ -29,6 +31,7 @@ const MODELS: [&str; 13] = [
     "XValTransformerWrapper",
     "XValAutoregressiveWrapper",
     "XLAutoregressiveWrapper",
+    "NonAutoregressiveWrapper",
     "DPO",
     "AttentionPool",
     "SamplingFilter",
@@ -60,14 +63,14 @@ impl Config {
             }
             "XTransformer" => Self::XTransformer(Box::new(encoder_decoder(map)?)),
             "AutoregressiveWrapper" => {
-                let net = net(&mut map, "TransformerWrapper", |map| transformer(map, ""))?;
+                let net = net(&mut map, "net", TRANSFORMER, |map| transformer(map, ""))?;
                 let mut config = AutoregressiveConfig { net, ..Default::default() };
                 take(&mut config, "", &mut map)?;
                 finish(map, "", refused::AUTOREGRESSIVE, &[AutoregressiveConfig::NAMES])?;
                 Self::AutoregressiveWrapper(config)
             }
             "ContinuousAutoregressiveWrapper" => {
-                let net = net(&mut map, "ContinuousTransformerWrapper", continuous)?;
+                let net = net(&mut map, "net", "ContinuousTransformerWrapper", continuous)?;
                 let mut config = ContinuousAutoregressiveConfig { net, ..Default::default() };
                 take(&mut config, "", &mut map)?;
                 finish(map, "", refused::CONTINUOUS_AUTOREGRESSIVE, &[ContinuousAutoregressiveConfig::NAMES])?;
@@ -78,26 +81,37 @@ impl Config {
                 let mut config = MultiInputConfig { attn_layers, ..Default::default() };
                 required(&map, &["num_tokens", "max_seq_len"])?;
                 take(&mut config, "", &mut map)?;
-                finish(map, "", "attn_z_loss_weight=0.0001", &[MultiInputConfig::NAMES])?;
+                finish(map, "", "", &[MultiInputConfig::NAMES])?;
                 Self::MultiInput(config)
             }
             "XValTransformerWrapper" => Self::XVal(numbers(map)?),
             "XValAutoregressiveWrapper" => {
-                let net = net(&mut map, "XValTransformerWrapper", numbers)?;
+                let net = net(&mut map, "net", "XValTransformerWrapper", numbers)?;
                 let mut config = XValAutoregressiveConfig { net, ..Default::default() };
                 take(&mut config, "", &mut map)?;
                 finish(map, "", "", &[XValAutoregressiveConfig::NAMES])?;
                 Self::XValAutoregressive(config)
             }
             "XLAutoregressiveWrapper" => {
-                let net = net(&mut map, "TransformerWrapper", |map| transformer(map, ""))?;
+                let net = net(&mut map, "net", TRANSFORMER, |map| transformer(map, ""))?;
                 let mut config = XlAutoregressiveConfig { net, ..Default::default() };
                 take(&mut config, "", &mut map)?;
                 finish(map, "", refused::XL, &[XlAutoregressiveConfig::NAMES])?;
                 Self::XlAutoregressive(config)
             }
+            "NonAutoregressiveWrapper" => {
+                let read = |map| transformer(map, "");
+                let critic = map.contains_key("token_critic").then(|| net(&mut map, "token_critic", TRANSFORMER, read));
+                let net = net(&mut map, "net", TRANSFORMER, read)?;
+                let token_critic = critic.transpose()?;
+                let mut config = NonAutoregressiveConfig { net, token_critic, ..Default::default() };
+                required(&map, &["mask_id"])?;
+                take(&mut config, "", &mut map)?;
+                finish(map, "", "", &[NonAutoregressiveConfig::NAMES])?;
+                Self::NonAutoregressive(config)
+            }
             "DPO" => {
-                let net = net(&mut map, "TransformerWrapper", |map| transformer(map, ""))?;
+                let net = net(&mut map, "net", TRANSFORMER, |map| transformer(map, ""))?;
                 let mut config = DpoConfig { net, ..Default::default() };
                 take(&mut config, "", &mut map)?;
                 finish(map, "", "", &[DpoConfig::NAMES])?;
@@ -128,7 +142,7 @@ impl Config {
             Self::XTransformer(config) => ("XTransformer", config.to_map()),
             Self::AutoregressiveWrapper(config) => {
                 let mut map = differing(config, &Default::default(), "");
-                map.insert("net".to_string(), with_model(config.net.to_map(), "TransformerWrapper"));
+                map.insert("net".to_string(), with_model(config.net.to_map(), TRANSFORMER));
                 ("AutoregressiveWrapper", map)
             }
             Self::ContinuousAutoregressiveWrapper(config) => {
@@ -150,12 +164,21 @@ impl Config {
             }
             Self::XlAutoregressive(config) => {
                 let mut map = differing(config, &Default::default(), "");
-                map.insert("net".to_string(), with_model(config.net.to_map(), "TransformerWrapper"));
+                map.insert("net".to_string(), with_model(config.net.to_map(), TRANSFORMER));
                 ("XLAutoregressiveWrapper", map)
+            }
+            Self::NonAutoregressive(config) => {
+                let mut map = differing(config, &Default::default(), "");
+                map.insert("mask_id".to_string(), json!(config.mask_id));
+                map.insert("net".to_string(), with_model(config.net.to_map(), TRANSFORMER));
+                if let Some(critic) = &config.token_critic {
+                    map.insert("token_critic".to_string(), with_model(critic.to_map(), TRANSFORMER));
+                }
+                ("NonAutoregressiveWrapper", map)
             }
             Self::Dpo(config) => {
                 let mut map = differing(config, &Default::default(), "");
-                map.insert("net".to_string(), with_model(config.net.to_map(), "TransformerWrapper"));
+                map.insert("net".to_string(), with_model(config.net.to_map(), TRANSFORMER));
                 ("DPO", map)
             }
             Self::AttentionPool(config) => ("AttentionPool", differing(config, &Default::default(), "")),
@@ -310,12 +333,12 @@ fn continuous(mut map: Map) -> Result<ContinuousTransformerWrapperConfig> {
     Ok(config)
 }
 
-/// Takes the option `net`, a model of this class.
-fn net<T>(map: &mut Map, model: &str, read: impl FnOnce(Map) -> Result<T>) -> Result<T> {
-    let mut net = kwargs::object("net", map.remove("net").ok_or_else(|| missing("net"))?)?;
+/// Takes an option that is a model of this class, `net` for instance.
+fn net<T>(map: &mut Map, key: &'static str, model: &str, read: impl FnOnce(Map) -> Result<T>) -> Result<T> {
+    let mut net = kwargs::object(key, map.remove(key).ok_or_else(|| missing(key))?)?;
     let given = net.remove("model").unwrap_or_else(|| json!(model));
-    ensure!(given == model, Error::option("model", format_args!("expected \"{model}\", got {given}")).context("net"));
-    read(net).context("net")
+    ensure!(given == model, Error::option("model", format_args!("expected \"{model}\", got {given}")).context(key));
+    read(net).context(key)
 }
 
 fn nested_layers(map: &mut Map) -> Result<AttentionLayersConfig> {

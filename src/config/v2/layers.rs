@@ -37,6 +37,32 @@ impl LayersKind {
     }
 }
 
+/// A switch that may be a factor, too.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+#[non_exhaustive]
+pub enum SwitchOrFactor {
+    /// `false`
+    #[default]
+    Off,
+    /// `true`
+    On,
+    /// A number.
+    Factor(f64),
+}
+
+impl From<bool> for SwitchOrFactor {
+    fn from(on: bool) -> Self {
+        if on { Self::On } else { Self::Off }
+    }
+}
+
+impl SwitchOrFactor {
+    /// Returns `true` unless the value is `false` or 0.
+    pub(super) fn is_on(self) -> bool {
+        !matches!(self, Self::Off | Self::Factor(0.0))
+    }
+}
+
 /// Options of one kind of sublayer: the same for all, or one set for each.
 #[derive(Clone, PartialEq, Debug)]
 pub enum PerLayer<T> {
@@ -87,6 +113,10 @@ options! {
         use_rmsnorm: bool = false,
         /// RMSNorm without a scale in place of LayerNorm. <https://arxiv.org/abs/2307.14995>
         use_simple_rmsnorm: bool = false,
+        /// Dynamic tanh in place of LayerNorm. <https://arxiv.org/abs/2503.10622>
+        use_dynamic_tanh: bool = false,
+        /// Initial factor before that tanh.
+        dynamic_tanh_init_alpha: f64 = 1.0,
         /// LayerNorm whose scale is a function of a condition. <https://arxiv.org/abs/2212.09748>
         use_adaptive_layernorm: bool = false,
         /// RMSNorm whose scale is a function of a condition. <https://arxiv.org/abs/2212.09748>
@@ -131,6 +161,8 @@ options! {
         rotary_xpos_scale_base: f64 = 512.0,
         /// Stretches the rotary wavelengths for contexts longer by this factor (NTK-aware scaling).
         rotary_base_rescale_factor: f64 = 1.0,
+        /// Number of heads, the last ones, that rotate. Default all.
+        rotate_num_heads: Option<usize> = None,
         /// Polar positions of queries and keys. <https://arxiv.org/abs/2509.10534>
         polar_pos_emb: bool = false,
         /// If `true`, all `depth` blocks share their weights. <https://arxiv.org/abs/1909.11942>
@@ -159,8 +191,14 @@ options! {
         pre_and_post_norm: bool = false,
         /// If `true`, a GRU cell joins each branch and its residual. <https://arxiv.org/abs/1910.06764>
         gate_residual: bool = false,
-        /// If `true`, multiplies the residual stream by a learned vector before each sum.
-        scale_residual: bool = false,
+        /// Centred branches, and means of the stream that are mixed apart. <https://arxiv.org/abs/2605.06169>
+        mv_split_residual: bool = false,
+        /// If `true` or a number, multiplies the residual stream by a learned vector before each sum; a number multiplies
+        /// each branch's output too.
+        scale_residual: SwitchOrFactor = SwitchOrFactor::Off,
+        /// If `true`, weights of the last layers of branches start the smaller the deeper they are; a number multiplies each
+        /// branch's output.
+        depth_scale_residual: SwitchOrFactor = SwitchOrFactor::Off,
         /// Multiplies the residual stream before each sum.
         scale_residual_constant: f64 = 1.0,
         /// Token shift: moves chunks of features along the sequence before each branch.
@@ -182,6 +220,16 @@ options! {
         use_layerscale: bool = false,
         /// Initial value of these factors.
         layerscale_init_value: f64 = 0.0,
+        /// If `true`, blocks of the second half start from their input and that of a block of the first half.
+        unet_skips: bool = false,
+        /// If `true`, each sublayer reads a learned mixture of all hidden states before it. <https://arxiv.org/abs/2502.09245>
+        integrate_layers: bool = false,
+        /// If `true`, the weights of that mixture are a softmax, otherwise a ReLU.
+        layer_integrate_use_softmax: bool = true,
+        /// If `true`, adds a projection of the input of the layers to that of each sublayer.
+        reinject_input: bool = false,
+        /// If `true`, a learned gate multiplies that projection.
+        learned_reinject_input_gate: bool = false,
         /// Number of residual streams, joined by hyper-connections. <https://arxiv.org/abs/2409.19606>
         num_residual_streams: usize = 1,
         /// If `true`, mixes the values of the first self-attention into those of later ones.
@@ -244,12 +292,60 @@ options! {
         sublayer_dropout: f64 = 0.0,
         /// If `true`, adds attention on attention, a gated output projection. <https://arxiv.org/abs/1908.06954>
         on_attn: bool = false,
+        /// If `true`, weights are multiplied by a mixture across heads of the scores before them.
+        pre_scale_post_talking_heads: bool = false,
         /// If `true`, gates each head's output by the layer's input. <https://arxiv.org/abs/2306.12929>
         gate_value_heads: bool = false,
         /// If `true`, gates the aggregated values by a function of the layer's input.
         gate_values: bool = false,
         /// If `true`, that gate is a SiLU in place of a sigmoid.
         swiglu_values: bool = false,
+        /// Rank of that gate's projection. Default: full.
+        gate_values_rank: Option<usize> = None,
+        /// If `true`, that gate has one number per head.
+        gate_values_headwise: bool = false,
+        /// If `true`, a function of the aggregated values adds to that gate before its activation.
+        output_gate: bool = false,
+        /// Rank of that function. Default: full.
+        output_gate_rank: Option<usize> = None,
+        /// If `true`, that function has one number per head.
+        output_gate_headwise: bool = false,
+        /// If `true`, gates of low rank have a SiLU between their two layers.
+        low_rank_silu_gates: bool = true,
+        /// If `true`, queries compete for each key of a cross-attention; `cross_attn_` only.
+        /// <https://arxiv.org/abs/2006.15055>
+        inverted_attention: bool = false,
+        /// If `true`, gates of the tokens between a key and its query lower its score (forgetting).
+        /// <https://openreview.net/forum?id=q2Lnyegkr8>
+        data_dependent_alibi: bool = false,
+        /// If `true`, each query has gates of its own.
+        data_dependent_alibi_per_row: bool = false,
+        /// Features per head of these gates.
+        data_dependent_alibi_per_row_dim_head: usize = 8,
+        /// If `true`, each query weighs learned curves of the distance that are added to its scores.
+        use_rel_proj_pos_bias: bool = false,
+        /// Number of these curves.
+        rel_proj_num_distance_basis: usize = 16,
+        /// Length of these curves; greater distances have no bias.
+        rel_proj_max_dist: usize = 1024,
+        /// If `true`, positions are counted by what the query attends to (CoPE). <https://arxiv.org/abs/2405.18719>
+        use_cope: bool = false,
+        /// Number of these positions.
+        cope_max_pos: usize = 16,
+        /// If `true`, scores are mixed across heads before positions are counted.
+        cope_talking_heads: bool = false,
+        /// If `true`, queries are projected from a latent vector. <https://arxiv.org/abs/2405.04434>
+        use_latent_q: bool = false,
+        /// Width of that vector. Required with it.
+        dim_latent_q: Option<usize> = None,
+        /// If `true`, keys and values are projected from a latent vector. <https://arxiv.org/abs/2405.04434>
+        use_latent_kv: bool = false,
+        /// Width of that vector. Required with it.
+        dim_latent_kv: Option<usize> = None,
+        /// Number of heads whose keys come from the input and rotate; the others do not.
+        latent_rope_subheads: Option<usize> = None,
+        /// If `true`, the mixture of values is learned in cross-attention too; self-attention has the option of the layers.
+        learned_value_residual_mix: bool = false,
         /// If `true`, the output projection starts at 0.
         zero_init_output: bool = false,
         /// If `true`, all weight is on the highest score, with the gradient of the softmax.
@@ -319,6 +415,16 @@ options! {
         relu_squared: bool = false,
         /// Name of another activation: `relu`, `silu`, `gelu`, `gelu_tanh`, `tanh` or `sigmoid`.
         custom_activation: Option<String> = None,
+        /// If `true`, the activation is SoLU: `x` times its softmax, and a LayerNorm.
+        solu: bool = false,
+        /// Bound of a soft clamp before the activation of a feedforward without a gate.
+        softclamp_value: Option<f64> = None,
+        /// If `true`, soft clamps bound both factors of a gated feedforward with GELU or SiLU.
+        glu_softclamp: bool = false,
+        /// Bound of the gate.
+        glu_gate_softclamp_value: f64 = 4.0,
+        /// Bound of the other factor.
+        glu_up_softclamp_value: f64 = 25.0,
         /// If `true`, a LayerNorm follows the activation. <https://arxiv.org/abs/2110.09456>
         post_act_ln: bool = false,
         /// Dropout probability before the output layer.

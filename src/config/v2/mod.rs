@@ -14,11 +14,11 @@ mod resolve_wrappers;
 mod wrappers;
 
 pub use convert::Conversion;
-pub use layers::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, LayersKind, PerLayer};
+pub use layers::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, LayersKind, PerLayer, SwitchOrFactor};
 pub use wrappers::{
     AttentionPoolConfig, AutoregressiveConfig, ContinuousAutoregressiveConfig, ContinuousTransformerWrapperConfig,
-    DpoConfig, FilterConfig, MultiInputConfig, SamplingConfig, TransformerWrapperConfig, ViTransformerWrapperConfig,
-    XTransformerConfig, XValAutoregressiveConfig, XValConfig, XlAutoregressiveConfig,
+    DpoConfig, FilterConfig, MultiInputConfig, NonAutoregressiveConfig, SamplingConfig, TransformerWrapperConfig,
+    ViTransformerWrapperConfig, XTransformerConfig, XValAutoregressiveConfig, XValConfig, XlAutoregressiveConfig,
 };
 
 use super::{AroundPlan, LayersPlan, ModelPlan};
@@ -70,6 +70,8 @@ pub enum Config {
     XlAutoregressive(XlAutoregressiveConfig),
     /// `DPO`: direct preference optimization.
     Dpo(DpoConfig),
+    /// `NonAutoregressiveWrapper`: masked tokens that are filled in.
+    NonAutoregressive(NonAutoregressiveConfig),
     /// `AttentionPool`: learned queries attend to a sequence.
     AttentionPool(AttentionPoolConfig),
     /// `SamplingFilter`: not a model, but the step from logits to probabilities.
@@ -94,6 +96,7 @@ impl Config {
             Self::XVal(config) => AroundPlan::XVal(config.plan()?).into(),
             Self::XValAutoregressive(config) => config.plan()?.into(),
             Self::XlAutoregressive(config) => config.plan()?.into(),
+            Self::NonAutoregressive(config) => config.plan()?.into(),
             Self::Dpo(config) => config.plan()?.into(),
             Self::SamplingFilter(config) => ModelPlan::Filter(config.sampling()?),
         })

@@ -1,16 +1,16 @@
 //! Options of attention layers to their plan.
 
 use super::{
-    AttentionLayersConfig, LayersKind,
+    AttentionLayersConfig, LayersKind, SwitchOrFactor,
     resolve_attention::{attentions, feedforwards},
 };
 use crate::{
     Error, Result,
     collect::CollectVec,
     config::{
-        AlibiPlan, BranchPlan, ConditionPlan, DropPlan, DynamicPlan, Gain, HyperPlan, LayerPlan, LayerScalePlan,
-        LayerType, LayersPlan, NormPlan, PolarPlan, PositionBiasPlan, Positions, ResidualPlan, RotaryPlan, ShiftTokens,
-        T5Plan, WrapPlan, options,
+        AlibiPlan, AttentionPlan, BranchPlan, ConditionPlan, DropPlan, DynamicPlan, FeedForwardPlan, Gain, HyperPlan,
+        LayerPlan, LayerScalePlan, LayerType, LayersPlan, LinkPlan, NormPlan, PolarPlan, PositionBiasPlan, Positions,
+        ResidualPlan, RotaryPlan, ShiftTokens, T5Plan, WrapPlan, options,
         order::layer_order,
         ranges::{WIDEST, at_least_one, probability, without},
     },
@@ -67,40 +67,54 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
     let norm = norm(config);
     let shifts = shifts(config, own_types.len(), causal)?;
     let condition = condition(config);
+    // One sublayer is a block if their order is given.
+    let regular = config.custom_layers.is_none() && config.par_ratio.is_none() && config.sandwich_coef.is_none();
+    let block_len = if regular { types.len() / depth(config)? } else { 1 };
     let plans = own_types.iter().enumerate().map(|(index, &kind)| {
         let at = own_types[..index].iter().filter(|&&other| other == kind).count();
+        let output_depth = (config.depth_scale_residual == SwitchOrFactor::On).then_some(index / block_len + 1);
         let branch = match kind {
-            SelfAttention => BranchPlan::SelfAttention(own[at].clone()),
-            CrossAttention => BranchPlan::CrossAttention(cross[at].clone()),
-            FeedForward => BranchPlan::FeedForward(forward[at].clone()),
+            SelfAttention => BranchPlan::SelfAttention(AttentionPlan { output_depth, ..own[at].clone() }),
+            CrossAttention => BranchPlan::CrossAttention(AttentionPlan { output_depth, ..cross[at].clone() }),
+            FeedForward => BranchPlan::FeedForward(FeedForwardPlan { output_depth, ..forward[at].clone() }),
         };
-        let norms = [
-            config.pre_norm || config.pre_and_post_norm,
-            config.sandwich_norm,
-            !config.pre_norm || config.pre_and_post_norm,
-        ];
+        let norms = [config.pre_norm, config.sandwich_norm, !config.pre_norm || config.pre_and_post_norm];
         let layer_scale = layer_scale(config, condition);
         let half = config.macaron && kind == FeedForward;
-        let wrap = WrapPlan { layer_scale, shifts: shifts[index].clone(), half, ..WrapPlan::default() };
+        let scale = match (config.depth_scale_residual, config.scale_residual) {
+            (SwitchOrFactor::Factor(factor), _) | (_, SwitchOrFactor::Factor(factor)) => Some(factor),
+            _ => None,
+        };
+        let scale = scale.filter(|&factor| factor != 1.0);
+        let wrap = WrapPlan { layer_scale, shifts: shifts[index].clone(), half, scale, ..WrapPlan::default() };
         let streams = config.num_residual_streams;
         let residual = ResidualPlan {
             gated: config.gate_residual,
-            scaled: config.scale_residual,
-            constant: if config.gate_residual { 1.0 } else { config.scale_residual_constant },
+            scaled: config.scale_residual.is_on() && !config.mv_split_residual,
+            constant: if config.gate_residual || config.mv_split_residual {
+                1.0
+            } else {
+                config.scale_residual_constant
+            },
+            split: config.mv_split_residual,
             hyper: (streams > 1).then_some(HyperPlan { streams, layer: index }),
         };
         LayerPlan { branch, norms: norms.map(|on| on.then_some(norm)), wrap, residual }
     });
     let plans: Vec<LayerPlan> = plans.collect_vec();
+    let links = links(config, own_types, block_len)?;
     check_residual(config)?;
     let final_norm = (config.pre_norm && has_final_norm(config) && !config.pre_and_post_norm).then_some(norm);
     let (positions, layers) = (positions(config, causal)?, modules.iter().map(|&at| plans[at].clone()).collect_vec());
+    let idle = plans.into_iter().enumerate().filter(|(index, _)| !modules.contains(index)).collect_vec();
     Ok(LayersPlan {
         dim: config.dim,
         cross_attend: crosses,
         positions,
         layers,
         modules,
+        idle,
+        links,
         softclamp: config.softclamp_output.then_some(config.softclamp_output_value),
         final_norm,
         owns_final_norm: true,
@@ -169,6 +183,7 @@ fn at_most_one_norm(config: &AttentionLayersConfig) -> Result<()> {
         ("use_scalenorm", config.use_scalenorm),
         ("use_rmsnorm", config.use_rmsnorm),
         ("use_simple_rmsnorm", config.use_simple_rmsnorm),
+        ("use_dynamic_tanh", config.use_dynamic_tanh),
         ("use_adaptive_layernorm", config.use_adaptive_layernorm),
         ("use_adaptive_rmsnorm", config.use_adaptive_rmsnorm),
     ];
@@ -187,6 +202,10 @@ fn norm(config: &AttentionLayersConfig) -> NormPlan {
     let dim_condition = condition(config).map_or(config.dim, |condition| condition.inner.unwrap_or(condition.dim));
     if config.use_adaptive_layernorm || config.use_adaptive_rmsnorm {
         return NormPlan::Adaptive { layer: config.use_adaptive_layernorm, dim_condition };
+    }
+    if config.use_dynamic_tanh {
+        let (alpha, stored_offset) = (config.dynamic_tanh_init_alpha, config.norm_add_unit_offset);
+        return NormPlan::Tanh { alpha, stored_offset };
     }
     match (config.use_scalenorm, config.use_rmsnorm, config.use_simple_rmsnorm) {
         (true, ..) => unit(Gain::One),
@@ -212,11 +231,56 @@ fn layer_scale(config: &AttentionLayersConfig, condition: Option<ConditionPlan>)
     config.use_layerscale.then_some(LayerScalePlan::Fixed { start: config.layerscale_init_value, offset })
 }
 
+/// Returns the inputs of sublayers other than the stream.
+fn links(config: &AttentionLayersConfig, types: &[LayerType], block: usize) -> Result<LinkPlan> {
+    let linked = [
+        ("unet_skips", config.unet_skips),
+        ("integrate_layers", config.integrate_layers),
+        ("reinject_input", config.reinject_input),
+    ];
+    if let Some((key, _)) = linked.into_iter().find(|(_, on)| *on) {
+        let reordered = config.layers_execute_order.is_some() || config.weight_tie_layers;
+        ensure!(
+            config.num_residual_streams == 1 && !(reordered && key != "reinject_input"),
+            Error::option(key, "cannot be used with residual streams, tied layers or an order of execution")
+        );
+    }
+    ensure!(
+        config.reinject_input || !config.learned_reinject_input_gate,
+        Error::option("learned_reinject_input_gate", "needs `reinject_input` = true, which is off")
+    );
+    ensure!(
+        !config.integrate_layers || config.shift_tokens == ShiftTokens::All(0),
+        Error::option("integrate_layers", "cannot be used with `shift_tokens`")
+    );
+    let mut skips = Vec::new();
+    if config.unet_skips {
+        let depth = depth(config)?;
+        let mut open = (0..depth / block).map(|index| index * block).collect_vec();
+        for index in 0..types.len() {
+            let joins = index.is_multiple_of(block) && 2 * (index / block) >= depth;
+            let none =
+                || Error::option("unet_skips", "leaves blocks of the second half without one, like in x-transformers");
+            skips.push(if joins { Some(open.pop().ok_or_else(none)?) } else { None });
+        }
+    }
+    Ok(LinkPlan {
+        skips,
+        integrate: config.integrate_layers.then_some(config.layer_integrate_use_softmax),
+        reinject: config.reinject_input.then_some(config.learned_reinject_input_gate),
+    })
+}
+
 fn check_residual(config: &AttentionLayersConfig) -> Result<()> {
     at_least_one("num_residual_streams", config.num_residual_streams)?;
     ensure!(
-        config.num_residual_streams == 1 || !(config.gate_residual || config.scale_residual),
+        config.num_residual_streams == 1
+            || !(config.gate_residual || config.mv_split_residual || config.scale_residual.is_on()),
         Error::option("num_residual_streams", "cannot be used with `gate_residual` or `scale_residual`")
+    );
+    ensure!(
+        !(config.gate_residual && config.mv_split_residual),
+        Error::option("mv_split_residual", "cannot be used with `gate_residual`")
     );
     ensure!(
         !(config.use_layerscale && config.use_adaptive_layerscale),

@@ -7,9 +7,9 @@ use crate::{
     Error, Result,
     collect::CollectVec,
     config::{
-        AttentionPlan, FeedForwardPlan, NormPlan, Normalize, PaddingPlan, QkNormPlan, RotaryPlan, ScoreResidual,
-        TalkingHeads, Temperature, ValueGate, ValueResidual, options::FeedForwardConfig as Widths,
-        resolve::feedforward,
+        AttentionPlan, CopePlan, FeedForwardPlan, Forget, GateForm, NormPlan, Normalize, PaddingPlan, QkNormPlan,
+        RotaryPlan, ScoreResidual, TalkingHeads, Temperature, ValueGate, ValueResidual,
+        options::FeedForwardConfig as Widths, ranges::at_least_one, resolve::feedforward,
     },
     error::ensure,
     ops::{Activation, Window},
@@ -51,6 +51,10 @@ pub(super) fn attentions(
     let cross_options = if cross == 0 { Vec::new() } else { each(cross_options, cross, "cross_attn_*")? };
     ensure!(own > 0 || !config.residual_attn, Error::option("residual_attn", "needs self-attention"));
     ensure!(cross > 0 || !config.cross_residual_attn, Error::option("cross_residual_attn", "needs cross-attention"));
+    ensure!(
+        own > 0 || matches!(config.attn, PerLayer::All(_)),
+        Error::option("attn_*", "arrays have a value for each self-attention, and there is none")
+    );
     let rotary = rotary(config, causal)?;
     let residual = |on: bool| if on { ScoreResidual::Masked } else { ScoreResidual::None };
     let own = own_options.iter().enumerate().map(|(index, options)| {
@@ -59,22 +63,62 @@ pub(super) fn attentions(
             (true, false) => ValueResidual::Half,
             (true, true) => ValueResidual::Learned,
         };
+        ensure!(
+            !options.learned_value_residual_mix,
+            Error::option(
+                "attn_learned_value_residual_mix",
+                "is set by `learned_value_residual_mix`, like in x-transformers; only `cross_attn_` takes it"
+            )
+        );
         let plan = attention(config, options, rotary.as_ref(), "attn_")?;
+        ensure!(
+            !options.inverted_attention,
+            Error::option("attn_inverted_attention", "is for cross-attention: only `cross_attn_` takes it")
+        );
         let causal = causal && config.kind != LayersKind::PrefixDecoder;
+        let rotated_heads = plan.rotated_heads.or(config.rotate_num_heads);
+        let all = rotated_heads.is_none_or(|rotated| rotated == plan.heads);
+        ensure!(
+            all || rotated_heads.is_some_and(|rotated| (1..plan.heads).contains(&rotated))
+                && plan.kv_heads == plan.heads,
+            Error::option("rotate_num_heads", "expected 1 to `heads`, and as many key heads as heads")
+        );
+        let rotated_heads = rotated_heads.filter(|_| !all);
+        let own_bias = plan.forget != Forget::None;
+        ensure!(
+            !(own_bias && (config.alibi_pos_bias || config.rel_pos_bias || config.dynamic_pos_bias)),
+            Error::option("attn_data_dependent_alibi", "cannot be used with a position bias")
+        );
         let polar = config.polar_pos_emb;
         ensure!(
-            !polar || plan.kv_heads == plan.heads && plan.num_mem_kv == 0 && plan.dim_head == config.dim_head(),
+            !polar
+                || (plan.kv_heads == plan.heads || plan.kv_heads == 1)
+                    && plan.num_mem_kv == 0
+                    && plan.dim_head == config.dim_head(),
             Error::option(
                 "polar_pos_emb",
                 "cannot be used with memory key/values, fewer key heads or heads of several widths, like x-transformers"
             )
         );
-        checked(AttentionPlan { causal, residual: residual(config.residual_attn), value_residual, polar, ..plan })
+        let residual = residual(config.residual_attn);
+        checked(AttentionPlan { causal, residual, value_residual, polar, rotated_heads, ..plan })
     });
     let own = own.try_collect_vec()?;
     let cross = cross_options.iter().map(|options| {
-        let value_residual = if config.add_value_residual { ValueResidual::Half } else { ValueResidual::None };
+        ensure!(
+            config.add_value_residual || !options.learned_value_residual_mix,
+            Error::option("cross_attn_learned_value_residual_mix", "needs `add_value_residual` = true, which is off")
+        );
+        let value_residual = match (config.add_value_residual, options.learned_value_residual_mix) {
+            (false, _) => ValueResidual::None,
+            (true, false) => ValueResidual::Half,
+            (true, true) => ValueResidual::Learned,
+        };
         let plan = attention(config, options, rotary.as_ref(), "cross_attn_")?;
+        ensure!(
+            plan.forget == Forget::None,
+            Error::option("cross_attn_data_dependent_alibi", "is for self-attention: set it to false")
+        );
         let dim_context = options.dim_context.unwrap_or(config.dim);
         let residual = residual(config.cross_residual_attn);
         checked(AttentionPlan { dim_context, residual, value_residual, ..plan })
@@ -94,8 +138,27 @@ fn checked(plan: AttentionPlan) -> Result<AttentionPlan> {
         !(plan.sink && plan.residual != ScoreResidual::None),
         Error::option("attn_head_learned_sink", "cannot be used with residual attention, whose scores have no sink")
     );
+    ensure!(
+        plan.causal || plan.cope.is_none() && !matches!(plan.forget, Forget::Rows(_)),
+        Error::option("attn_use_cope", "and `attn_data_dependent_alibi_per_row` are for causal self-attention")
+    );
+    ensure!(
+        plan.num_mem_kv == 0 || plan.rel_proj.is_none(),
+        Error::option("attn_use_rel_proj_pos_bias", "cannot be used with `attn_num_mem_kv`, like in x-transformers")
+    );
+    ensure!(
+        !(plan.polar && plan.cope.is_some()),
+        Error::option("attn_use_cope", "cannot be used with `polar_pos_emb`, whose queries have more features")
+    );
     plan.check()?;
     Ok(plan)
+}
+
+/// Returns the form of a gate.
+fn gate_form(rank: Option<usize>, headwise: bool, silu: bool, key: &str) -> Result<GateForm> {
+    ensure!(rank != Some(0), Error::option(key, "expected a rank of at least 1, got 0"));
+    ensure!(!(headwise && rank.is_some()), Error::option(key, "a gate with one number per head has no rank"));
+    Ok(GateForm { rank, headwise, silu: silu && rank.is_some() })
 }
 
 /// Returns the plan of one attention from its own options.
@@ -126,9 +189,30 @@ pub(super) fn attention(
         return Err(error(first, format!("cannot be used with `attn_{second}`")));
     }
     ensure!(
-        options.gate_values || !options.swiglu_values,
+        options.gate_values || options.output_gate || !options.swiglu_values,
         error("swiglu_values", "needs `attn_gate_values` = true, which is off".to_string())
     );
+    for (key, on, width) in [
+        ("dim_latent_q", options.use_latent_q, options.dim_latent_q),
+        ("dim_latent_kv", options.use_latent_kv, options.dim_latent_kv),
+    ] {
+        ensure!(!on || width.is_some(), error(key, "is missing: the width of the latent vectors".to_string()));
+        at_least_one(key, width.unwrap_or(1))?;
+    }
+    let latent_rope = options.latent_rope_subheads.unwrap_or(0);
+    let inverted = options.inverted_attention;
+    ensure!(
+        !inverted || !(options.hard || options.sparse_topk.is_some() || options.head_learned_sink),
+        error("inverted_attention", "cannot be used with hard, top-k or sink attention".to_string())
+    );
+    for (key, size) in [
+        ("rel_proj_num_distance_basis", options.rel_proj_num_distance_basis),
+        ("rel_proj_max_dist", options.rel_proj_max_dist),
+        ("cope_max_pos", options.cope_max_pos),
+        ("data_dependent_alibi_per_row_dim_head", options.data_dependent_alibi_per_row_dim_head),
+    ] {
+        at_least_one(key, size)?;
+    }
     let scale = (dim_head as f64).powf(-0.5);
     let qk_norm =
         options.qk_norm.then_some(QkNormPlan { groups: options.qk_norm_groups, scales: options.qk_norm_dim_scale });
@@ -155,6 +239,10 @@ pub(super) fn attention(
     ensure!(
         !options.value_rmsnorm || kv_heads == heads,
         error("value_rmsnorm", "needs as many key/value heads as heads".to_string())
+    );
+    ensure!(
+        latent_rope == 0 || options.use_latent_kv && latent_rope < kv_heads && kv_heads == heads,
+        error("latent_rope_subheads", "needs `attn_use_latent_kv`, and more key heads, one for each head".to_string())
     );
     let dim_value = options.value_dim_head.unwrap_or(dim_head);
     ensure!(
@@ -201,6 +289,39 @@ pub(super) fn attention(
             (true, false) => ValueGate::Sigmoid,
             (true, true) => ValueGate::Silu,
         },
+        silu_gates: options.swiglu_values,
+        gate_form: gate_form(
+            options.gate_values_rank,
+            options.gate_values_headwise,
+            options.low_rank_silu_gates,
+            "attn_gate_values_rank",
+        )?,
+        output_gate: match options.output_gate {
+            false => None,
+            true => Some(gate_form(
+                options.output_gate_rank,
+                options.output_gate_headwise,
+                options.low_rank_silu_gates,
+                "attn_output_gate_rank",
+            )?),
+        },
+        latent_q: options.dim_latent_q.filter(|_| options.use_latent_q),
+        latent_kv: options.dim_latent_kv.filter(|_| options.use_latent_kv),
+        latent_rope,
+        rotated_heads: options.latent_rope_subheads,
+        pre_scale: options.pre_scale_post_talking_heads,
+        inverted,
+        forget: match (options.data_dependent_alibi, options.data_dependent_alibi_per_row) {
+            (false, _) => Forget::None,
+            (true, false) => Forget::Tokens,
+            (true, true) => Forget::Rows(options.data_dependent_alibi_per_row_dim_head),
+        },
+        rel_proj: options
+            .use_rel_proj_pos_bias
+            .then_some([options.rel_proj_num_distance_basis, options.rel_proj_max_dist]),
+        cope: options
+            .use_cope
+            .then_some(CopePlan { positions: options.cope_max_pos, talking: options.cope_talking_heads }),
         on_attn: options.on_attn,
         zero_init: options.zero_init_output || config.zero_init_branch_output,
         ..AttentionPlan::new(config.dim, heads, dim_head)
@@ -216,11 +337,27 @@ pub(super) fn feedforwards(config: &AttentionLayersConfig, count: usize) -> Resu
         return Ok(Vec::new());
     }
     let plan = |options: &FeedForwardConfig| {
+        let other = options.custom_activation.is_some() || options.relu_squared;
+        ensure!(!(options.solu && other), Error::option("ff_solu", "cannot be used with another activation"));
+        ensure!(
+            !(options.glu && options.glu_softclamp && (other || options.solu)),
+            Error::option("ff_glu_softclamp", "needs GELU or SiLU")
+        );
+        let (gate, up) = (options.glu_gate_softclamp_value, options.glu_up_softclamp_value);
+        let bounds = [options.softclamp_value.unwrap_or(1.0), gate, up];
+        ensure!(
+            bounds.iter().all(|&bound| bound > 0.0 && bound.is_finite()),
+            Error::option("ff_softclamp_value", format_args!("and those of gates: expected above 0, got {bounds:?}"))
+        );
         let widths = Widths { mult: options.mult, dropout: options.dropout, ..Widths::default() };
         let zero_init = options.zero_init_output || config.zero_init_branch_output;
         let plan = FeedForwardPlan {
             activation: activation(options)?,
             tanh: options.custom_activation.as_deref() == Some(TANH),
+            solu: options.solu,
+            softclamp: options.softclamp_value.filter(|_| !options.glu),
+            glu_softclamp: (options.glu && options.glu_softclamp)
+                .then_some([options.glu_gate_softclamp_value, options.glu_up_softclamp_value]),
             glu: options.glu,
             bias: [options.glu || !options.no_bias, !options.no_bias],
             mult_bias: options.glu && options.glu_mult_bias,

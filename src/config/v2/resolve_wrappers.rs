@@ -2,17 +2,18 @@
 
 use super::{
     AttentionConfig, AttentionLayersConfig, AttentionPoolConfig, AutoregressiveConfig, ContinuousAutoregressiveConfig,
-    ContinuousTransformerWrapperConfig, DpoConfig, LayersKind, MultiInputConfig, PerLayer, SamplingConfig,
-    TransformerWrapperConfig, ViTransformerWrapperConfig, XTransformerConfig, XValAutoregressiveConfig, XValConfig,
-    XlAutoregressiveConfig, resolve::tokens_dropout, resolve_attention::attention,
+    ContinuousTransformerWrapperConfig, DpoConfig, LayersKind, MultiInputConfig, NonAutoregressiveConfig, PerLayer,
+    SamplingConfig, TransformerWrapperConfig, ViTransformerWrapperConfig, XTransformerConfig, XValAutoregressiveConfig,
+    XValConfig, XlAutoregressiveConfig, resolve::tokens_dropout, resolve_attention::attention,
 };
 use crate::{
     Error, Result,
     collect::CollectVec,
     config::{
         AbsolutePositions, AroundPlan, AttentionPlan, AttentionPoolPlan, AutoregressivePlan,
-        ContinuousAutoregressivePlan, ContinuousLoss, ContinuousPlan, FilterLogits, LayersPlan, LossPlan, MemoryPlan,
-        NormPlan, PoolerPlan, TransformerPlan, ViTransformerPlan, VisionHead, XTransformerPlan, options,
+        ContinuousAutoregressivePlan, ContinuousLoss, ContinuousPlan, CriticPlan, FilterLogits, LayersPlan, LossPlan,
+        MaskedPlan, MemoryPlan, NormPlan, PoolerPlan, TransformerPlan, ViTransformerPlan, VisionHead, XTransformerPlan,
+        options,
         ranges::{at_least_one, probability},
         wrapper_plan::check_longest,
         wrappers,
@@ -72,6 +73,12 @@ impl TransformerWrapperConfig {
         ensure!(
             !(self.attn_pool && self.use_cls_token),
             Error::option("attn_pool", "cannot be used with `use_cls_token`")
+        );
+        at_least_one("mixture_of_softmax_k", self.mixture_of_softmax_k)?;
+        let mixes = self.mixture_of_softmax || self.sigsoftmax_logits;
+        ensure!(
+            !mixes || self.num_output_heads == 1 && !self.return_only_embed,
+            Error::option("mixture_of_softmax", "and `sigsoftmax_logits` need one head of logits")
         );
         let share = self.emb_frac_gradient;
         ensure!(
@@ -138,6 +145,8 @@ impl TransformerWrapperConfig {
             },
             numerical_token: None,
             squeeze_logits: self.squeeze_out_last_dim,
+            mixture: self.mixture_of_softmax.then_some(self.mixture_of_softmax_k),
+            sigsoftmax: self.sigsoftmax_logits,
             average_pool_embed: self.average_pool_embed,
             pooler: false,
             mlm_head: None,
@@ -349,6 +358,52 @@ impl XlAutoregressiveConfig {
         at_least_one("tbptt_steps", self.tbptt_steps)?;
         let loss = loss(self.ignore_index, self.pad_value);
         Ok(AroundPlan::Xl(self.net.plan().context("net")?, loss, self.tbptt_steps))
+    }
+}
+
+impl NonAutoregressiveConfig {
+    /// Resolves the options.
+    ///
+    /// Errors: those of [`TransformerWrapperConfig::plan`]; shares that are not probabilities.
+    pub fn plan(&self) -> Result<AroundPlan> {
+        at_least_one("steps", self.steps)?;
+        probability("self_cond_train_prob", self.self_cond_train_prob)?;
+        probability("no_replace_prob", self.no_replace_prob)?;
+        probability("random_token_prob", self.random_token_prob)?;
+        let (tokens, mask_id) = (self.net.num_tokens, self.mask_id);
+        ensure!(mask_id < tokens, Error::option("mask_id", format_args!("expected below {tokens}, got {mask_id}")));
+        let cosine = match self.schedule.as_deref() {
+            None | Some("linear") => false,
+            Some("cosine") => true,
+            Some(other) => {
+                return Err(Error::option("schedule", format_args!("expected linear or cosine, got {other}")));
+            }
+        };
+        let critic = match (&self.token_critic, self.self_token_critic) {
+            (None, false) => CriticPlan::None,
+            (None, true) => CriticPlan::Own,
+            (Some(critic), false) => {
+                ensure!(
+                    critic.logits_dim == Some(1),
+                    Error::option("logits_dim", "must be 1: a score for each token").context("token_critic")
+                );
+                CriticPlan::Other(Box::new(critic.plan().context("token_critic")?))
+            }
+            (Some(_), true) => return Err(Error::option("self_token_critic", "cannot be used with `token_critic`")),
+        };
+        let plan = MaskedPlan {
+            mask_id: mask_id as i64,
+            steps: self.steps,
+            self_cond: self.self_cond.then_some(self.self_cond_train_prob),
+            no_replace: self.no_replace_prob,
+            random_token: self.random_token_prob,
+            cosine,
+            can_mask_prev_unmasked: self.can_mask_prev_unmasked,
+            critic,
+            critic_loss_weight: self.critic_loss_weight,
+            weighted: self.use_simple_mdlm_loss_weight,
+        };
+        Ok(AroundPlan::Masked(self.net.plan().context("net")?, Box::new(plan)))
     }
 }
 

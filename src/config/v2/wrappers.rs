@@ -70,6 +70,12 @@ options! {
         dim_pooled_tokens: Option<usize> = None,
         /// If `true`, the dimension of a single logit is squeezed.
         squeeze_out_last_dim: bool = false,
+        /// If `true`, the output is the logarithm of a mixture of softmaxes. <https://arxiv.org/abs/1711.03953>
+        mixture_of_softmax: bool = false,
+        /// Number of these softmaxes.
+        mixture_of_softmax_k: usize = 4,
+        /// If `true`, adds the logarithm of their sigmoid to logits. <https://arxiv.org/abs/1805.10829>
+        sigsoftmax_logits: bool = false,
     } with {
         /// The attention layers. Required.
         attn_layers: AttentionLayersConfig,
@@ -337,6 +343,41 @@ options! {
     } with {
         /// Options of the wrapped model. Required.
         net: TransformerWrapperConfig,
+    }
+}
+
+options! {
+    /// Options of `NonAutoregressiveWrapper`: masked tokens that are filled in (MaskGIT).
+    /// <https://arxiv.org/abs/2202.04200>
+    pub struct NonAutoregressiveConfig {
+        /// Token of masked positions. Required.
+        mask_id: usize = 0,
+        /// Number of steps of generation.
+        steps: usize = 18,
+        /// If `true`, embeddings of a step are added to those of the tokens in the next one.
+        self_cond: bool = false,
+        /// Share of training steps whose embeddings are those of a pass before.
+        self_cond_train_prob: f64 = 0.75,
+        /// Share of the masked tokens that half of the training steps leave as they are.
+        no_replace_prob: f64 = 0.15,
+        /// Share of the masked tokens that half of the training steps replace at random.
+        random_token_prob: f64 = 0.1,
+        /// Masked share at each time: `linear` or `cosine`. Default `linear`.
+        schedule: Option<String> = None,
+        /// If `true`, a step of generation may mask tokens that an earlier one has kept.
+        can_mask_prev_unmasked: bool = false,
+        /// If `true`, a linear layer on the model's own embeddings is a critic of the generated tokens.
+        self_token_critic: bool = false,
+        /// Weight of the critic's loss.
+        critic_loss_weight: f64 = 1.0,
+        /// If `true`, losses have the weights of masked diffusion, positive as in the paper; those of x-transformers
+        /// 2.31 are negative. <https://arxiv.org/abs/2406.07524>
+        use_simple_mdlm_loss_weight: bool = true,
+    } with {
+        /// Options of the wrapped model. Required.
+        net: TransformerWrapperConfig,
+        /// Options of a critic of the generated tokens, with a `logits_dim` of 1.
+        token_critic: Option<TransformerWrapperConfig>,
     }
 }
 

@@ -27,7 +27,8 @@ use crate::{
 pub(super) struct Handle {
     handle: Library,
     // Freed after the handle, which uses it.
-    _workspace: Plain,
+    workspace: Plain,
+    bytes: usize,
 }
 
 /// A raw handle from `cublasCreate`.
@@ -62,7 +63,12 @@ impl Handle {
         unsafe { sys::cublasSetWorkspace_v2(handle.0, workspace.address() as *mut c_void, bytes) }
             .result()
             .map_err(fail)?;
-        Ok(Self { handle, _workspace: workspace })
+        Ok(Self { handle, workspace, bytes })
+    }
+
+    /// Returns address and size of the workspace.
+    pub fn workspace(&self) -> (u64, usize) {
+        (self.workspace.address(), self.bytes)
     }
 }
 
@@ -71,7 +77,7 @@ impl CudaDevice {
     ///
     /// Errors: sizes beyond 2³¹ − 1, or an error of cuBLAS.
     pub(super) fn multiply(&self, gemm: &Gemm) -> Result<()> {
-        let Gemm { dtype, sums, batch, m, n, k, a, b, c, add } = *gemm;
+        let Gemm { dtype, sums, batch, m, n, k, a, b, c, add, .. } = *gemm;
         let ints = [m, n, k, a.stride, b.stride, batch].map(i32::try_from);
         let [Ok(rows), Ok(columns), Ok(inner), Ok(a_stride), Ok(b_stride), Ok(items)] = ints else {
             return Err(Error::shape("matmul", format_args!("a size of {gemm:?} exceeds 2^31 - 1")));

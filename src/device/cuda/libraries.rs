@@ -16,7 +16,7 @@ use std::{
     sync::OnceLock,
 };
 
-use cudarc::{cublas, driver, nvrtc};
+use cudarc::{cublas, cublaslt, driver, nvrtc};
 use libloading::Library;
 
 use crate::sort::sort;
@@ -98,6 +98,29 @@ const CUBLAS: &[&str] = &[
     "cublasGemmStridedBatchedEx",
 ];
 
+/// Part of every installation of cuBLAS, but optional: without it, products have no epilogues.
+const CUBLASLT: Wanted = Wanted {
+    what: "cuBLASLt",
+    name: "cublasLt",
+    hint: "it is part of cuBLAS",
+    symbols: &[
+        "cublasLtCreate",
+        "cublasLtDestroy",
+        "cublasLtMatrixLayoutCreate",
+        "cublasLtMatrixLayoutDestroy",
+        "cublasLtMatmulDescCreate",
+        "cublasLtMatmulDescSetAttribute",
+        "cublasLtMatmulDescDestroy",
+        "cublasLtMatmulPreferenceCreate",
+        "cublasLtMatmulPreferenceSetAttribute",
+        "cublasLtMatmulPreferenceDestroy",
+        "cublasLtMatmulAlgoGetHeuristic",
+        "cublasLtMatmul",
+    ],
+    is_present: cublaslt::sys::is_culib_present,
+    opened: cublaslt::sys::culib,
+};
+
 const WANTED: [Wanted; 3] = [
     Wanted {
         what: "driver",
@@ -146,6 +169,12 @@ pub fn find() -> &'static [Found; 3] {
 /// Returns the result for NVRTC, which suffices to compile kernels without a GPU.
 pub fn nvrtc() -> &'static Found {
     &find()[1]
+}
+
+/// Returns `true` if cuBLASLt can be used.
+pub fn has_cublaslt() -> bool {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| CUBLASLT.find().is_ok())
 }
 
 /// Returns `cuEventElapsedTime` of the driver: the second version from CUDA 12.8 on (driver 570), else the first.

@@ -5,6 +5,7 @@
 
 mod blas;
 mod compile;
+mod epilogues;
 mod gate;
 mod graph;
 mod libraries;
@@ -70,6 +71,8 @@ pub struct CudaDevice {
     uploads: AtomicU64,
     read_backs: AtomicU64,
     // Dropped in this order if the device cannot be opened.
+    /// `None` without cuBLASLt. Before `blas`, whose workspace it shares.
+    epilogues: Option<Mutex<epilogues::Handle>>,
     blas: Mutex<blas::Handle>,
     /// Words in which kernels report the first fault.
     faults: Plain,
@@ -158,6 +161,7 @@ impl CudaDevice {
             launches: AtomicU64::new(0),
             uploads: AtomicU64::new(0),
             read_backs: AtomicU64::new(0),
+            epilogues: epilogues::Handle::new(blas.workspace()).map(Mutex::new),
             blas: Mutex::new(blas),
             faults,
             stream,
@@ -340,7 +344,11 @@ unsafe impl Gpu for CudaDevice {
     }
 
     fn limits(&self) -> Limits {
-        Limits { compute_capability: Some(self.architecture), has_warpgroups: self.target.has_warpgroups() }
+        Limits {
+            compute_capability: Some(self.architecture),
+            has_warpgroups: self.target.has_warpgroups(),
+            adds_biases: self.epilogues.is_some(),
+        }
     }
 
     fn allocate(&'static self, bytes: usize) -> Result<Arc<dyn Memory>> {
@@ -394,7 +402,11 @@ unsafe impl Gpu for CudaDevice {
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
-        self.multiply(gemm)
+        if gemm.bias.is_some() || gemm.row_sums.is_some() { self.multiply_fused(gemm) } else { self.multiply(gemm) }
+    }
+
+    fn fuses(&self, gemm: &Gemm) -> bool {
+        self.has_algorithm(gemm)
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -68,7 +68,7 @@ impl Attention {
     /// Computes attention of new queries to a context, whose keys and values do not change.
     fn extend_to_context(&self, x: &Tensor, input: &AttentionInput, cache: &AttentionCache) -> Result<AttentionOutput> {
         let [k, v] = cache.keys_values()?;
-        let q = self.norm_queries(self.queries(&self.to_q.forward(x).context("to_q")?)?)?;
+        let q = self.norm_queries(self.queries(&self.query_projection(x)?)?)?;
         let q = self.scale_queries(q)?;
         self.attend(x, &[q, k.clone(), v.clone()], input)
     }
@@ -87,15 +87,13 @@ impl Attention {
         drop((k, v));
         let [k, v] = cache.keys_values()?;
         let prefix = self.plan.prefix_len();
-        // Memory key/values outside of the window and without bias are exceptions that the decoding op does not know.
-        let exceptions = !self.plan.mem_kv_counted
-            && prefix > 0
-            && (self.plan.window != Window::default() || cache.bias_by_distance.is_some());
+        // The decoding op does not know memory key/values that are seen from outside of the window.
+        let exceptions = self.unbiased_keys() > 0 && self.plan.window != Window::default();
         if self.plan.needs_scores().is_some() || input.explicit || input.prev.is_some() || exceptions {
             let keys = step.keys(cache.prefix_len);
             let [k, v] = [self.all_heads(&k.narrow(2, 0, keys)?)?, v.narrow(2, 0, keys)?];
             let keep = cache.keep(step, &self.plan)?;
-            let bias = cache.bias(step, &q, if self.plan.mem_kv_counted { 0 } else { prefix })?;
+            let bias = cache.bias(step, &q, self.unbiased_keys())?;
             let (out, scores, _) = self.explicit([&q, &k, &v], input, bias, Some(keep))?;
             return Ok(AttentionOutput { values, ..self.merge(x, out, scores, None, input)? });
         }
@@ -106,6 +104,7 @@ impl Attention {
             return Ok(AttentionOutput { values, ..self.merge(x, out, None, None, input)? });
         }
         let bias_by_distance = cache.bias_by_distance.as_ref().map(|bias| self.grouped(bias, 0)).transpose()?;
+        let sink = self.grouped_sink()?.map(|sink| sink.detach());
         let spec = DecodeSpec {
             scale: self.scale(),
             prefix_len: cache.prefix_len,
@@ -114,6 +113,9 @@ impl Attention {
             key_mask: step.whole_mask.as_ref(),
             query_mask: step.mask.as_ref().filter(|_| self.plan.padding == PaddingPlan::Queries),
             bias_by_distance: bias_by_distance.as_ref(),
+            unbiased_keys: self.unbiased_keys(),
+            softclamp: self.plan.softclamp,
+            sink: sink.as_ref(),
         };
         let q = self.grouped(&q, 1)?;
         let out = self.ungrouped(&attention_decode(&q, &self.all_heads(k)?, v, &step.device_lengths, &spec)?)?;
@@ -136,17 +138,20 @@ impl Attention {
             }
             None => x.clone(),
         };
-        let q = self.to_q.forward(&infused).context("to_q")?;
-        let k = self.to_k.forward(&infused).context("to_k")?;
-        let values = self.split_heads(&self.to_v.forward(x).context("to_v")?, self.plan.dim_value)?;
+        let (keys, values) = match &input.sources {
+            Some([keys, values]) => (keys, values),
+            None => (&infused, x),
+        };
+        let [q, k, values] = self.linears([&infused, keys, values])?;
+        let values = self.split_heads(&values, self.plan.dim_value)?;
         let mut v = self.norm_heads(self.mix_values(x, &values, input)?, 2)?;
-        let k = if self.plan.shared.is_some() { k.unsqueeze(1)? } else { self.split_heads(&k, self.plan.dim_head)? };
+        let k = if self.plan.shared.is_some() { k.unsqueeze(1)? } else { self.key_heads(&k, keys)? };
         let mut q = self.norm_queries(self.queries(&q)?)?.detach();
         let mut k = self.norm_keys(k)?.detach();
         v = self.exponentials(v)?.detach();
         if let (Some(table), Some(plan)) = (&tables.rotary, &self.plan.rotary) {
             let rotate = |x: &Tensor| x.rotate_rows(table, &step.device_lengths, cache.memories);
-            (q, k) = (rotate(&self.pairs_as_halves(q)?)?, rotate(&self.pairs_as_halves(k)?)?);
+            (q, k) = (self.rotated(self.pairs_as_halves(q)?, rotate)?, self.rotated(self.pairs_as_halves(k)?, rotate)?);
             v = if plan.values { rotate(&v)? } else { v };
         }
         let k = self.normalize_length(k)?;

@@ -24,6 +24,7 @@ impl Attention {
             scores = scores.add(prev)?;
         }
         let scaled = (self.plan.residual == ScoreResidual::Scaled).then(|| scores.clone());
+        let pre_scale = self.pre_scale.as_ref().map(|mixing| self.convolve_heads(&scores, mixing)).transpose()?;
         if let Some(before) = &self.talking[0] {
             let mixed = self.mix_heads(&scores, before)?;
             let adds = matches!(self.plan.talking_heads, TalkingHeads::Convolutions(_));
@@ -41,13 +42,19 @@ impl Attention {
             scores = scores.mul(signs)?;
         }
         let lowest = Tensor::full((), scores.dtype().lowest(), scores.dtype(), scores.device())?;
-        if let Some(keep) = keep {
-            scores = keep.where_cond(&scores, &lowest)?;
+        let mut dropped = None;
+        match (keep, &input.query_mask) {
+            (keep, rows) if self.plan.inverted => {
+                dropped = keep.map(|keep| keep.logical_not()).transpose()?;
+                if let Some(rows) = rows {
+                    let rows = rows.reshape([rows.dim(0)?, 1, rows.dim(1)?, 1])?;
+                    scores = rows.where_cond(&scores, &lowest)?;
+                }
+            }
+            (Some(keep), _) => scores = keep.where_cond(&scores, &lowest)?,
+            (None, _) => {}
         }
-        let passed_on = match scaled {
-            Some(scaled) => Some(scaled),
-            None => (self.plan.residual == ScoreResidual::Masked || input.return_scores).then(|| scores.clone()),
-        };
+        scores = self.with_contextual_positions(q, scores)?;
         if self.plan.selective {
             scores = selected(&scores)?;
         }
@@ -61,7 +68,14 @@ impl Attention {
             }
             scores = Tensor::cat(&[&sink, &scores], -1)?;
         }
-        let mut weights = self.weights(&scores, &lowest)?;
+        let passed_on = match scaled {
+            Some(scaled) => Some(scaled),
+            None => (self.plan.residual == ScoreResidual::Masked || input.return_scores).then(|| scores.clone()),
+        };
+        let mut weights = match self.plan.inverted {
+            true => competed(&scores, dropped.as_ref())?,
+            false => self.weights(&scores, &lowest)?,
+        };
         if let Some(signs) = &signs {
             weights = weights.mul(signs)?;
         }
@@ -72,6 +86,9 @@ impl Attention {
         weights = weights.dropout(self.plan.dropout)?;
         if let Some(after) = &self.talking[1] {
             weights = self.mix_heads(&weights, after)?;
+        }
+        if let Some(factors) = pre_scale {
+            weights = weights.mul(&factors)?;
         }
         Ok((weights.matmul(v)?, passed_on, attn))
     }
@@ -142,7 +159,7 @@ impl Attention {
     }
 
     /// Repeats key or value heads for all query heads: `[b, kv_heads, n, d] → [b, heads, n, d]`.
-    fn repeat_heads(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn repeat_heads(&self, x: &Tensor) -> Result<Tensor> {
         let (b, kv_heads, n, d) = (x.dim(0)?, x.dim(1)?, x.dim(2)?, x.dim(3)?);
         if kv_heads == self.plan.heads {
             return Ok(x.clone());
@@ -158,13 +175,29 @@ impl Attention {
     /// Computes `y[b, k, i, j] = Σ_h x[b, h, i, j] · mixing[h, k]` (Shazeer et al., <https://arxiv.org/abs/2003.02436>);
     /// a convolution has the transposed matrix.
     fn mix_heads(&self, x: &Tensor, mixing: &Param) -> Result<Tensor> {
-        let heads = self.plan.heads;
-        let mixing = match self.plan.talking_heads {
-            TalkingHeads::Convolutions(_) => mixing.tensor().reshape([heads, heads])?,
-            _ => mixing.tensor().transpose(0, 1)?,
-        };
+        match self.plan.talking_heads {
+            TalkingHeads::Convolutions(_) => self.convolve_heads(x, mixing),
+            _ => mixing.tensor().transpose(0, 1)?.matmul(&x.flatten(2, 3)?)?.reshape(*x.shape()),
+        }
+    }
+
+    /// Applies a convolution `[heads, heads, 1, 1]` across heads.
+    pub(super) fn convolve_heads(&self, x: &Tensor, mixing: &Param) -> Result<Tensor> {
+        let mixing = mixing.tensor().reshape([self.plan.heads, self.plan.heads])?;
         mixing.matmul(&x.flatten(2, 3)?)?.reshape(*x.shape())
     }
+}
+
+/// Returns weights for which queries compete: a softmax over the queries of each key, and then the share of each key
+/// (<https://openreview.net/forum?id=WgQZNoQ5AB>).
+fn competed(scores: &Tensor, dropped: Option<&Tensor>) -> Result<Tensor> {
+    let mut weights = scores.transpose(-1, -2)?.contiguous()?.softmax()?.transpose(-1, -2)?.contiguous()?;
+    if let Some(dropped) = dropped {
+        weights = weights.masked_fill(dropped, 0.0)?;
+    }
+    let sums = weights.sum(&[-1])?.unsqueeze(-1)?;
+    let least = Tensor::full((), 1e-8, sums.dtype(), sums.device())?;
+    weights.div(&sums.detach().lt(&least)?.where_cond(&least, &sums)?)
 }
 
 /// Returns the signs of scores, without a gradient.

@@ -19,6 +19,7 @@ impl Attention {
         let mask = mask.map(|mask| self.grouped(&mask, -3)).transpose()?;
         let bias = self.dense_bias(input)?;
         let bias = bias.map(|bias| self.grouped(&bias.to_dtype(q.dtype())?, -3)).transpose()?;
+        let sink = self.grouped_sink()?;
         let spec = AttentionSpec {
             scale: self.scale(),
             causal: self.plan.causal,
@@ -29,6 +30,9 @@ impl Attention {
             window: if uncounted { Window::default() } else { self.plan.window },
             bias: bias.as_ref(),
             position_bias: input.bias.as_ref().map(|bias| self.grouped_bias(bias)).transpose()?,
+            unbiased_keys: self.unbiased_keys(),
+            softclamp: self.plan.softclamp,
+            sink: sink.as_ref(),
             dropout: self.plan.dropout,
         };
         self.ungrouped(&attention(&self.grouped(q, 1)?, k, v, &spec)?)
@@ -57,10 +61,19 @@ impl Attention {
     }
 
     pub(super) fn grouped_bias(&self, bias: &PositionBias) -> Result<PositionBias> {
-        let axis = if matches!(bias, PositionBias::T5 { .. }) { 1 } else { 0 };
         let mut bias = bias.clone();
-        *bias.weights_mut() = self.grouped(bias.weights(), axis)?;
+        *bias.weights_mut() = self.grouped(bias.weights(), bias.heads_axis())?;
         Ok(bias)
+    }
+
+    /// Returns the sink's score of each head in the order of the fused op.
+    pub(super) fn grouped_sink(&self) -> Result<Option<Tensor>> {
+        self.sink.as_ref().map(|sink| self.grouped(&sink.tensor(), 0)).transpose()
+    }
+
+    /// Returns the number of leading keys without a position bias.
+    pub(super) fn unbiased_keys(&self) -> usize {
+        if self.plan.mem_kv_counted { 0 } else { self.plan.prefix_len() }
     }
 
     /// Orders the heads of an output of the fused op as the model has them.

@@ -3,9 +3,11 @@
 //! A call projects its operands (`projection`) and computes attention in blocks (`fused`) or from the matrix of scores
 //! (`explicit`); `decode` continues sequences whose keys and values are in a cache.
 
+mod content;
 mod decode;
 mod explicit;
 mod fused;
+mod gates;
 mod padding;
 mod projection;
 
@@ -19,7 +21,10 @@ use crate::{
     error::{ErrorContext, ensure},
     ops::{self, Activation, PositionBias},
 };
+use content::ContentBias;
+pub(crate) use content::log_sigmoid;
 pub(super) use decode::AttentionCache;
+use gates::Gate;
 pub(super) use padding::causal_mask;
 
 /// Scaled dot-product attention of several heads (Vaswani et al., <https://arxiv.org/abs/1706.03762>).
@@ -37,7 +42,13 @@ pub struct Attention {
     to_k: Linear,
     to_v: Linear,
     to_out: Option<Linear>,
-    to_v_gate: Option<Linear>,
+    to_v_gate: Option<Gate>,
+    to_output_gate: Option<Gate>,
+    /// To the vectors that queries, and keys and values, are projected from.
+    to_latents: [Option<Linear>; 2],
+    /// Keys of the last heads, from the input.
+    to_rotateable_k: Option<Linear>,
+    content: ContentBias,
     to_v_head_gate: Option<Linear>,
     to_value_residual_mix: Option<Linear>,
     collab_mixing: Option<Param>,
@@ -49,6 +60,8 @@ pub struct Attention {
     memory: Option<[Param; 2]>,
     /// Mixtures of scores across heads, before and after the softmax.
     talking: [Option<Param>; 2],
+    /// Mixture of scores across heads that multiplies weights.
+    pre_scale: Option<Param>,
     /// Learned score of each head, `[heads]`.
     sink: Option<Param>,
     head_scale: Option<Param>,
@@ -69,6 +82,10 @@ struct LearnedTemperature {
 pub struct AttentionInput {
     /// Source of keys and values, `[b, m, dim]`; the input by default.
     pub context: Option<Tensor>,
+    /// Inputs of the branch before its norm, in place of the stream's: one, or those of queries, keys and values.
+    pub branch_inputs: Vec<Tensor>,
+    /// Sources of keys and of values other than the input, `[b, n, dim]`.
+    pub sources: Option<[Tensor; 2]>,
     /// Prepended unchanged to the source of keys and values, `[b, memories, dim]`.
     pub mem: Option<Tensor>,
     /// Condition of the norms and scales around the branch, `[b, 1 or n, dim_condition]`.
@@ -82,7 +99,7 @@ pub struct AttentionInput {
     /// Added to the inputs of queries and keys, `[j or more, dim]`: row `k` to key `k`, the last rows of the `j` keys
     /// to the queries.
     pub sinusoids: Option<Tensor>,
-    /// Added to the scores; positions count memory key/values.
+    /// Added to the scores, except those of memory key/values if the plan does not count them.
     pub bias: Option<PositionBias>,
     /// Added to the scores, broadcasts to `[b, heads, i, j]` without memory key/values, whose bias is 0.
     pub dense_bias: Option<Tensor>,
@@ -146,8 +163,17 @@ impl Attention {
             }),
         };
         let gate = |init: Init, bias: Option<Init>| {
-            Linear::with_init(&store.at("to_v_gate"), plan.dim, width, init, bias).map(Some)
+            Gate::new(&store.at("to_v_gate"), [plan.dim, width, heads], plan.gate_form, init, bias).map(Some)
         };
+        let output_gate =
+            |form| Gate::new(&store.at("to_output_gate"), [width, width, heads], form, Init::Constant(0.0), None);
+        let latent = |name: &str, dim: usize, width: Option<usize>| {
+            width.map(|width| Linear::without_bias(&store.at(name), dim, width)).transpose()
+        };
+        let (q_source, kv_source) = (plan.latent_q.unwrap_or(plan.dim), plan.latent_kv.unwrap_or(plan.dim_context));
+        let rope_width = plan.latent_rope * plan.dim_head;
+        let rotateable_k = || Linear::without_bias(&store.at("to_rotateable_k"), plan.dim_context, rope_width);
+        let pre_scale = || identity(&store.at("attend.pre_scale_post_talking_heads"), heads);
         let (closed, open) = (Init::Constant(0.0), Init::Constant(1.0));
         let to_v_gate = match plan.gate_values {
             ValueGate::None => None,
@@ -160,7 +186,10 @@ impl Attention {
         let mixes_values = plan.value_residual == ValueResidual::Learned;
         let value_mix = || Linear::new(&store.at("to_value_residual_mix").at(0), plan.dim, heads);
         let (out_place, out_width) = if plan.on_attn { ("to_out.0", 2 * plan.dim) } else { ("to_out", plan.dim) };
-        let to_out = || Linear::output(&store.at(out_place), width, out_width, plan.out_bias, plan.zero_init);
+        let to_out = || {
+            let (zero, depth) = (plan.zero_init, plan.output_depth.filter(|_| !plan.on_attn));
+            Linear::output_at(&store.at(out_place), [width, out_width], plan.out_bias, zero, depth)
+        };
         let kv_heads = plan.kv_heads;
         let memory = || -> Result<[Param; 2]> {
             Ok([
@@ -192,9 +221,17 @@ impl Attention {
             plan.rms_norms[at].then(|| store.at(name).param("gamma", [heads, 1, dim], closed)).transpose()
         };
         Ok(Self {
-            to_q: linear("to_q", plan.dim, q_width)?,
-            to_k: linear("to_k", plan.dim_context, k_width)?,
-            to_v: linear("to_v", plan.dim_context, kv_width)?,
+            to_q: linear("to_q", q_source, q_width)?,
+            to_k: linear("to_k", kv_source, k_width - rope_width)?,
+            to_v: linear("to_v", kv_source, kv_width)?,
+            to_latents: [
+                latent("to_latent_q", plan.dim, plan.latent_q)?,
+                latent("to_latent_kv", plan.dim_context, plan.latent_kv)?,
+            ],
+            to_rotateable_k: (plan.latent_rope > 0).then(rotateable_k).transpose()?,
+            content: ContentBias::new(plan, store)?,
+            to_output_gate: plan.output_gate.map(output_gate).transpose()?,
+            pre_scale: plan.pre_scale.then(pre_scale).transpose()?,
             to_out: plan.project_out.then(to_out).transpose()?,
             to_v_gate,
             to_v_head_gate: plan.gate_heads.then(head_gate).transpose()?,
@@ -219,7 +256,9 @@ impl Attention {
     /// Returns the linear layers, for quantization.
     pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         let always = [&mut self.to_q, &mut self.to_k, &mut self.to_v];
-        always.into_iter().chain(self.to_out.as_mut()).chain(self.to_v_gate.as_mut())
+        let gates = [&mut self.to_v_gate, &mut self.to_output_gate].into_iter().flatten().flat_map(Gate::linears_mut);
+        let latents = self.to_latents.iter_mut().flatten().chain(&mut self.to_rotateable_k);
+        always.into_iter().chain(self.to_out.as_mut()).chain(gates).chain(latents)
     }
 
     /// Computes attention: `[b, i, dim] → [b, i, dim]`.
@@ -227,6 +266,7 @@ impl Attention {
     /// Errors: shapes that do not match.
     pub fn forward(&self, x: &Tensor, input: &AttentionInput) -> Result<AttentionOutput> {
         let (operands, values) = self.operands(x, input)?;
+        let input = &*self.with_content_bias(x, operands[1].dim(2)? - self.plan.prefix_len(), input)?;
         Ok(AttentionOutput { values, ..self.attend(x, &operands, input)? })
     }
 
@@ -240,7 +280,10 @@ impl Attention {
             Some(_) => {
                 let [queries, keys] = [q.dim(2)?, k.dim(2)?];
                 let bias = match &input.bias {
-                    Some(bias) => Some(bias.dense(queries, keys, q.dtype())?),
+                    Some(bias) => {
+                        let unbiased = self.unbiased_keys();
+                        Some(padding::zeros_first(&bias.dense(queries, keys - unbiased, q.dtype())?, unbiased)?)
+                    }
                     None => self.dense_bias(input)?,
                 };
                 self.explicit([q, k, v], input, bias, self.keep(q, keys, input)?)?
@@ -290,11 +333,7 @@ impl Attention {
             out = out.mul(&gate.transpose(1, 2)?.unsqueeze(-1)?)?;
         }
         let mut out = out.transpose(1, 2)?.flatten(2, 3)?;
-        if let Some(gate) = &self.to_v_gate {
-            let gate = gate.forward(x).context("to_v_gate")?;
-            let gate = if self.plan.gate_values == ValueGate::Silu { gate.silu()? } else { gate.sigmoid()? };
-            out = out.mul(&gate)?;
-        }
+        out = self.gated(x, out)?;
         if let Some(to_out) = &self.to_out {
             out = match self.plan.on_attn {
                 true => to_out.gated(&out, Activation::Sigmoid),

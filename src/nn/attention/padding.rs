@@ -22,9 +22,7 @@ impl Attention {
 
     /// Returns the dense bias with zeros for the keys before all others.
     pub(super) fn dense_bias(&self, input: &AttentionInput) -> Result<Option<Tensor>> {
-        let Some(bias) = &input.dense_bias else { return Ok(None) };
-        let zero = Tensor::zeros((), bias.dtype(), bias.device())?;
-        padded(bias, self.plan.prefix_len(), &zero).map(Some)
+        input.dense_bias.as_ref().map(|bias| zeros_first(bias, self.plan.prefix_len())).transpose()
     }
 
     /// Returns the mask of the keys that the window leaves to each query, `[i, j]`.
@@ -69,6 +67,11 @@ impl Attention {
             _ => Ok(out),
         }
     }
+}
+
+/// Puts columns of zeros in front of those of `x`.
+pub(super) fn zeros_first(x: &Tensor, columns: usize) -> Result<Tensor> {
+    padded(x, columns, &Tensor::zeros((), x.dtype(), x.device())?)
 }
 
 /// Puts columns of a value in front of those of `x`.

@@ -9,7 +9,7 @@ impl Attention {
     pub(super) fn operands(&self, x: &Tensor, input: &AttentionInput) -> Result<([Tensor; 3], Option<Tensor>)> {
         let ([q, k, v], values) = self.project(x, input)?;
         let [q, k, v] = self.rotate(q, k, v, input)?;
-        let [k, v] = self.prepend_memory(k, v)?;
+        let [k, v] = self.prepend_memory(k, v, input)?;
         let v = self.exponentials(v)?;
         let [k, v] = if self.plan.zero_kv { [zero_first(&k)?, zero_first(&v)?] } else { [k, v] };
         Ok(([self.scale_queries(q)?, self.normalize_length(k)?, v], values))
@@ -23,24 +23,56 @@ impl Attention {
             Some(mem) => Tensor::cat(&[mem, source], 1).context("mems")?,
             None => source.clone(),
         };
-        let (mut queries, mut keys) = (x.clone(), source.clone());
+        let of = |at: usize| match (&input.sources, &input.mem) {
+            (None, _) => Ok(source.clone()),
+            (Some(sources), Some(mem)) => Tensor::cat(&[mem, &sources[at]], 1).context("mems"),
+            (Some(sources), None) => Ok(sources[at].clone()),
+        };
+        let (mut queries, mut keys, values) = (x.clone(), of(0)?, of(1)?);
         if let Some(sinusoids) = &input.sinusoids {
             let (i, j) = (x.dim(1)?, source.dim(1)?);
             queries = queries.add(&sinusoids.narrow(0, first_query(i, j)?, i)?)?;
             keys = keys.add(&sinusoids.narrow(0, 0, j)?)?;
         }
-        let q = self.to_q.forward(&queries).context("to_q")?;
-        let k = self.to_k.forward(&keys).context("to_k")?;
-        let v = self.to_v.forward(&source).context("to_v")?;
-        let k = if self.collab_mixing.is_some() {
-            self.all_heads(&k.unsqueeze(1)?)?
-        } else {
-            self.split_heads(&k, self.plan.dim_head)?
-        };
+        let [q, k, v] = self.linears([&queries, &keys, &values])?;
+        let k =
+            if self.collab_mixing.is_some() { self.all_heads(&k.unsqueeze(1)?)? } else { self.key_heads(&k, &keys)? };
         let v = self.split_heads(&v, self.plan.dim_value)?;
         let mixed = self.mix_values(x, &v, input)?;
         let [q, k] = [self.norm_queries(self.queries(&q)?)?, self.norm_keys(k)?];
         Ok(([q, k, self.norm_heads(mixed, 2)?], Some(v)))
+    }
+
+    /// Applies the projections of queries, keys and values, from latent vectors if there are any.
+    pub(super) fn linears(&self, [queries, keys, values]: [&Tensor; 3]) -> Result<[Tensor; 3]> {
+        let latent =
+            self.to_latents[1].as_ref().map(|latent| latent.forward(keys).context("to_latent_kv")).transpose()?;
+        Ok([
+            self.query_projection(queries)?,
+            self.to_k.forward(latent.as_ref().unwrap_or(keys)).context("to_k")?,
+            self.to_v.forward(latent.as_ref().unwrap_or(values)).context("to_v")?,
+        ])
+    }
+
+    /// Applies the projection of queries alone.
+    pub(super) fn query_projection(&self, x: &Tensor) -> Result<Tensor> {
+        let latent = self.to_latents[0].as_ref().map(|latent| latent.forward(x).context("to_latent_q")).transpose()?;
+        self.to_q.forward(latent.as_ref().unwrap_or(x)).context("to_q")
+    }
+
+    /// Splits the heads of keys, and appends those that are projected from their source itself.
+    pub(super) fn key_heads(&self, k: &Tensor, source: &Tensor) -> Result<Tensor> {
+        let k = self.split_heads(k, self.plan.dim_head)?;
+        let Some(to_rotateable_k) = &self.to_rotateable_k else { return Ok(k) };
+        let rotateable = to_rotateable_k.forward(source).context("to_rotateable_k")?;
+        Tensor::cat(&[&k, &self.split_heads(&rotateable, self.plan.dim_head)?], 1)
+    }
+
+    /// Applies a rotation to the heads that rotate, the last ones.
+    pub(super) fn rotated(&self, x: Tensor, turn: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+        let Some(count) = self.plan.rotated_heads else { return turn(&x) };
+        let rest = x.dim(1)? - count;
+        Tensor::cat(&[&x.narrow(1, 0, rest)?, &turn(&x.narrow(1, rest, count)?)?], 1)
     }
 
     /// Mixes values with those of the first layer (Zhou et al., <https://arxiv.org/abs/2410.17897>).
@@ -147,11 +179,11 @@ impl Attention {
     /// queries are the last of them.
     pub(super) fn rotate(&self, q: Tensor, k: Tensor, v: Tensor, input: &AttentionInput) -> Result<[Tensor; 3]> {
         if let Some(polar) = &input.polar {
-            return Ok([polar.queries(&q)?, polar.keys(&k)?, v]);
+            return Ok([polar.queries(&q)?, polar.keys(&self.repeat_heads(&k)?)?, self.repeat_heads(&v)?]);
         }
         if let Some([of_queries, of_keys]) = &input.turns {
             let (q, k) = (self.pairs_as_halves(q)?, self.pairs_as_halves(k)?);
-            return Ok([of_queries.apply(&q)?, of_keys.apply(&k)?, v]);
+            return Ok([self.rotated(q, |q| of_queries.apply(q))?, self.rotated(k, |k| of_keys.apply(k))?, v]);
         }
         let (Some(rotation), Some(plan)) = (&self.rotary, &self.plan.rotary) else { return Ok([q, k, v]) };
         if input.context.is_some() {
@@ -161,11 +193,11 @@ impl Attention {
         let first = first_query(q.dim(2)?, k.dim(2)?)?;
         let v = if plan.values { v.rotary(frequencies, 0)? } else { v };
         let (q, k) = (self.pairs_as_halves(q)?, self.pairs_as_halves(k)?);
-        Ok([q.rotary(frequencies, first)?, k.rotary(frequencies, 0)?, v])
+        Ok([self.rotated(q, |q| q.rotary(frequencies, first))?, self.rotated(k, |k| k.rotary(frequencies, 0))?, v])
     }
 
     /// Prepends learned keys and values.
-    pub(super) fn prepend_memory(&self, k: Tensor, v: Tensor) -> Result<[Tensor; 2]> {
+    pub(super) fn prepend_memory(&self, k: Tensor, v: Tensor, input: &AttentionInput) -> Result<[Tensor; 2]> {
         let Some([mem_k, mem_v]) = &self.memory else { return Ok([k, v]) };
         let batch = k.dim(0)?;
         let prepend = |memory: Tensor, x: &Tensor| {
@@ -173,7 +205,27 @@ impl Attention {
             Tensor::cat(&[&memory.expand(shape)?, x], 2)
         };
         let mem_k = self.scaled_keys(self.norm_groups(mem_k.tensor())?)?;
-        Ok([prepend(self.pairs_as_halves(mem_k)?, &k)?, prepend(mem_v.tensor(), &v)?])
+        Ok([prepend(self.turned_memory(mem_k, input)?, &k)?, prepend(mem_v.tensor(), &v)?])
+    }
+
+    /// Orders the features of memory keys `[kv_heads, m, d]` like those of keys that were turned. They lie at the
+    /// position of the first token, which memories shift.
+    fn turned_memory(&self, mem_k: Tensor, input: &AttentionInput) -> Result<Tensor> {
+        if input.context.is_some() && input.turns.is_none() {
+            return Ok(mem_k);
+        }
+        let mem_k = self.pairs_as_halves(mem_k)?;
+        match (&self.rotary, &input.mem) {
+            (Some(rotation), Some(mem))
+                if self.plan.rotary.is_some() && !self.plan.mem_kv_counted && input.turns.is_none() =>
+            {
+                let (frequencies, first) = (rotation.frequencies()?, mem.dim(1)?);
+                // [1, kv_heads, m, d], each at one position.
+                let turn = |k: &Tensor| k.transpose(0, 2)?.rotary(&frequencies, first)?.transpose(0, 2);
+                self.rotated(mem_k.unsqueeze(0)?, |k| turn(&k.contiguous()?))?.squeeze(0)
+            }
+            _ => Ok(mem_k),
+        }
     }
 
     /// Divides the queries by the learned temperature, if there is one: there are fewer queries than scores.

@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use super::{
-    Kept, OP, Problem, Sizes,
+    Kept, Needed, OP, Problem, Sizes,
     cpu::{multiplies_bf16, run},
     cuda,
     gradients::{Pass, Task},
@@ -26,14 +26,14 @@ use crate::{
     shape::{Layout, Shape},
 };
 
-/// Computes the gradients of queries, keys and values, and of the bias and the position bias's weights if there are
-/// any.
+/// Computes the gradients of queries, keys and values, and of the bias, the position bias's weights and the sink if there
+/// are any.
 pub(super) fn backward(
     problem: &Problem,
     out: &Tensor,
     kept: &Kept,
     grad: &Tensor,
-    need: &[bool],
+    need: Needed,
 ) -> Result<Vec<Option<Tensor>>> {
     let Sizes { batch, heads, queries, keys, e, .. } = problem.sizes;
     if batch * heads * queries * keys * e == 0 {
@@ -46,11 +46,25 @@ pub(super) fn backward(
 }
 
 /// Returns the gradients of a call without scores or without values: zeros.
-fn zeros(problem: &Problem, need: &[bool]) -> Result<Vec<Option<Tensor>>> {
-    let operands = [&problem.q, &problem.k, &problem.v].into_iter().chain(&problem.bias);
-    let weights = problem.position.as_ref().map(|position| position.weights());
-    let zeros = operands.chain(weights).map(|x| Tensor::zeros(*x.shape(), x.dtype(), x.device()));
-    zeros.zip(need).map(|(zeros, need)| need.then_some(zeros).transpose()).try_collect_vec()
+fn zeros(problem: &Problem, need: Needed) -> Result<Vec<Option<Tensor>>> {
+    let [q, k, v] = need.operands;
+    let operands = [(&problem.q, q), (&problem.k, k), (&problem.v, v)];
+    let others = [
+        (problem.bias.as_ref(), need.bias),
+        (problem.position.as_ref().map(Position::weights), need.position),
+        (problem.sink.as_ref(), need.sink),
+    ];
+    let others = others.into_iter().filter_map(|(x, need)| Some((x?, need)));
+    let zeros = |(x, need): (&Tensor, bool)| need.then(|| Tensor::zeros(*x.shape(), x.dtype(), x.device())).transpose();
+    operands.into_iter().chain(others).map(zeros).try_collect_vec()
+}
+
+/// Computes the gradient of the sink: its weights times `−delta`, as they go to no value.
+pub(super) fn sink_gradient(sink: &Tensor, statistics: &Tensor, delta: &Tensor) -> Result<Tensor> {
+    let part = |at: usize| statistics.narrow(-1, at, 1)?.squeeze(-1);
+    let sinks = sink.to_dtype(delta.dtype())?.reshape([1, sink.numel(), 1])?;
+    let weights = sinks.sub(&part(0)?)?.exp()?.mul(&part(1)?)?;
+    weights.mul(delta)?.sum(&[0, 2])?.affine(-1.0, 0.0)?.to_dtype(sink.dtype())
 }
 
 fn backward_as<A: Real + Multiply>(
@@ -58,14 +72,15 @@ fn backward_as<A: Real + Multiply>(
     out: &Tensor,
     kept: &Kept,
     grad: &Tensor,
-    need: &[bool],
+    need: Needed,
 ) -> Result<Vec<Option<Tensor>>> {
     let bf16 = multiplies_bf16(problem);
     let operands = [widen::<A>(&problem.q, bf16)?, widen::<A>(&problem.k, bf16)?, widen::<A>(&problem.v, bf16)?];
     let grad = packed_rows(grad)?;
     let delta = delta::<A>(out, kept.residual.as_ref(), &grad)?;
     let grad = widen::<A>(&grad, bf16)?;
-    let directions = if bf16 && need[0] { without_common(&operands[1])? } else { None };
+    let [need_q, need_k, need_v] = need.operands;
+    let directions = if bf16 && need_q { without_common(&operands[1])? } else { None };
     let directions = directions.unwrap_or_else(|| operands[1].clone());
     let pass = Pass::<A> {
         tiles: Tiles::new(problem, &operands)?,
@@ -74,23 +89,24 @@ fn backward_as<A: Real + Multiply>(
         statistics: kept.statistics.values::<A>()?.as_chunks().0,
         delta: delta.values::<A>()?,
     };
-    let need_bias = problem.bias.is_some() && need[3];
-    let need_position = problem.position.is_some() && need[need.len() - 1];
     let cut = Cut::new(&problem.sizes);
-    let mut sums = Sums::<A>::new(problem, &cut, need[0], need_position)?;
-    let (mut dk, mut dv) = (Output::new(&problem.k, need[1])?, Output::new(&problem.v, need[2])?);
-    if need[..3].contains(&true) || need_position {
+    let mut sums = Sums::<A>::new(problem, &cut, need_q, need.position)?;
+    let (mut dk, mut dv) = (Output::new(&problem.k, need_k)?, Output::new(&problem.v, need_v)?);
+    if need.operands.contains(&true) || need.position {
         let rows = dk.deal(cut.keys)?.into_iter().zip(dv.deal(cut.keys)?);
         let tasks = rows.zip(sums.parts(&cut)?).map(|((dk, dv), (dq, position))| Task { dk, dv, dq, position });
-        run_tasks(&pass, problem, &cut, tasks.collect_vec(), [need[1], need[2]]);
+        run_tasks(&pass, problem, &cut, tasks.collect_vec(), [need_k, need_v]);
     }
-    let dq = need[0].then(|| sums.dq(problem, &cut)).transpose()?;
+    let dq = need_q.then(|| sums.dq(problem, &cut)).transpose()?;
     let mut gradients = vec![dq, dk.finish()?, dv.finish()?];
     if let Some(bias) = &problem.bias {
-        gradients.push(need_bias.then(|| pass.bias(bias)).transpose()?);
+        gradients.push(need.bias.then(|| pass.bias(bias)).transpose()?);
     }
     if let Some(position) = &problem.position {
-        gradients.push(need_position.then(|| sums.position(position, &cut)).transpose()?);
+        gradients.push(need.position.then(|| sums.position(position, &cut)).transpose()?);
+    }
+    if let Some(sink) = &problem.sink {
+        gradients.push(need.sink.then(|| sink_gradient(sink, &kept.statistics, &delta)).transpose()?);
     }
     Ok(gradients)
 }

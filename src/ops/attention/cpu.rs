@@ -93,8 +93,9 @@ fn forward_block<A: Real + Multiply>(tiles: &Tiles<A>, at: At, out: &mut RowWrit
     let lengths = [at.queries * KEYS, at.queries * e, at.queries, at.queries, KEYS, rounded];
     with_scratch(lengths, |[s, acc, max, sum, factors, rounded]: [&mut [A]; 6]| {
         acc.fill(A::ZERO);
-        max.fill(A::NEG_INFINITY);
-        sum.fill(A::ZERO);
+        let [largest, weight] = tiles.start(at.head);
+        max.fill(largest);
+        sum.fill(weight);
         for seen in key_blocks(at, 0..keys).filter_map(|at| tiles.reach(at)) {
             let (first, last) = (seen.query - at.query, seen.query - at.query + seen.queries);
             let acc = &mut acc[first * e..last * e];

@@ -2,7 +2,9 @@
 
 use std::{fmt, sync::OnceLock};
 
-use super::{Kept, OP, Problem, Sizes, packed_rows, position::Position, rows::RowOrder};
+use super::{
+    Kept, Needed, OP, Problem, Sizes, backward::sink_gradient, packed_rows, position::Position, rows::RowOrder,
+};
 use crate::{
     DType, Error, Result, Shape, Tensor,
     collect::CollectVec,
@@ -31,16 +33,23 @@ fn limit() -> &'static str {
     LIMIT.get_or_init(|| std::env::var("XT_ATTENTION").unwrap_or_default())
 }
 
-/// Returns the rung for rows of `d` and `e` features.
-pub(super) fn rung(gpu: &dyn Gpu, dtype: DType, features: [usize; 2]) -> Rung {
+/// Returns the rung for rows of `d` and `e` features. `extended`: if `true`, the call has what warpgroups do not compute.
+pub(super) fn rung(gpu: &dyn Gpu, dtype: DType, features: [usize; 2], extended: bool) -> Rung {
     let limits = gpu.limits();
     match limits.compute_capability {
-        Some(architecture) => choose(architecture, limits.has_warpgroups, dtype, features, limit()),
+        Some(architecture) => choose(architecture, limits.has_warpgroups, dtype, features, extended, limit()),
         None => Rung::Plain("tensor-core kernels support only NVIDIA GPUs"),
     }
 }
 
-fn choose(architecture: u32, has_warpgroups: bool, dtype: DType, [d, e]: [usize; 2], limit: &str) -> Rung {
+fn choose(
+    architecture: u32,
+    has_warpgroups: bool,
+    dtype: DType,
+    [d, e]: [usize; 2],
+    extended: bool,
+    limit: &str,
+) -> Rung {
     if limit == "plain" {
         return Rung::Plain("XT_ATTENTION=plain");
     }
@@ -64,6 +73,10 @@ fn choose(architecture: u32, has_warpgroups: bool, dtype: DType, [d, e]: [usize;
     }
     if limit != "wgmma" {
         return Rung::TensorCores(head, "warpgroup kernels are experimental; set XT_ATTENTION=wgmma to use them");
+    }
+    if extended {
+        let why = "warpgroup kernels have no registers for soft clamps, sinks, slopes on both sides and unbiased keys";
+        return Rung::TensorCores(head, why);
     }
     Rung::Warpgroups(head)
 }
@@ -191,13 +204,17 @@ struct Call<'a> {
     v: Tensor,
     /// Bias of each head and distance.
     curves: Option<Tensor>,
+    /// In the compute type.
+    sinks: Option<Tensor>,
     terms: Option<Terms>,
 }
 
 /// Position bias in the form that kernels take: the struct `PositionTerms` of `kernels/attention_position.cuh`.
 struct Terms {
-    /// `[reach + 1]`; ALiBi has none.
+    /// `[reach + 1]`, for T5 only.
     bucket_of: Option<Tensor>,
+    /// See [`Position::slope`].
+    linear: i32,
     parameters: i32,
     reach: i32,
     behind: i32,
@@ -213,9 +230,13 @@ impl<'a> Call<'a> {
             Error::shape(OP, format_args!("{queries} queries and {keys} keys exceed the kernels' 32-bit positions"))
         );
         let terms = problem.position.as_ref().map(|position| Terms::new(gpu, position, &problem.sizes)).transpose()?;
-        let rung = rung(gpu, problem.q.dtype(), [d, e]);
+        let extended = problem.softclamp.is_some()
+            || problem.sink.is_some()
+            || terms.as_ref().is_some_and(|terms| problem.unbiased > 0 || terms.linear == 2);
+        let rung = rung(gpu, problem.q.dtype(), [d, e], extended);
         let [q, k, v] = [&problem.q, &problem.k, &problem.v].map(|x| rung.operand(x));
-        let mut call = Self { gpu, problem, rung, q: q?, k: k?, v: v?, curves: None, terms };
+        let sinks = problem.sink.as_ref().map(|sink| sink.to_dtype(problem.acc())).transpose()?;
+        let mut call = Self { gpu, problem, rung, q: q?, k: k?, v: v?, curves: None, sinks, terms };
         if let (Some(position), Some(terms)) = (&problem.position, &call.terms) {
             let acc = problem.acc();
             let weights = position.weights().to_dtype(acc)?.contiguous()?;
@@ -228,6 +249,7 @@ impl<'a> Call<'a> {
                 sizes.0,
                 sizes.1,
                 sizes.2,
+                terms.linear,
                 terms.parameters,
                 terms.reach,
                 terms.behind,
@@ -246,10 +268,10 @@ impl<'a> Call<'a> {
     }
 
     /// Returns the last inputs of every kernel: masks and biases.
-    fn inputs(&self) -> Result<[Arg; 5]> {
+    fn inputs(&self) -> Result<[Arg; 6]> {
         let Problem { mask, query_mask, key_mask, bias, .. } = self.problem;
         let [mask, bias] = [mask, bias].map(|x| x.as_ref().map(Storage));
-        Ok(*args![mask, query_mask.as_ref(), key_mask.as_ref(), bias, self.curves.as_ref()])
+        Ok(*args![mask, query_mask.as_ref(), key_mask.as_ref(), bias, self.curves.as_ref(), self.sinks.as_ref()])
     }
 
     /// Returns the last values of every kernel: the rest of the struct `Spec` of `kernels/attention.cuh`.
@@ -264,12 +286,18 @@ impl<'a> Call<'a> {
         let (seed, stream, threshold, factor) = problem.dropout.map_or((0, 0, 0, 1.0), |dropout| {
             (dropout.stream.seed(), dropout.stream.stream(), dropout.threshold, dropout.factor)
         });
-        let first = args![&mask, &bias, size32(keys - masked)? as i32, size32(problem.mem_keys)? as i32];
+        let first = args![
+            &mask,
+            &bias,
+            size32(keys - masked)? as i32,
+            size32(problem.mem_keys)? as i32,
+            size32(problem.unbiased)? as i32
+        ];
         let last = args![
             problem.causal as i32,
-            // ALiBi's.
-            self.terms.as_ref().is_some_and(|terms| terms.bucket_of.is_none()) as i32,
+            self.terms.as_ref().map_or(0, |terms| terms.linear),
             problem.scale,
+            problem.softclamp.unwrap_or(0.0),
             seed,
             stream,
             threshold,
@@ -309,8 +337,11 @@ fn curves_len(sizes: &Sizes) -> usize {
 impl Terms {
     fn new(gpu: &'static dyn Gpu, position: &Position, sizes: &Sizes) -> Result<Self> {
         let parameters = size32(position.parameters())? as i32;
+        let linear = position.slope();
         let Some((causal, max_distance, scale)) = position.t5() else {
-            return Ok(Self { bucket_of: None, parameters, reach: 0, behind: 0, scale: 1.0 });
+            // Where a curve by distance has its last key.
+            let reach = size32(sizes.keys)? as i32 - 1;
+            return Ok(Self { bucket_of: None, linear, parameters, reach, behind: 0, scale: 1.0 });
         };
         // More distant keys share a bucket. Rounded up, so that growing sequences do not need a new table each.
         let reach = max_distance.min(sizes.queries.max(sizes.keys).next_power_of_two());
@@ -319,7 +350,7 @@ impl Terms {
             Ok((0..=reach as i64).map(|distance| position.bucket(distance) as i64).collect_vec())
         })?;
         let behind = if causal { 0 } else { parameters / 2 };
-        Ok(Self { bucket_of: Some(table), parameters, reach: size32(reach)? as i32, behind, scale })
+        Ok(Self { bucket_of: Some(table), linear, parameters, reach: size32(reach)? as i32, behind, scale })
     }
 }
 
@@ -348,23 +379,25 @@ pub(super) fn backward(
     out: &Tensor,
     kept: &Kept,
     grad: &Tensor,
-    need: &[bool],
+    need: Needed,
 ) -> Result<Vec<Option<Tensor>>> {
     let grad = packed_rows(&grad.detach())?;
     let call = Call::new(gpu, problem)?;
     let grad = call.rung.operand(&grad)?;
     let pass =
         Pass { delta: call.delta(out, kept.residual.as_ref(), &grad)?, call, grad, statistics: &kept.statistics };
-    let need_bias = problem.bias.is_some() && need[3];
-    let need_position = problem.position.is_some() && need[need.len() - 1];
-    let (dq, position) = pass.queries(need[0], need_position)?;
-    let (dk, dv) = pass.keys(need[1], need[2])?;
+    let [need_q, need_k, need_v] = need.operands;
+    let (dq, position) = pass.queries(need_q, need.position)?;
+    let (dk, dv) = pass.keys(need_k, need_v)?;
     let mut gradients = vec![dq, dk, dv];
     if let Some(bias) = &problem.bias {
-        gradients.push(need_bias.then(|| pass.bias(bias)).transpose()?);
+        gradients.push(need.bias.then(|| pass.bias(bias)).transpose()?);
     }
     if problem.position.is_some() {
         gradients.push(position);
+    }
+    if let Some(sink) = &problem.sink {
+        gradients.push(need.sink.then(|| sink_gradient(sink, pass.statistics, &pass.delta)).transpose()?);
     }
     Ok(gradients)
 }
@@ -524,24 +557,26 @@ mod tests {
     fn warpgroups_serve_what_only_they_can() {
         for dtype in [DType::BF16, DType::F16] {
             for (features, head) in [([64, 64], 64), ([40, 8], 64), ([128, 64], 128), ([8, 72], 128)] {
-                assert_eq!(choose(90, true, dtype, features, "wgmma"), Rung::Warpgroups(head), "{features:?}");
+                assert_eq!(choose(90, true, dtype, features, false, "wgmma"), Rung::Warpgroups(head), "{features:?}");
                 for architecture in [80, 89, 90, 100, 120] {
-                    let rung = choose(architecture, false, dtype, features, "wgmma");
+                    let rung = choose(architecture, false, dtype, features, false, "wgmma");
                     assert!(
                         matches!(rung, Rung::TensorCores(h, _) if h == head),
                         "{architecture}, {features:?}: {rung}"
                     );
                 }
-                let lower = choose(90, true, dtype, features, "");
+                let lower = choose(90, true, dtype, features, false, "");
                 assert!(matches!(lower, Rung::TensorCores(h, _) if h == head), "{lower}");
-                assert!(matches!(choose(90, true, dtype, features, "plain"), Rung::Plain(_)));
+                assert!(matches!(choose(90, true, dtype, features, false, "plain"), Rung::Plain(_)));
+                let clamped = choose(90, true, dtype, features, true, "wgmma");
+                assert!(matches!(clamped, Rung::TensorCores(h, _) if h == head), "{clamped}");
             }
-            assert!(matches!(choose(90, true, dtype, [32, 16], "wgmma"), Rung::TensorCores(32, _)));
+            assert!(matches!(choose(90, true, dtype, [32, 16], false, "wgmma"), Rung::TensorCores(32, _)));
             for features in [[60, 64], [64, 130], [136, 64]] {
-                assert!(matches!(choose(90, true, dtype, features, "wgmma"), Rung::Plain(_)), "{features:?}");
+                assert!(matches!(choose(90, true, dtype, features, false, "wgmma"), Rung::Plain(_)), "{features:?}");
             }
-            assert!(matches!(choose(75, false, dtype, [64, 64], ""), Rung::Plain(_)));
+            assert!(matches!(choose(75, false, dtype, [64, 64], false, ""), Rung::Plain(_)));
         }
-        assert!(matches!(choose(90, true, DType::F32, [64, 64], ""), Rung::Plain(_)));
+        assert!(matches!(choose(90, true, DType::F32, [64, 64], false, ""), Rung::Plain(_)));
     }
 }

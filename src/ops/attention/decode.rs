@@ -8,7 +8,11 @@ use std::ops::Range;
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
 
-use super::{OP, Sizes, Window, expect_bool, packed_rows, tile::mean_of};
+use super::{
+    OP, Sizes, Window, check_clamp, expect_bool, packed_rows,
+    position::expect_weights,
+    tile::{clamp, mean_of},
+};
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{computed, discrete},
@@ -52,6 +56,12 @@ pub struct DecodeSpec<'a> {
     /// Added to the scaled products: float `[heads, distances]`, ideally in the accumulation type, indexed by how far
     /// the key is before the query's position. The last entry serves all larger distances.
     pub bias_by_distance: Option<&'a Tensor>,
+    /// Number of leading keys that it leaves out.
+    pub unbiased_keys: usize,
+    /// Bound of the scores, `bound · tanh(score / bound)`, after biases and before masks.
+    pub softclamp: Option<f64>,
+    /// A score of each head whose weight goes to no value, float `[heads]`. A query without any key left then gives 0.
+    pub sink: Option<&'a Tensor>,
 }
 
 /// Computes causal attention of new tokens to cached keys: query `i` of sequence `b` is at position `prefix_len +
@@ -79,11 +89,13 @@ pub fn attention_decode(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, sp
     let packed = |x: Option<&Tensor>| x.map(Tensor::contiguous).transpose();
     let (lengths, key_mask, query_mask) = (lengths.contiguous()?, packed(spec.key_mask)?, packed(spec.query_mask)?);
     let acc = q.dtype().accumulator();
-    let bias_by_distance = spec.bias_by_distance.map(|bias| bias.detach().to_dtype(acc)?.contiguous()).transpose()?;
+    let wide = |x: Option<&Tensor>| x.map(|x| x.detach().to_dtype(acc)?.contiguous()).transpose();
+    let (bias_by_distance, sink) = (wide(spec.bias_by_distance)?, wide(spec.sink)?);
     let spec = &DecodeSpec {
         key_mask: key_mask.as_ref(),
         query_mask: query_mask.as_ref(),
         bias_by_distance: bias_by_distance.as_ref(),
+        sink: sink.as_ref(),
         ..*spec
     };
     let call = Call { sizes, q: &q, k: &k, v: &v, lengths: &lengths, spec };
@@ -102,15 +114,20 @@ fn check(sizes: &Sizes, q: &Tensor, lengths: &Tensor, spec: &DecodeSpec) -> Resu
         Error::shape(OP, format_args!("expected lengths [{batch}] of i64 on {}, got {lengths:?}", q.device()))
     );
     ensure!(
-        spec.scale.is_finite() && spec.mem_keys <= spec.prefix_len && spec.prefix_len <= keys,
+        spec.scale.is_finite()
+            && spec.mem_keys <= spec.prefix_len
+            && spec.unbiased_keys <= spec.prefix_len
+            && spec.prefix_len <= keys,
         Error::argument(
             OP,
             format_args!(
-                "expected a finite scale, and prefix_len and mem_keys within the keys, got {}, {} and {}",
-                spec.scale, spec.prefix_len, spec.mem_keys
+                "expected a finite scale, and prefix_len, mem_keys and unbiased_keys within the keys, got {}, {}, {} and {}",
+                spec.scale, spec.prefix_len, spec.mem_keys, spec.unbiased_keys
             )
         )
     );
+    check_clamp(spec.softclamp)?;
+    spec.sink.map_or(Ok(()), |sink| expect_weights("sink", sink, &[heads], q.device()))?;
     if let Some(mask) = spec.key_mask {
         expect_bool("key_mask", mask, q)?;
         ensure!(
@@ -208,7 +225,13 @@ impl Call<'_> {
                     size32(spec.mem_keys)? as i32,
                 ][..],
                 &spec.window.values(keys)?,
-                args![size32(distances)? as i32, size32(parts)? as i32, spec.scale],
+                args![
+                    size32(distances)? as i32,
+                    size32(spec.unbiased_keys)? as i32,
+                    size32(parts)? as i32,
+                    spec.scale,
+                    spec.softclamp.unwrap_or(0.0)
+                ],
             ]
             .concat(),
         )?;
@@ -220,6 +243,7 @@ impl Call<'_> {
                 &statistics,
                 Storage(self.v),
                 self.lengths,
+                spec.sink,
                 self.v.layout(),
                 size32(spec.prefix_len)? as i32,
                 size32(heads)? as i32,
@@ -247,6 +271,8 @@ impl Call<'_> {
             key_mask: spec.key_mask.map(Tensor::values::<bool>).transpose()?,
             query_mask: spec.query_mask.map(Tensor::values::<bool>).transpose()?,
             bias_by_distance: spec.bias_by_distance.map(Tensor::values::<R>).transpose()?,
+            unbiased_keys: spec.unbiased_keys,
+            softclamp: spec.softclamp.map(R::from_f64),
             scale: R::from_f64(spec.scale),
             prefix_len: spec.prefix_len,
             mem_keys: spec.mem_keys,
@@ -269,13 +295,14 @@ impl Call<'_> {
         let sums = sums.values::<R>()?;
         let mut out = Tensor::uninit(merged, self.q.dtype(), self.q.device())?;
         let largest = R::from_f64(-self.q.dtype().lowest());
+        let sinks = spec.sink.map(Tensor::values::<R>).transpose()?;
         let outs = [Out::new(out.floats_mut(OP)?, e)];
         for_rows_of::<R, 1, 0>(outs, [], Sums::none(), parts * e, &|first, [rows], [], _| {
             for (index, out) in rows.chunks_exact_mut(e).enumerate() {
                 let (at, head) = ((first + index) / heads, (first + index) % heads);
                 let (b, i) = (at / queries, at % queries);
                 let of_head = &sums[(b * heads + head) * parts * width..][..parts * width];
-                if join(of_head, width, i * (e + 2), largest, out) {
+                if join(of_head, width, i * (e + 2), sinks.map(|sinks| sinks[head]), largest, out) {
                     cached.spread(b, head, largest, out);
                 }
             }
@@ -314,6 +341,8 @@ struct Cached<'a, R> {
     key_mask: Option<&'a [u8]>,
     query_mask: Option<&'a [u8]>,
     bias_by_distance: Option<&'a [R]>,
+    unbiased_keys: usize,
+    softclamp: Option<R>,
     scale: R,
     prefix_len: usize,
     mem_keys: usize,
@@ -352,9 +381,13 @@ impl<R: Real> Cached<'_, R> {
             if let Some(bias) = self.bias_by_distance {
                 let distances = bias.len() / self.sizes.heads;
                 let curve = &bias[head * distances..][..distances];
-                for (at, score) in scores.iter_mut().enumerate() {
+                let unbiased = self.unbiased_keys.saturating_sub(start);
+                for (at, score) in scores.iter_mut().enumerate().skip(unbiased) {
                     *score += curve[(position - start - at).min(distances - 1)];
                 }
+            }
+            if let Some(bound) = self.softclamp {
+                clamp(scores, bound);
             }
             let mask = self.key_mask.map(|mask| &mask[b * (keys - self.prefix_len)..]);
             if let Some(mask) = mask {
@@ -528,21 +561,24 @@ fn mean<R: Real>(sums: &[R], factor: R, largest: R, out: &mut [R]) {
     }
 }
 
-/// Joins the parts of one query, whose entries start at `at` in each row of `width`; returns `true` if no key was kept.
-fn join<R: Real>(parts: &[R], width: usize, at: usize, largest: R, out: &mut [R]) -> bool {
+/// Joins the parts of one query, whose entries start at `at` in each row of `width`, and the sink; returns `true` if no
+/// key was kept and there is none.
+fn join<R: Real>(parts: &[R], width: usize, at: usize, sink: Option<R>, largest: R, out: &mut [R]) -> bool {
     let e = out.len();
     let of = |part: &[R]| (part[at + e], part[at + e + 1]);
-    let max = parts.chunks_exact(width).fold(R::NEG_INFINITY, |max, part| max.max(of(part).0));
+    let max = parts.chunks_exact(width).fold(sink.unwrap_or(R::NEG_INFINITY), |max, part| max.max(of(part).0));
     if max == R::NEG_INFINITY {
         out.fill(R::from_f64(f64::NAN));
         return parts.chunks_exact(width).all(|part| of(part).1 == R::ZERO);
     }
-    if parts.len() == width {
+    if parts.len() == width && sink.is_none() {
         mean(&parts[at..][..e], R::ONE / of(parts).1, largest, out);
         return false;
     }
     let share = part_of::<R>(parts.len() / width);
-    let mut total = R::ZERO;
+    // Weights of parts are divided by their length.
+    let alone = |sink: R| (sink - max).exp() * share * R::from_f64(1.0 / PART as f64);
+    let mut total = sink.map_or(R::ZERO, alone);
     let mut sums = vec![R::ZERO; e];
     for part in parts.chunks_exact(width) {
         let factor = (of(part).0 - max).exp() * share;

@@ -8,7 +8,10 @@ use super::{
     operand::{Rows, operand, product, transposed},
     position::Position,
     rows::RowWriter,
-    tile::{At, KEYS, QUERIES, Tiles, add, score_gradients, score_gradients_dropped, sum, weights, with_scratch},
+    tile::{
+        At, KEYS, QUERIES, Tiles, add, clamp_slopes, multiply, score_gradients, score_gradients_dropped, sum, weights,
+        with_scratch,
+    },
 };
 use crate::{Result, Tensor, collect::CollectVec, dtype::Real, gemm::Multiply};
 
@@ -39,6 +42,8 @@ struct Work<'a, A> {
     /// Gradient of the scores.
     ds: &'a mut [A],
     factors: &'a mut [A],
+    /// Derivatives of the soft clamp, empty without one.
+    slopes: &'a mut [A],
 }
 
 /// Results computed for a tile.
@@ -71,12 +76,18 @@ impl<A: Real + Multiply> Pass<'_, A> {
         let statistics = self.per_query(at, self.statistics);
         if reach == Reach::Scores {
             tiles.scores(at, work.p);
+            if let Some(bound) = tiles.softclamp() {
+                clamp_slopes(&work.p[..at.queries * KEYS], work.slopes, bound);
+            }
             // Fully masked queries come out with weight and gradient 0.
             weights(work.p, at.width(), A::ONE, statistics);
             let grad = self.grad.block(at.batch, at.head, at.query);
             let v = transposed(tiles.v.block(at.batch, kv_head, at.key));
             product([at.queries, at.keys, tiles.sizes.e], grad, v, false, work.ds, KEYS);
             self.score_gradients(at, work);
+            if tiles.softclamp().is_some() {
+                multiply(&mut work.ds[..at.queries * KEYS], work.slopes);
+            }
         } else {
             work.p.fill(A::ZERO);
         }
@@ -99,6 +110,11 @@ impl<A: Real + Multiply> Pass<'_, A> {
         }
     }
 
+    /// Returns the number of derivatives of the soft clamp that a tile has.
+    fn slopes(&self) -> usize {
+        if self.tiles.softclamp().is_some() { QUERIES * KEYS } else { 0 }
+    }
+
     /// Computes the gradients from the keys of one task: `dk` and `dv` if wanted, and parts of the gradients of the
     /// queries and of the position bias.
     pub fn keys(
@@ -113,9 +129,10 @@ impl<A: Real + Multiply> Pass<'_, A> {
         let group = self.tiles.sizes.group();
         let distances = if task.position.is_empty() { 0 } else { keys.len() + queries - 1 };
         let rounded = if self.tiles.rounds() { QUERIES * KEYS } else { 0 };
-        let lengths = [QUERIES * KEYS, QUERIES * KEYS, KEYS, KEYS * d, KEYS * e, group * distances, rounded];
-        with_scratch(lengths, |[p, ds, factors, dk, dv, curves, rounded]: [&mut [A]; 7]| {
-            let mut work = Work { p, ds, factors };
+        let lengths =
+            [QUERIES * KEYS, QUERIES * KEYS, KEYS, self.slopes(), KEYS * d, KEYS * e, group * distances, rounded];
+        with_scratch(lengths, |[p, ds, factors, slopes, dk, dv, curves, rounded]: [&mut [A]; 8]| {
+            let mut work = Work { p, ds, factors, slopes };
             task.dq.iter_mut().for_each(|dq| dq.fill(A::ZERO));
             curves.fill(A::ZERO);
             let start = At { batch, head: kv_head * group, query: 0, queries: 0, key: 0, keys: 0 };
@@ -163,9 +180,10 @@ impl<A: Real + Multiply> Pass<'_, A> {
     /// Adds the gradient of the scores to that of each distance, starting at the distance of the last query and key
     /// `first_key`.
     fn add_distances(&self, at: At, first_key: usize, ds: &[A], curve: &mut [A]) {
+        let unbiased = self.tiles.unbiased(at);
         let last = at.key - first_key + self.tiles.sizes.queries - 1 - at.query;
         for (row, ds) in ds.chunks_exact(KEYS).take(at.queries).enumerate() {
-            add(&mut curve[last - row..][..at.keys], &ds[..at.keys]);
+            add(&mut curve[last - row..][unbiased..at.keys], &ds[unbiased..at.keys]);
         }
     }
 
@@ -186,8 +204,9 @@ impl<A: Real + Multiply> Pass<'_, A> {
             let (query, key) = (first / columns, first % columns);
             let query_range = if rows == 1 { 0..queries } else { query..query + gradient.len() / columns };
             let key_range = if columns == 1 { 0..keys } else { key..key + gradient.len().min(columns) };
-            with_scratch([QUERIES * KEYS, QUERIES * KEYS, KEYS], |[p, ds, factors]: [&mut [A]; 3]| {
-                let mut work = Work { p, ds, factors };
+            let lengths = [QUERIES * KEYS, QUERIES * KEYS, KEYS, self.slopes()];
+            with_scratch(lengths, |[p, ds, factors, slopes]: [&mut [A]; 4]| {
+                let mut work = Work { p, ds, factors, slopes };
                 for batch in along(shape[0], slab / bias_heads, batch) {
                     for head in along(bias_heads, slab % bias_heads, heads) {
                         let start = At { batch, head, query: 0, queries: 0, key: 0, keys: 0 };

@@ -23,7 +23,7 @@ use crate::{
     shape::Shape,
     tensor::same_kind,
 };
-use position::Position;
+use position::{Position, expect_weights};
 
 pub use decode::{DecodeSpec, attention_decode};
 pub use position::PositionBias;
@@ -72,6 +72,13 @@ pub struct AttentionSpec<'a> {
     pub bias: Option<&'a Tensor>,
     /// Added to the scaled products, generated block by block. Default: none.
     pub position_bias: Option<PositionBias>,
+    /// Number of leading keys that `position_bias` leaves out (memory key/values). Default 0.
+    pub unbiased_keys: usize,
+    /// Bound of the scores: `bound · tanh(score / bound)`, after biases and before masks. Default: none.
+    pub softclamp: Option<f64>,
+    /// A score of each head whose weight goes to no value, float `[heads]`: one more term in the sum of the softmax,
+    /// neither biased, clamped nor masked. A query without any key left then gives 0. Has a gradient.
+    pub sink: Option<&'a Tensor>,
     /// Probability of dropping a weight after the softmax; acts under [`Tape::train`](crate::Tape::train). Default 0.
     pub dropout: f64,
 }
@@ -88,12 +95,15 @@ impl Default for AttentionSpec<'_> {
             window: Window::default(),
             bias: None,
             position_bias: None,
+            unbiased_keys: 0,
+            softclamp: None,
+            sink: None,
             dropout: 0.0,
         }
     }
 }
 
-/// Computes attention, `softmax(scale · q kᵀ + biases) v`, with masked scores replaced by the lowest finite number.
+/// Computes attention, `softmax(clamp(scale · q kᵀ + biases)) v`, with masked scores replaced by the lowest finite number.
 ///
 /// Shapes: `q` `[batch, heads, query, d]`, `k` `[batch, kv_heads, key, d]`, `v` `[batch, kv_heads, key, e]` → `[batch,
 /// heads, query, e]`. `heads` is a multiple of `kv_heads`; query head `h` uses key head `h / (heads / kv_heads)`
@@ -110,7 +120,8 @@ impl Default for AttentionSpec<'_> {
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Result<Tensor> {
     let sizes = Sizes::new(q, k, v)?;
     spec.check(&sizes, q)?;
-    let position = spec.position_bias.as_ref().map(|bias| Position::new(bias, &sizes, q.device())).transpose()?;
+    let position = |bias| Position::new(bias, &sizes, spec.unbiased_keys, q.device());
+    let position = spec.position_bias.as_ref().map(position).transpose()?;
     let (q, k, v) = (packed_rows(q)?, packed_rows(k)?, packed_rows(v)?);
     let bias = spec.bias.map(packed_rows).transpose()?;
     let problem = Problem {
@@ -127,6 +138,9 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
         window: spec.window,
         bias: bias.as_ref().map(Tensor::detach),
         position,
+        unbiased: spec.unbiased_keys,
+        softclamp: spec.softclamp,
+        sink: spec.sink.map(|sink| sink.detach().contiguous()).transpose()?,
         dropout: if spec.dropout > 0.0 {
             dropout_stream().map(|stream| Dropout::new(stream, spec.dropout))
         } else {
@@ -137,8 +151,9 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
     inputs.extend(&bias);
     let weights = spec.position_bias.as_ref().map(PositionBias::weights);
     inputs.extend(weights);
-    let [bias, weights] = [bias.as_ref(), weights].map(|x| x.unwrap_or(&q));
-    let (out, kept) = problem.forward(needs(OP, [&q, &k, &v, bias, weights])?.contains(&true))?;
+    inputs.extend(spec.sink);
+    let [bias, weights, sink] = [bias.as_ref(), weights, spec.sink].map(|x| x.unwrap_or(&q));
+    let (out, kept) = problem.forward(needs(OP, [&q, &k, &v, bias, weights, sink])?.contains(&true))?;
     // The scores are recomputed, and each product of the forward pass has two in the backward pass.
     let backward = BackwardCost::Times(2.5);
     profile::cost(|| Cost { operations: sizes.operations(spec.causal, spec.window), backward });
@@ -154,11 +169,12 @@ pub fn gpu_needs_scores(features: usize) -> Option<&'static str> {
 
 /// Describes the kernels with which a GPU computes [`attention`] for queries and keys of `d` and values of `e`
 /// features, and why it uses no faster ones; `None` on the CPU. `XT_ATTENTION=plain` selects the plain kernels;
-/// `XT_ATTENTION=wgmma` asks for those of sm_90a, which no card has run yet.
+/// `XT_ATTENTION=wgmma` asks for those of sm_90a, which no card has run yet; calls with a soft clamp, a sink, slopes
+/// on both sides or unbiased keys use the next lower ones.
 pub fn attention_rung(device: &Device, dtype: DType, d: usize, e: usize) -> Option<String> {
     match device {
         Device::Cpu => None,
-        Device::Gpu(gpu) => Some(cuda::rung(*gpu, dtype, [d, e]).to_string()),
+        Device::Gpu(gpu) => Some(cuda::rung(*gpu, dtype, [d, e], false).to_string()),
     }
 }
 
@@ -274,6 +290,15 @@ impl AttentionSpec<'_> {
             self.mem_keys <= sizes.keys,
             Error::argument(OP, format_args!("mem_keys is {}, but there are only {} keys", self.mem_keys, sizes.keys))
         );
+        ensure!(
+            self.unbiased_keys <= sizes.keys,
+            Error::argument(
+                OP,
+                format_args!("unbiased_keys is {}, but there are only {} keys", self.unbiased_keys, sizes.keys)
+            )
+        );
+        check_clamp(self.softclamp)?;
+        self.sink.map_or(Ok(()), |sink| expect_weights("sink", sink, &[sizes.heads], q.device()))?;
         if let Some(mask) = self.mask {
             expect_bool("mask", mask, q)?;
             expect_scores("mask", mask, sizes)?;
@@ -292,6 +317,14 @@ impl AttentionSpec<'_> {
         }
         Ok(())
     }
+}
+
+fn check_clamp(bound: Option<f64>) -> Result<()> {
+    ensure!(
+        bound.is_none_or(|bound| bound > 0.0 && bound.is_finite()),
+        Error::argument(OP, format_args!("expected a softclamp above 0 and finite, got {}", bound.unwrap_or_default()))
+    );
+    Ok(())
 }
 
 fn expect_bool(name: &str, mask: &Tensor, q: &Tensor) -> Result<()> {
@@ -361,6 +394,11 @@ struct Problem {
     window: Window,
     bias: Option<Tensor>,
     position: Option<Position>,
+    /// Number of leading keys without a position bias.
+    unbiased: usize,
+    softclamp: Option<f64>,
+    /// `[heads]`
+    sink: Option<Tensor>,
     dropout: Option<Dropout>,
 }
 
@@ -411,6 +449,29 @@ fn residual_scale(dtype: DType) -> f64 {
     if dtype == DType::F16 { 2048.0 } else { 256.0 }
 }
 
+/// Gradients that are wanted.
+#[derive(Clone, Copy)]
+struct Needed {
+    /// Of queries, keys and values.
+    operands: [bool; 3],
+    bias: bool,
+    position: bool,
+    sink: bool,
+}
+
+impl Needed {
+    fn new(problem: &Problem, need: &[bool]) -> Self {
+        let mut rest = need[3..].iter();
+        let mut next = |given: bool| given && rest.next().is_some_and(|&need| need);
+        Self {
+            operands: [need[0], need[1], need[2]],
+            bias: next(problem.bias.is_some()),
+            position: next(problem.position.is_some()),
+            sink: next(problem.sink.is_some()),
+        }
+    }
+}
+
 struct AttentionBackward {
     problem: Problem,
     out: Tensor,
@@ -423,8 +484,10 @@ impl Backward for AttentionBackward {
     }
 
     /// With `P` the weights, `D = Σ_e grad ⊙ out`: `dV = Pᵀ grad`, `dS = P ⊙ (grad Vᵀ − D)`, `dQ = scale · dS K`,
-    /// `dK = scale · dSᵀ Q`; the biases get the sums of `dS`.
+    /// `dK = scale · dSᵀ Q`; the biases get the sums of `dS`, times `1 − (score / bound)²` with a soft clamp; the sink gets
+    /// `−Σ P_sink D`.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
-        backward::backward(&self.problem, &self.out, &self.kept, &grad, need).map(InputGrads::whole)
+        let needed = Needed::new(&self.problem, need);
+        backward::backward(&self.problem, &self.out, &self.kept, &grad, needed).map(InputGrads::whole)
     }
 }

@@ -5,6 +5,7 @@ use std::{ops::Range, sync::OnceLock};
 use super::{OP, Sizes};
 use crate::{
     DType, Device, Error, Result, Tensor,
+    collect::CollectVec,
     dtype::{Real, dispatch_float},
     error::ensure,
 };
@@ -13,10 +14,22 @@ use crate::{
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum PositionBias {
-    /// ALiBi: `slopes[head] · key`, `key` counted from 0 (Press et al., <https://arxiv.org/abs/2108.12409>).
+    /// ALiBi: `slopes[head] · (key − position)`, where the last query is at the position of the last key. Without a soft
+    /// clamp or a sink, `slopes[head] · key` is the same (Press et al., <https://arxiv.org/abs/2108.12409>).
     Alibi {
         /// Float `[heads]`; has a gradient.
         slopes: Tensor,
+    },
+    /// ALiBi on both sides: `−slopes[head] · |position − key|`.
+    SymmetricAlibi {
+        /// Float `[heads]`; has a gradient.
+        slopes: Tensor,
+    },
+    /// A curve by distance: `table[position − key + queries − 1, head]`, for the distances `1 − queries` to `keys − 1`,
+    /// not counting unbiased keys.
+    ByDistance {
+        /// Float `[queries + keys − 1, heads]`; has a gradient.
+        table: Tensor,
     },
     /// T5: `scale · table[bucket(query − key), head]`, both counted from 0 (Raffel et al.,
     /// <https://arxiv.org/abs/1910.10683>).
@@ -39,21 +52,29 @@ impl PositionBias {
     /// Returns the tensor that has a gradient.
     pub(crate) fn weights(&self) -> &Tensor {
         match self {
-            Self::Alibi { slopes } => slopes,
-            Self::T5 { table, .. } => table,
+            Self::Alibi { slopes } | Self::SymmetricAlibi { slopes } => slopes,
+            Self::T5 { table, .. } | Self::ByDistance { table } => table,
         }
     }
 
     /// Returns the tensor that has a gradient, for replacing it.
     pub(crate) fn weights_mut(&mut self) -> &mut Tensor {
         match self {
-            Self::Alibi { slopes } => slopes,
-            Self::T5 { table, .. } => table,
+            Self::Alibi { slopes } | Self::SymmetricAlibi { slopes } => slopes,
+            Self::T5 { table, .. } | Self::ByDistance { table } => table,
         }
     }
 
-    /// Returns the bias as a tensor of this dtype that broadcasts to `[batch, heads, query, key]`: `[heads, query,
-    /// key]` or `[heads, 1, key]`.
+    /// Returns the axis of the heads in the tensor that has a gradient.
+    pub(crate) fn heads_axis(&self) -> isize {
+        match self {
+            Self::Alibi { .. } | Self::SymmetricAlibi { .. } => 0,
+            Self::T5 { .. } | Self::ByDistance { .. } => 1,
+        }
+    }
+
+    /// Returns the bias of biased keys as a tensor of this dtype that broadcasts to `[batch, heads, query, key]`: `[heads,
+    /// query, key]` or `[heads, 1, key]`.
     pub(crate) fn dense(&self, queries: usize, keys: usize, dtype: DType) -> Result<Tensor> {
         match self {
             Self::T5 { table, scale, causal, max_distance } => {
@@ -63,6 +84,18 @@ impl PositionBias {
                 // Half types do not hold all positions: the product is rounded once.
                 let keys = Tensor::arange(keys, slopes.device())?.to_dtype(DType::F64)?;
                 slopes.to_dtype(DType::F64)?.reshape([slopes.dim(0)?, 1, 1])?.mul(&keys)?.to_dtype(dtype)
+            }
+            Self::SymmetricAlibi { slopes } => {
+                let position = |at: usize| (at / keys + keys) as f64 - queries as f64;
+                let distance = |at: usize| -(position(at) - (at % keys) as f64).abs();
+                let distances = Tensor::generate([queries, keys], DType::F64, slopes.device(), distance)?;
+                slopes.to_dtype(DType::F64)?.reshape([slopes.dim(0)?, 1, 1])?.mul(&distances)?.to_dtype(dtype)
+            }
+            Self::ByDistance { table } => {
+                let row = |at: usize| (at / keys + keys - 1 - at % keys) as i64;
+                let index =
+                    Tensor::from_vec((0..queries * keys).map(row).collect_vec(), [queries, keys], table.device())?;
+                table.embedding(&index)?.permute(&[2, 0, 1])?.to_dtype(dtype)
             }
         }
     }
@@ -80,7 +113,8 @@ impl PositionBias {
                 let now = past.narrow(1, 0, 1)?.expand([past.dim(0)?, prefix_len])?;
                 Tensor::cat(&[&now, &past], 1)
             }
-            Self::Alibi { slopes } => {
+            Self::ByDistance { .. } => Err(Error::argument(OP, "a curve has the distances of its own call")),
+            Self::Alibi { slopes } | Self::SymmetricAlibi { slopes } => {
                 let distances = Tensor::arange(distances, slopes.device())?.to_dtype(DType::F64)?.affine(-1.0, 0.0)?;
                 let slopes = slopes.detach().to_dtype(DType::F64)?;
                 slopes.reshape([slopes.dim(0)?, 1])?.mul(&distances)?.to_dtype(dtype)
@@ -110,6 +144,13 @@ enum Kind {
     Alibi {
         shift: i64,
     },
+    SymmetricAlibi {
+        shift: i64,
+    },
+    /// The parameter of distance 0.
+    ByDistance {
+        zero: i64,
+    },
     T5 {
         causal: bool,
         max_distance: usize,
@@ -118,11 +159,22 @@ enum Kind {
 }
 
 impl Position {
-    pub fn new(bias: &PositionBias, sizes: &Sizes, device: &Device) -> Result<Self> {
+    /// `unbiased`: number of leading keys without a bias.
+    pub fn new(bias: &PositionBias, sizes: &Sizes, unbiased: usize, device: &Device) -> Result<Self> {
+        let shift = sizes.keys as i64 - sizes.queries as i64;
         let (weights, parameters, kind) = match bias {
             PositionBias::Alibi { slopes } => {
                 expect_weights("slopes", slopes, &[sizes.heads], device)?;
-                (slopes, 1, Kind::Alibi { shift: sizes.keys as i64 - sizes.queries as i64 })
+                (slopes, 1, Kind::Alibi { shift })
+            }
+            PositionBias::SymmetricAlibi { slopes } => {
+                expect_weights("slopes", slopes, &[sizes.heads], device)?;
+                (slopes, 1, Kind::SymmetricAlibi { shift })
+            }
+            PositionBias::ByDistance { table } => {
+                let rows = sizes.queries.saturating_sub(1) + 1 + (sizes.keys - unbiased).saturating_sub(1);
+                expect_weights("table", table, &[rows, sizes.heads], device)?;
+                (table, rows, Kind::ByDistance { zero: sizes.keys as i64 - 1 })
             }
             &PositionBias::T5 { ref table, scale, causal, max_distance } => {
                 let buckets = table.shape().first().copied().unwrap_or(0);
@@ -160,6 +212,9 @@ impl Position {
     fn terms(&self) -> &[(usize, f64)] {
         let term = |distance: i64| match self.kind {
             Kind::Alibi { shift } => (0, (distance - shift) as f64),
+            Kind::SymmetricAlibi { shift } => (0, -((distance - shift).abs() as f64)),
+            // The distances of unbiased keys have none.
+            Kind::ByDistance { zero } => ((zero - distance).clamp(0, self.parameters as i64 - 1) as usize, 1.0),
             Kind::T5 { scale, .. } => (self.bucket(-distance), scale),
         };
         self.terms.get_or_init(|| self.distances.clone().map(term).collect())
@@ -168,16 +223,26 @@ impl Position {
     /// Returns the parameter of T5 for a distance `query − key`.
     pub fn bucket(&self, distance: i64) -> usize {
         match self.kind {
-            Kind::Alibi { .. } => 0,
             Kind::T5 { causal, max_distance, .. } => bucket(distance, causal, self.parameters, max_distance),
+            _ => 0,
+        }
+    }
+
+    /// Returns the number by which kernels know the form of the curve: 1 if it is a slope times the distance, 2 if times
+    /// the magnitude of the distance, otherwise 0.
+    pub fn slope(&self) -> i32 {
+        match self.kind {
+            Kind::Alibi { .. } => 1,
+            Kind::SymmetricAlibi { .. } => 2,
+            Kind::T5 { .. } | Kind::ByDistance { .. } => 0,
         }
     }
 
     /// Returns `causal`, `max_distance` and `scale` of T5.
     pub fn t5(&self) -> Option<(bool, usize, f64)> {
         match self.kind {
-            Kind::Alibi { .. } => None,
             Kind::T5 { causal, max_distance, scale } => Some((causal, max_distance, scale)),
+            _ => None,
         }
     }
 
@@ -224,7 +289,7 @@ impl Position {
     }
 }
 
-fn expect_weights(name: &str, weights: &Tensor, shape: &[usize], device: &Device) -> Result<()> {
+pub(super) fn expect_weights(name: &str, weights: &Tensor, shape: &[usize], device: &Device) -> Result<()> {
     ensure!(
         weights.dtype().is_float(),
         Error::dtype(OP, format_args!("expected {name} to be a float tensor, got {}", weights.dtype()))

@@ -108,6 +108,11 @@ pub(super) struct Tiles<'a, A> {
     bias: Option<Broadcast<Floats<'a>>>,
     /// `[heads, queries + keys − 1]`.
     curves: Option<Vec<A>>,
+    /// Number of leading keys that the curves leave out.
+    unbiased: usize,
+    softclamp: Option<A>,
+    /// Per head.
+    sinks: Option<Vec<f64>>,
     dropout: Option<super::Dropout>,
 }
 
@@ -140,6 +145,9 @@ impl<'a, A: Real + Multiply> Tiles<'a, A> {
             window: problem.window,
             bias: problem.bias.as_ref().map(of_bias).transpose()?,
             curves: problem.position.as_ref().map(|position| position.curves()).transpose()?,
+            unbiased: problem.unbiased,
+            softclamp: problem.softclamp.map(<A as Float>::from_f64),
+            sinks: problem.sink.as_ref().map(Tensor::to_f64_vec).transpose()?,
             dropout: problem.dropout,
         })
     }
@@ -198,7 +206,7 @@ impl<'a, A: Real + Multiply> Tiles<'a, A> {
             None => scale_rows(s, at.keys, self.scale),
             Some(curves) => {
                 let curve = self.curve(at);
-                scale_rows_and_add(s, at.keys, self.scale, &curves[curve]);
+                scale_rows_and_add(s, self.unbiased(at)..at.keys, self.scale, &curves[curve]);
             }
         }
         let padding = self.padding(at);
@@ -208,15 +216,19 @@ impl<'a, A: Real + Multiply> Tiles<'a, A> {
             if let Some(bias) = &self.bias {
                 bias.add(s, [at.batch, at.head, query, at.key]);
             }
+            let kept = self.kept(at.batch, query);
+            let kept = kept.start.saturating_sub(at.key).min(at.keys)..kept.end.saturating_sub(at.key).min(at.keys);
+            if let Some(bound) = self.softclamp {
+                clamp(&mut s[kept.clone()], bound);
+            }
             if let Some(mask) = &self.mask {
                 apply_mask(s, &mask.data[mask.row([at.batch, at.head, query, at.key], at.keys)]);
             }
             if let Some((free, mask)) = padding {
                 apply_mask(&mut s[free..], mask);
             }
-            let kept = self.kept(at.batch, query);
-            s[..kept.start.saturating_sub(at.key).min(at.keys)].fill(A::NEG_INFINITY);
-            s[kept.end.saturating_sub(at.key).min(at.keys)..].fill(A::NEG_INFINITY);
+            s[..kept.start].fill(A::NEG_INFINITY);
+            s[kept.end..].fill(A::NEG_INFINITY);
             behind.fill(A::NEG_INFINITY);
         }
     }
@@ -227,6 +239,24 @@ impl<'a, A: Real + Multiply> Tiles<'a, A> {
         let distances = self.sizes.queries + self.sizes.keys - 1;
         let start = at.head * distances + self.sizes.queries + at.key - at.query - at.queries;
         start..start + at.keys + at.queries - 1
+    }
+
+    /// Returns the number of leading keys of the tile that curves leave out.
+    pub fn unbiased(&self, at: At) -> usize {
+        self.unbiased.saturating_sub(at.key).min(at.keys)
+    }
+
+    /// Returns the soft clamp's bound.
+    pub fn softclamp(&self) -> Option<A> {
+        self.softclamp
+    }
+
+    /// Returns the largest score and the sum of exponentials that a query of the head starts with: those of the sink.
+    pub fn start(&self, head: usize) -> [A; 2] {
+        match self.sinks.as_ref().map(|sinks| sinks[head]) {
+            Some(sink) if sink != f64::NEG_INFINITY => [<A as Float>::from_f64(sink), A::ONE],
+            _ => [A::NEG_INFINITY, A::ZERO],
+        }
     }
 
     /// Returns `true` if weights are dropped.
@@ -303,12 +333,37 @@ vectorized! {
 }
 
 vectorized! {
-    /// The curve of the last row comes first.
-    fn scale_rows_and_add<A: Real>(s: &mut [A], keys: usize, scale: A, curve: &[A]) {
+    /// The curve of the last row comes first; keys before the `biased` ones have none.
+    fn scale_rows_and_add<A: Real>(s: &mut [A], biased: Range<usize>, scale: A, curve: &[A]) {
         for (start, s) in s.chunks_exact_mut(KEYS).rev().enumerate() {
-            for (s, curve) in s[..keys].iter_mut().zip(&curve[start..]) {
+            let (unbiased, s) = s[..biased.end].split_at_mut(biased.start);
+            for s in unbiased {
+                *s *= scale;
+            }
+            for (s, curve) in s.iter_mut().zip(&curve[start + biased.start..]) {
                 *s = *s * scale + *curve;
             }
+        }
+    }
+}
+
+vectorized! {
+    /// Computes `bound · tanh(score / bound)`.
+    pub(super) fn clamp<A: Real>(s: &mut [A], bound: A) {
+        let part = A::ONE / bound;
+        for s in s {
+            *s = bound * (*s * part).fused_tanh::<FUSED>();
+        }
+    }
+}
+
+vectorized! {
+    /// Computes the derivatives of [`clamp`] from its results, 0 at masked scores.
+    pub(super) fn clamp_slopes<A: Real>(s: &[A], slopes: &mut [A], bound: A) {
+        let part = A::ONE / bound;
+        for (s, slope) in s.iter().zip(slopes) {
+            let tanh = *s * part;
+            *slope = (A::ONE - tanh * tanh).max(A::ZERO);
         }
     }
 }

@@ -1,8 +1,11 @@
 //! Gradients of `matmul` and `linear`: products of the gradient with the other operand.
 
-use super::{product, product_sums, strides::split_last_two};
+use super::{
+    cuda, product, product_and_row_sums, product_sums,
+    strides::{Sizes, split_last_two},
+};
 use crate::{
-    Result, Tensor,
+    Device, Result, Tensor,
     autograd::{Backward, InputGrads},
     collect::CollectVec,
     shape::Shape,
@@ -58,6 +61,18 @@ fn right_gradient(a: &Tensor, grad: &Tensor, b_shape: Shape) -> Result<Tensor> {
     sum.sum_to(Shape::new(&[&b_batch[..b_kept], &[k, n]].concat())?)?.reshape(b_shape)
 }
 
+/// Computes `gᵀ·x` and `Σ_rows g` in one product; `None` where there is no GPU that does.
+fn both_gradients(grad: &Tensor, x: &Tensor) -> Result<Option<[Tensor; 2]>> {
+    if *grad.device() == Device::Cpu || grad.numel() == 0 || x.numel() == 0 {
+        return Ok(None);
+    }
+    let flat = |x: &Tensor| {
+        let width = x.dim(-1)?;
+        x.reshape([x.numel() / width, width])
+    };
+    product_and_row_sums(&flat(grad)?.transpose(0, 1)?, &flat(x)?, grad.dtype())
+}
+
 pub(super) struct LinearBackward {
     pub x: Option<Saved>,
     pub weight: Option<Tensor>,
@@ -74,7 +89,14 @@ impl LinearBackward {
         let mut flat = sum.reshape([rows, inputs])?;
         // Otherwise this handle would count as a second one.
         drop(sum);
-        product_sums(&grad.reshape([rows, outputs])?, weight, true, &mut flat)?;
+        let grad = grad.reshape([rows, outputs])?;
+        match *flat.device() {
+            Device::Gpu(gpu) if flat.numel() > 0 => {
+                let sizes = Sizes::of(grad.shape(), weight.shape())?;
+                cuda::product_sums(gpu, &sizes, [&grad, weight], true, &mut flat)?;
+            }
+            _ => product_sums(&grad, weight, true, &mut flat)?,
+        }
         flat.reshape(shape)
     }
 }
@@ -84,9 +106,10 @@ impl Backward for LinearBackward {
         "linear"
     }
 
-    /// Only if the accumulation type is that of the gradient: half types would round once more.
+    /// On the CPU only if the accumulation type is that of the gradient. A GPU adds half types before it rounds.
     fn accumulate_into(&mut self, mut sum: Tensor) -> Option<Tensor> {
-        let adds = self.weight.is_some() && sum.dtype() == sum.dtype().accumulator() && sum.is_unique();
+        let fits = sum.dtype() == sum.dtype().accumulator() || *sum.device() != Device::Cpu;
+        let adds = self.weight.is_some() && fits && sum.is_unique();
         self.sum = adds.then(|| sum.detach());
         (!adds).then_some(sum)
     }
@@ -96,19 +119,25 @@ impl Backward for LinearBackward {
         let [x_shape, weight_shape] = self.shapes;
         let grad = grad.as_rows()?;
         // First the gradient that needs the input, which is freed before a gradient of its size is allocated.
-        let dw = match self.x.filter(|_| need[1]) {
-            Some(x) => Some(right_gradient(&grad, &x.value()?.as_rows()?, weight_shape)?),
-            None => None,
-        };
+        let need_bias = need.get(2).is_some_and(|&need| need);
+        let (mut dw, mut db) = (None, None);
+        if let Some(x) = self.x.filter(|_| need[1]) {
+            let x = x.value()?.as_rows()?;
+            if let Some([of_weight, of_bias]) = need_bias.then(|| both_gradients(&grad, &x)).transpose()?.flatten() {
+                (dw, db) = (Some(of_weight), Some(of_bias));
+            } else {
+                dw = Some(right_gradient(&grad, &x, weight_shape)?);
+            }
+        }
         let dx = match (self.weight.filter(|_| need[0]), self.sum) {
             (Some(weight), Some(sum)) => Some(Self::add_product(sum, &grad, &weight, x_shape)?),
             (Some(weight), None) => Some(product(&grad, &weight, None)?.reshape(x_shape)?),
             (None, _) => None,
         };
         let mut grads = vec![dx, dw];
-        if let Some(&need_bias) = need.get(2) {
+        if need.len() > 2 {
             let rows: Vec<isize> = (0..grad.rank() as isize - 1).collect_vec();
-            grads.push(if need_bias { Some(grad.sum(&rows)?) } else { None });
+            grads.push(if need_bias && db.is_none() { Some(grad.sum(&rows)?) } else { db });
         }
         Ok(InputGrads::whole(grads))
     }

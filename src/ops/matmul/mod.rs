@@ -5,7 +5,7 @@ mod grad;
 mod strides;
 
 use crate::{
-    Device, Error, Result, Tensor,
+    DType, Device, Error, Result, Tensor,
     autograd::{needs, record},
     dtype::{Float, dispatch_float},
     error::ensure,
@@ -192,6 +192,35 @@ pub(super) fn product_sums(a: &Tensor, b: &Tensor, accumulate: bool, sums: &mut 
     })
 }
 
+/// Computes `sums = a·b (+ bias)` like [`product_sums`] for two matrices on a GPU; the bias `[n]` has the type of `sums`.
+pub(super) fn product_and_bias(a: &Tensor, b: &Tensor, bias: Option<&Tensor>, sums: &mut Tensor) -> Result<()> {
+    let Some(bias) = bias else { return product_sums(a, b, false, sums) };
+    let sizes = Sizes::of(a.shape(), b.shape())?;
+    if let Device::Gpu(gpu) = a.device()
+        && **bias.shape() == [sizes.n]
+        && bias.dtype() == sums.dtype()
+        && **sums.shape() == [sizes.m, sizes.n]
+        && cuda::product_and_bias(*gpu, &sizes, [a, b], bias, sums)?
+    {
+        return Ok(());
+    }
+    // The product is added to it.
+    *sums = bias.expand(*sums.shape())?.contiguous()?.into_owned()?;
+    product_sums(a, b, true, sums)
+}
+
+/// Computes the product of two matrices and the sums of the rows of `a`, `[m, n]` and `[m]`, in `dtype`, that of the
+/// operands or of their sums; `None` if no GPU computes both in one pass.
+pub(super) fn product_and_row_sums(a: &Tensor, b: &Tensor, dtype: DType) -> Result<Option<[Tensor; 2]>> {
+    let Device::Gpu(gpu) = *a.device() else { return Ok(None) };
+    let sizes = Sizes::of(a.shape(), b.shape())?;
+    same_kind("matmul", a, b)?;
+    if a.rank() != 2 || b.rank() != 2 || a.numel() == 0 || b.numel() == 0 {
+        return Ok(None);
+    }
+    cuda::product_and_row_sums(gpu, &sizes, [a, b], dtype)
+}
+
 fn run<T: Multiply>(merged: &Merged, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
     let offsets = |item| positions(item, &merged.batch, &merged.strides, merged.start);
     gemm(&merged.product(a, b, bias, &offsets)?, out.values_mut::<T>()?)
@@ -200,7 +229,6 @@ fn run<T: Multiply>(merged: &Merged, a: &Tensor, b: &Tensor, bias: Option<&Tenso
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::DType;
 
     /// Sums of another size or type would be written out of bounds.
     #[test]

@@ -20,6 +20,9 @@ struct Setup {
     window: Window,
     bias: Option<usize>,
     position: Position,
+    unbiased_keys: usize,
+    softclamp: Option<f64>,
+    sink: Option<usize>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -27,6 +30,8 @@ enum Position {
     #[default]
     None,
     Alibi(usize),
+    SymmetricAlibi(usize),
+    ByDistance(usize),
     T5 {
         table: usize,
         scale: f64,
@@ -49,10 +54,15 @@ impl Setup {
             position_bias: match self.position {
                 Position::None => None,
                 Position::Alibi(slopes) => Some(PositionBias::Alibi { slopes: x[slopes].clone() }),
+                Position::SymmetricAlibi(slopes) => Some(PositionBias::SymmetricAlibi { slopes: x[slopes].clone() }),
+                Position::ByDistance(table) => Some(PositionBias::ByDistance { table: x[table].clone() }),
                 Position::T5 { table, scale, causal, max_distance } => {
                     Some(PositionBias::T5 { table: x[table].clone(), scale, causal, max_distance })
                 }
             },
+            unbiased_keys: self.unbiased_keys,
+            softclamp: self.softclamp,
+            sink: self.sink.map(|at| &x[at]),
             dropout: 0.0,
         };
         attention(&x[0], &x[1], &x[2], &spec)
@@ -73,11 +83,13 @@ impl Setup {
                     }
                     let dot: f64 = (0..d).map(|f| q.at(&[b, h, i, f]) * k.at(&[b, kv, j, f])).sum();
                     let bias = self.bias.map_or(0.0, |at| x[at].at(&[b, h, i, j]));
-                    dot * self.scale + bias + self.position_bias(x, h, i, j)
+                    let score = dot * self.scale + bias + self.position_bias(x, h, [i, j], queries, keys);
+                    self.softclamp.map_or(score, |bound| bound * (score / bound).tanh())
                 })
                 .collect();
-            let max = scores.iter().copied().fold(f64::MIN, f64::max);
-            let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+            let sink = self.sink.map(|at| x[at].data[h]);
+            let max = scores.iter().chain(&sink).copied().fold(f64::MIN, f64::max);
+            let sum: f64 = scores.iter().chain(&sink).map(|score| (score - max).exp()).sum();
             for f in 0..e {
                 let mean: f64 = (0..keys).map(|j| (scores[j] - max).exp() / sum * v.at(&[b, kv, j, f])).sum();
                 out.data[((b * heads + h) * queries + i) * e + f] = mean;
@@ -97,10 +109,14 @@ impl Setup {
             && (!self.causal || j as i64 <= position)
     }
 
-    fn position_bias(&self, x: &[Array], h: usize, i: usize, j: usize) -> f64 {
+    fn position_bias(&self, x: &[Array], h: usize, [i, j]: [usize; 2], queries: usize, keys: usize) -> f64 {
+        let distance = (i + keys) as f64 - (queries + j) as f64;
         match self.position {
+            _ if j < self.unbiased_keys => 0.0,
             Position::None => 0.0,
-            Position::Alibi(slopes) => x[slopes].data[h] * j as f64,
+            Position::Alibi(slopes) => -x[slopes].data[h] * distance,
+            Position::SymmetricAlibi(slopes) => -x[slopes].data[h] * distance.abs(),
+            Position::ByDistance(table) => x[table].at(&[i + keys - 1 - j, h]),
             Position::T5 { table, scale, causal, max_distance } => {
                 let table = &x[table];
                 scale * table.at(&[bucket(i as f64 - j as f64, causal, table.shape[0], max_distance as f64), h])
@@ -153,7 +169,9 @@ pub fn sees(window: Window, position: i128, j: i128) -> bool {
 pub fn cases() -> Vec<Case> {
     let plain = Setup { scale: 0.6, ..Setup::default() };
     let causal = Setup { causal: true, ..plain.clone() };
-    [ordinary(&plain, &causal), masked(&plain, &causal), biased(&plain, &causal)].into_iter().flatten().collect()
+    let groups =
+        [ordinary(&plain, &causal), masked(&plain, &causal), biased(&plain, &causal), extended(&plain, &causal)];
+    groups.into_iter().flatten().collect()
 }
 
 fn ordinary(plain: &Setup, causal: &Setup) -> Vec<Case> {
@@ -295,6 +313,100 @@ fn biased(plain: &Setup, causal: &Setup) -> Vec<Case> {
                 mem_keys: 2,
                 window: Window::past(90),
                 ..t5(false, causal())
+            },
+        ),
+    ]
+}
+
+/// Curves by distance, clamped scores and sinks.
+fn extended(plain: &Setup, causal: &Setup) -> Vec<Case> {
+    let (plain, causal) = (|| plain.clone(), || causal.clone());
+    let clamp = |setup: Setup| Setup { softclamp: Some(1.5), ..setup };
+    let sink = |setup: Setup| Setup { sink: Some(3), ..setup };
+    let position = |position: Position, setup: Setup| Setup { position, ..setup };
+    let symmetric = Position::SymmetricAlibi(3);
+    let by_distance = Position::ByDistance(3);
+    let sparse = |shape: &[usize]| Input::Bool { shape: shape.to_vec(), keep: 0.3 };
+    let small = || qkv(2, [2, 2], 5, 6, 3, 3);
+    let blocks = || qkv(2, [2, 1], 70, 140, 2, 2);
+    vec![
+        case("clamp", small(), [], clamp(plain())),
+        case("clamp, causal", qkv(1, [2, 2], 70, 140, 16, 16), [], clamp(causal())).tolerance(1.5),
+        case("clamp, masked", blocks(), [sparse(&[70, 140])], Setup { mask: Some(3), ..clamp(causal()) }),
+        case("clamp of biased scores", small(), [Input::float(&[2, 5, 6])], Setup { bias: Some(3), ..clamp(plain()) }),
+        // A GPU takes the derivative from the logarithms of weights.
+        case("clamp of slopes", blocks(), [Input::between(&[2], 0.0, 0.1)], position(symmetric, clamp(plain())))
+            .tolerance(2.0),
+        case(
+            "clamp with blind queries",
+            qkv(1, [2, 2], 9, 4, 2, 2),
+            [Input::float(&[2])],
+            position(Position::Alibi(3), clamp(causal())),
+        )
+        .tolerance(1.5),
+        case("sink", small(), [Input::float(&[2])], sink(plain())),
+        case("sink, causal", blocks(), [Input::float(&[2])], sink(causal())),
+        case("sink of wide heads", qkv(1, [2, 1], 70, 150, 32, 24), [Input::float(&[2])], sink(causal()))
+            .tolerance(1.5),
+        case("sink with blind queries", qkv(2, [2, 1], 9, 4, 3, 3), [Input::float(&[2])], sink(causal())),
+        case(
+            "sink with masked queries",
+            small(),
+            [Input::float(&[2]), Input::Bool { shape: vec![5, 1], keep: 0.5 }],
+            Setup { mask: Some(4), ..sink(plain()) },
+        ),
+        case("sink without keys", qkv(1, [2, 2], 3, 0, 2, 2), [Input::float(&[2])], sink(causal())),
+        case("large sink", small(), [Input::between(&[2], 20.0, 30.0)], sink(plain())),
+        case("symmetric alibi", small(), [Input::float(&[2])], position(symmetric, plain())),
+        case("symmetric alibi, causal", small(), [Input::float(&[2])], position(symmetric, causal())),
+        case("symmetric alibi, blocks", blocks(), [Input::between(&[2], 0.0, 0.1)], position(symmetric, plain())),
+        case(
+            "symmetric alibi, unbiased keys",
+            qkv(1, [2, 1], 70, 73, 8, 8),
+            [Input::between(&[2], 0.0, 0.1)],
+            Setup { unbiased_keys: 3, ..position(symmetric, plain()) },
+        ),
+        case("curve", small(), [Input::float(&[10, 2])], position(by_distance, plain())),
+        case("curve, causal", blocks(), [Input::float(&[209, 2])], position(by_distance, causal())),
+        case(
+            "curve, unbiased keys",
+            qkv(2, [4, 2], 70, 140, 8, 8),
+            [Input::float(&[139, 4])],
+            Setup { unbiased_keys: 70, ..position(by_distance, plain()) },
+        ),
+        case(
+            "curve, all keys unbiased",
+            small(),
+            [Input::Float { shape: vec![5, 2], low: -2.0, high: 2.0, grad: false }],
+            Setup { unbiased_keys: 6, ..position(by_distance, plain()) },
+        ),
+        case(
+            "curve of an empty batch",
+            qkv(0, [2, 2], 3, 4, 2, 2),
+            [Input::float(&[6, 2])],
+            position(by_distance, plain()),
+        ),
+        case(
+            "everything, clamped with a sink",
+            blocks(),
+            [
+                Input::float(&[206, 2]),
+                Input::float(&[2, 70, 140]),
+                Input::mask(&[2, 70]),
+                Input::mask(&[2, 140]),
+                Input::mask(&[70, 140]),
+                Input::float(&[2]),
+            ],
+            Setup {
+                bias: Some(4),
+                query_mask: Some(5),
+                key_mask: Some(6),
+                mask: Some(7),
+                mem_keys: 3,
+                unbiased_keys: 3,
+                window: Window::past(90),
+                sink: Some(8),
+                ..position(by_distance, clamp(causal()))
             },
         ),
     ]

@@ -15,6 +15,9 @@ struct Setup {
     key_mask: Option<f64>,
     query_mask: bool,
     bias_by_distance: Option<usize>,
+    unbiased_keys: usize,
+    softclamp: Option<f64>,
+    sink: bool,
 }
 
 fn float(shape: &[usize]) -> Input {
@@ -36,6 +39,7 @@ fn case(name: &str, heads: [usize; 2], [queries, capacity, d, e]: [usize; 4], se
         inputs.push(Input::mask(&[batch, queries]));
     }
     inputs.extend(setup.bias_by_distance.map(|distances| float(&[heads[0], distances])));
+    inputs.extend(setup.sink.then(|| float(&[heads[0]])));
     let reference = setup.clone();
     let run = move |x: &[x_transformers::Tensor]| {
         let mut rest = x[3..].iter();
@@ -49,6 +53,9 @@ fn case(name: &str, heads: [usize; 2], [queries, capacity, d, e]: [usize; 4], se
             key_mask: setup.key_mask.and_then(|_| rest.next()),
             query_mask: setup.query_mask.then(|| rest.next()).flatten(),
             bias_by_distance: setup.bias_by_distance.and_then(|_| rest.next()),
+            unbiased_keys: setup.unbiased_keys,
+            softclamp: setup.softclamp,
+            sink: setup.sink.then(|| rest.next()).flatten(),
         };
         attention_decode(&x[0], &x[1], &x[2], &lengths, &spec)
     };
@@ -65,6 +72,7 @@ impl Setup {
         let key_mask = self.key_mask.map(|_| rest.next().unwrap());
         let query_mask = self.query_mask.then(|| rest.next().unwrap());
         let bias_by_distance = self.bias_by_distance.map(|_| rest.next().unwrap());
+        let sink = self.sink.then(|| rest.next().unwrap());
         Array::from_fn(&[batch, heads, queries, e], |at| {
             let [b, h, i, f] = [at[0], at[1], at[2], at[3]];
             let position = self.prefix_len + self.lengths[b] as usize + i;
@@ -80,19 +88,21 @@ impl Setup {
             };
             let score = |j: usize| {
                 let dot: f64 = (0..d).map(|c| q.at(&[b, h, i, c]) * k.at(&[b, h / group, j, c])).sum();
-                let bias = bias_by_distance.map_or(0.0, |bias_by_distance| {
+                let bias = bias_by_distance.filter(|_| j >= self.unbiased_keys).map_or(0.0, |bias_by_distance| {
                     bias_by_distance.at(&[h, (position - j).min(bias_by_distance.shape[1] - 1)])
                 });
-                0.6 * dot + bias
+                let score = 0.6 * dot + bias;
+                self.softclamp.map_or(score, |bound| bound * (score / bound).tanh())
             };
             let mut kept: Vec<usize> = (0..held).filter(|&j| keeps(j)).collect();
-            let blind = kept.is_empty();
+            let blind = kept.is_empty() && sink.is_none();
             if blind {
                 kept = (0..held).collect();
             }
             let scores: Vec<f64> = kept.iter().map(|&j| if blind { 0.0 } else { score(j) }).collect();
-            let max = scores.iter().copied().fold(f64::MIN, f64::max);
-            let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+            let sink = sink.map(|sink| sink.data[h]);
+            let max = scores.iter().chain(&sink).copied().fold(f64::MIN, f64::max);
+            let sum: f64 = scores.iter().chain(&sink).map(|s| (s - max).exp()).sum();
             kept.iter().zip(&scores).map(|(&j, s)| (s - max).exp() / sum * v.at(&[b, h / group, j, f])).sum()
         })
     }
@@ -121,6 +131,16 @@ pub fn cases() -> Vec<Case> {
         // Sums of 1100 weights, which a GPU adds one by one.
         case("long", [2, 1], [1, 1100, 64, 64], at(&[1099.0, 255.0])).tolerance(2.0),
         case("parts without a key", [1, 1], [1, 800, 8, 8], Setup { window: Window::past(10), ..at(&[700.0]) }),
+        case("clamp", [4, 2], [2, 300, 8, 8], Setup { softclamp: Some(1.5), ..at(&[280.0, 3.0]) }),
+        case("sink", [2, 2], [1, 9, 8, 8], Setup { sink: true, ..at(&[4.0, 8.0]) }),
+        case("sink of several parts", [4, 1], [2, 600, 16, 16], Setup { sink: true, ..at(&[590.0, 0.0]) }),
+        case("sink without a key", [2, 1], [1, 9, 8, 8], Setup { sink: true, key_mask: Some(0.0), ..at(&[4.0, 8.0]) }),
+        case(
+            "everything, clamped with a sink",
+            [2, 2],
+            [2, 600, 17, 9],
+            Setup { unbiased_keys: 2, softclamp: Some(2.5), sink: true, ..full(&[590.0, 300.0, 250.0]) },
+        ),
         case("no features of values", [2, 2], [1, 9, 8, 0], at(&[4.0])),
         case("empty batch", [2, 2], [1, 9, 8, 8], at(&[])),
     ]

@@ -1,0 +1,18 @@
+//! Training by several processes: what ranks exchange, and the sums of their gradients.
+//!
+//! A program is launched once for each rank, by `mpirun` for instance. Every rank has the whole model and a part of each
+//! batch; [`DataParallel`] starts all from the same weights and sums their gradients, so that they stay equal.
+
+mod communicator;
+mod data_parallel;
+mod launcher;
+#[cfg(feature = "mpi")]
+mod mpi;
+
+#[cfg(feature = "mpi")]
+pub use self::mpi::Mpi;
+pub use self::{
+    communicator::{Alone, Communicator},
+    data_parallel::DataParallel,
+    launcher::{Launch, Launcher},
+};
