@@ -53,7 +53,7 @@ enum Class {
 /// Base of an adapter.
 enum Base {
     Pretrained(Box<Pretrained>),
-    Own(Config, BTreeMap<String, Tensor>),
+    Own(Box<Config>, BTreeMap<String, Tensor>),
 }
 
 impl Base {
@@ -67,7 +67,7 @@ impl Base {
             matches!(config.plan()?, ModelPlan::Autoregressive(_)),
             Error::file(path, "is not an AutoregressiveWrapper")
         );
-        Ok(Self::Own(config, weights))
+        Ok(Self::Own(Box::new(config), weights))
     }
 
     fn config(&self) -> Config {
@@ -75,7 +75,7 @@ impl Base {
             Self::Pretrained(pretrained) => {
                 AutoregressiveConfig { net: pretrained.config().clone(), ..Default::default() }.into()
             }
-            Self::Own(config, _) => config.clone(),
+            Self::Own(config, _) => (**config).clone(),
         }
     }
 

@@ -86,6 +86,9 @@ impl<M: TrainModel> fmt::Debug for Trainer<M> {
     }
 }
 
+/// Creates the optimizer of a run.
+type MakeOptimizer<'m> = &'m mut dyn FnMut(&TrainOptions, &ParamMap) -> Result<Box<dyn Optimizer>>;
+
 /// Result of a step.
 #[derive(Clone, Copy, PartialEq, Debug)]
 #[non_exhaustive]
@@ -194,7 +197,7 @@ impl<M: TrainModel> Trainer<M> {
         data: Arc<dyn BatchSource<Batch = M::Batch>>,
         store: ParamStore,
         weights: Option<&BTreeMap<String, Tensor>>,
-        optimizer: &mut dyn FnMut(&TrainOptions, &ParamMap) -> Result<Box<dyn Optimizer>>,
+        optimizer: MakeOptimizer,
     ) -> Result<Self> {
         options.check(M::max_seq_len(&config))?;
         M::check(&config, &options)?;
