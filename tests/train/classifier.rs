@@ -73,8 +73,8 @@ fn classifiers_train_as_in_transformers() -> Result<()> {
             ..Default::default()
         };
         let source = LabelledTexts::new(texts.clone(), texts.clone(), names.len())?;
-        let mut trainer = Trainer::<Classifier>::start_from(config, &weights, options, source, &device())?;
-        let batch = LabelledBatch::of_texts(&texts.iter().collect::<Vec<_>>(), 16)?.to_device(&device())?;
+        let mut trainer = Trainer::<Classifier>::start_from(config, &weights, options, source, device())?;
+        let batch = LabelledBatch::of_texts(&texts.iter().collect::<Vec<_>>(), 16)?.to_device(device())?;
         let logits = trainer.model().logits(&batch.tokens, &batch.mask)?;
         assert!(off(&logits, get("logits"))? < 1e-4, "{name}");
         let mut tape = Tape::train(0);
@@ -111,7 +111,7 @@ fn runs_of_classifiers() -> Result<()> {
     let config = ClassifierConfig::new(net, vec!["x".into(), "y".into(), "z".into()])?;
     let source = || LabelledTexts::new(texts(23), texts(5), 3);
     let options = TrainOptions { steps: 6, batch_size: 4, accumulate: 2, seq_len: 6, ..Default::default() };
-    let start = || Trainer::<Classifier>::start(config.clone(), options.clone(), source()?, &device());
+    let start = || Trainer::<Classifier>::start(config.clone(), options.clone(), source()?, device());
     let (mut whole, mut parts) = (start()?, start()?);
     let run = folder.0.join("run");
     for step in 0..6 {
@@ -119,7 +119,7 @@ fn runs_of_classifiers() -> Result<()> {
         assert_eq!((parts.step()?, report.tokens), (report, 8));
         if step == 2 {
             parts.save(&run)?;
-            parts = Trainer::resume_from(&run, source()?, &device())?;
+            parts = Trainer::resume_from(&run, source()?, device())?;
         }
     }
     let bits = |trainer: &Trainer<Classifier>| -> Result<BTreeMap<String, Vec<f64>>> {
@@ -128,8 +128,8 @@ fn runs_of_classifiers() -> Result<()> {
     assert!(bits(&whole)? == bits(&parts)?);
     parts.save(&run)?;
     assert_eq!(ClassifierConfig::read(&run)?.map(|config| config.labels), Some(config.labels.clone()));
-    let loaded = Classifier::load(&run, DType::F32, &device())?;
-    let batch = source()?.validation_batches(&options.request(0, 0, 32))?.remove(1).to_device(&device())?;
+    let loaded = Classifier::load(&run, DType::F32, device())?;
+    let batch = source()?.validation_batches(&options.request(0, 0, 32))?.remove(1).to_device(device())?;
     // A cut text keeps the token that ends it.
     assert_eq!((batch.tokens.shape()[1], batch.tokens.to_vec::<i64>()?.last()), (6, Some(&3)));
     assert!(
@@ -137,7 +137,7 @@ fn runs_of_classifiers() -> Result<()> {
     );
     // Other data, another model, labels out of range.
     let other = LabelledTexts::new(texts(22), texts(5), 3)?;
-    let message = Trainer::<Classifier>::resume_from(&run, other, &device()).map(drop).unwrap_err().to_string();
+    let message = Trainer::<Classifier>::resume_from(&run, other, device()).map(drop).unwrap_err().to_string();
     assert!(message.contains("labelled texts, 28"), "{message}");
     let message = LabelledTexts::new(texts(5), texts(5), 2).map(drop).unwrap_err().to_string();
     assert!(message.contains("text 3 has the class 2, expected 0 to 1"), "{message}");

@@ -47,7 +47,7 @@ fn adapters_are_trained_on_answers_as_with_peft() -> Result<()> {
     let target_modules = vec!["q_proj".into(), "v_proj".into()];
     let lora = LoraOptions { r: 4, lora_alpha: 8.0, target_modules, ..Default::default() };
     let config = LoraConfig::new(files("llama"), lora, 0)?;
-    let mut trainer = Trainer::<LoraModel>::start(config, options(3), source, &device())?;
+    let mut trainer = Trainer::<LoraModel>::start(config, options(3), source, device())?;
     let named = |start: &str| {
         let named = expected.iter().filter_map(|(name, tensor)| Some((name.strip_prefix(start)?, tensor)));
         named.map(|(name, tensor)| (name.to_string(), tensor.clone())).collect::<std::collections::BTreeMap<_, _>>()
@@ -85,7 +85,7 @@ fn runs_of_adapters() -> Result<()> {
         let lora = LoraOptions { r: 2, use_dora: dora, use_rslora, lora_dropout, ..Default::default() };
         let start = || {
             let config = LoraConfig::new(&base, lora.clone(), 3)?;
-            Trainer::<LoraModel>::start(config, options(6), source(), &device())
+            Trainer::<LoraModel>::start(config, options(6), source(), device())
         };
         let (mut whole, mut parts) = (start()?, start()?);
         let run = folder.0.join("run");
@@ -94,7 +94,7 @@ fn runs_of_adapters() -> Result<()> {
             assert_eq!(parts.step()?, report);
             if step == 2 {
                 parts.save(&run)?;
-                parts = Trainer::resume_from(&run, source(), &device())?;
+                parts = Trainer::resume_from(&run, source(), device())?;
             }
         }
         let bits = |trainer: &Trainer<LoraModel>| -> Result<Vec<Vec<f64>>> {
@@ -105,10 +105,10 @@ fn runs_of_adapters() -> Result<()> {
         let saved = Checkpoint::<LoraConfig>::load_as(&run)?;
         assert!(saved.model.keys().all(|name| name.contains("lora_")), "the base is not saved");
         // Merged, the weights compute what the run does.
-        let tokens = Tensor::arange(16, &device())?.reshape([1, 16])?;
+        let tokens = Tensor::arange(16, device())?.reshape([1, 16])?;
         let logits =
             |model: &AutoregressiveWrapper| model.net.forward(&tokens, &ForwardOptions::default())?.out.to_f64_vec();
-        let (merged, params) = LoraModel::load(&run, DType::F32, &device(), true)?.merged()?;
+        let (merged, params) = LoraModel::load(&run, DType::F32, device(), true)?.merged()?;
         let off = logits(&merged)?.iter().zip(logits(whole.model())?).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
         assert!(off < 1e-4, "{off}");
         assert!(params.get("net.attn_layers.layers.0.1.to_q.weight").is_some());
@@ -147,14 +147,14 @@ fn a_pretrained_model_is_tuned_in_full() -> Result<()> {
             &weights,
             options.clone(),
             source(),
-            &device(),
+            device(),
         )?;
-        let model = pretrained.dequantized().autoregressive(DType::F32, &device())?;
+        let model = pretrained.dequantized().autoregressive(DType::F32, device())?;
         let before = trainer.validate()?;
         let batch = &source().validation_batches(&options.request(0, 0, 40))?;
         let (mut sum, mut targets) = (0.0, 0.0);
         for batch in batch {
-            let moved = x_transformers::train::Batch::to_device(batch, &device())?;
+            let moved = x_transformers::train::Batch::to_device(batch, device())?;
             let count = moved.loss_mask.as_ref().expect("a mask").to_dtype(DType::F32)?.narrow(
                 1,
                 1,
@@ -221,7 +221,7 @@ fn recomputed_steps_have_the_same_bits() -> Result<()> {
     let run = |recompute: bool| -> Result<(Vec<f64>, f64)> {
         let config = LoraConfig::new(files("llama"), lora.clone(), 3)?;
         let options = TrainOptions { recompute, ..options(3) };
-        let mut trainer = Trainer::<LoraModel>::start(config, options, source(), &device())?;
+        let mut trainer = Trainer::<LoraModel>::start(config, options, source(), device())?;
         let mut losses = Vec::new();
         for _ in 0..3 {
             losses.push(trainer.step()?.loss);
