@@ -172,7 +172,7 @@ impl Attention {
         };
         let (q_source, kv_source) = (plan.latent_q.unwrap_or(plan.dim), plan.latent_kv.unwrap_or(plan.dim_context));
         let rope_width = plan.latent_rope * plan.dim_head;
-        let rotateable_k = || Linear::without_bias(&store.at("to_rotateable_k"), plan.dim_context, rope_width);
+        let rotating_k = || Linear::without_bias(&store.at("to_rotateable_k"), plan.dim_context, rope_width);
         let pre_scale = || identity(&store.at("attend.pre_scale_post_talking_heads"), heads);
         let (closed, open) = (Init::Constant(0.0), Init::Constant(1.0));
         let to_v_gate = match plan.gate_values {
@@ -228,7 +228,7 @@ impl Attention {
                 latent("to_latent_q", plan.dim, plan.latent_q)?,
                 latent("to_latent_kv", plan.dim_context, plan.latent_kv)?,
             ],
-            to_rotateable_k: (plan.latent_rope > 0).then(rotateable_k).transpose()?,
+            to_rotateable_k: (plan.latent_rope > 0).then(rotating_k).transpose()?,
             content: ContentBias::new(plan, store)?,
             to_output_gate: plan.output_gate.map(output_gate).transpose()?,
             pre_scale: plan.pre_scale.then(pre_scale).transpose()?,

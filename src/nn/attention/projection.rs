@@ -64,8 +64,8 @@ impl Attention {
     pub(super) fn key_heads(&self, k: &Tensor, source: &Tensor) -> Result<Tensor> {
         let k = self.split_heads(k, self.plan.dim_head)?;
         let Some(to_rotateable_k) = &self.to_rotateable_k else { return Ok(k) };
-        let rotateable = to_rotateable_k.forward(source).context("to_rotateable_k")?;
-        Tensor::cat(&[&k, &self.split_heads(&rotateable, self.plan.dim_head)?], 1)
+        let rotating = to_rotateable_k.forward(source).context("to_rotateable_k")?;
+        Tensor::cat(&[&k, &self.split_heads(&rotating, self.plan.dim_head)?], 1)
     }
 
     /// Applies a rotation to the heads that rotate, the last ones.
