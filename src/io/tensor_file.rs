@@ -579,25 +579,16 @@ impl Metadata {
 
     /// Returns the value, if it is a boolean.
     pub fn as_bool(&self) -> Option<bool> {
-        match self {
-            Self::Bool(value) => Some(*value),
-            _ => None,
-        }
+        if let Self::Bool(value) = self { Some(*value) } else { None }
     }
 
     /// Returns the text, if it is text.
     pub fn as_str(&self) -> Option<&str> {
-        match self {
-            Self::Text(text) => Some(text),
-            _ => None,
-        }
+        if let Self::Text(text) = self { Some(text) } else { None }
     }
 
     /// Returns the values, if it is a list.
     pub fn as_list(&self) -> Option<&[Metadata]> {
-        match self {
-            Self::List(values) => Some(values),
-            _ => None,
-        }
+        if let Self::List(values) = self { Some(values) } else { None }
     }
 }

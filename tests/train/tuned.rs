@@ -142,13 +142,8 @@ fn a_pretrained_model_is_tuned_in_full() -> Result<()> {
         let pretrained = Pretrained::open(files(name))?;
         let (config, weights) = pretrained.state_dict()?;
         let options = TrainOptions { lr: 2e-3, ..options(8) };
-        let mut trainer = Trainer::<AutoregressiveWrapper>::start_from(
-            config.into(),
-            &weights,
-            options.clone(),
-            source(),
-            device(),
-        )?;
+        let mut trainer =
+            Trainer::<AutoregressiveWrapper>::start_from(config.into(), &weights, options.clone(), source(), device())?;
         let model = pretrained.dequantized().autoregressive(DType::F32, device())?;
         let before = trainer.validate()?;
         let batch = &source().validation_batches(&options.request(0, 0, 40))?;
