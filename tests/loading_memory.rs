@@ -5,7 +5,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::{
-        Mutex,
+        Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
 };
@@ -37,10 +37,14 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// Returns the result of a call and its peak of allocated bytes. One at a time: the counters belong to the process.
-fn peak_of<R>(call: impl FnOnce() -> R) -> (R, usize) {
+/// Each test runs by itself, with its files: the counters belong to the process.
+fn alone() -> MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
-    let _one = ONE.lock().unwrap();
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Returns the result of a call and its peak of allocated bytes.
+fn peak_of<R>(call: impl FnOnce() -> R) -> (R, usize) {
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
     let result = call();
@@ -177,6 +181,7 @@ fn load(path: &Path, dtype: DType, file: usize) {
 
 #[test]
 fn loading_peaks_at_the_file_and_the_model() {
+    let _alone = alone();
     let folder = Folder::new("peaks");
     for (dtype, size, kind) in [("F32", 4, DType::F32), ("BF16", 2, DType::F32), ("BF16", 2, DType::BF16)] {
         let file = safetensors(dtype, size);
@@ -199,6 +204,7 @@ fn loading_peaks_at_the_file_and_the_model() {
 /// Weights that a config claims and the file lacks are an error before memory is allocated for them.
 #[test]
 fn claimed_sizes_take_no_memory() {
+    let _alone = alone();
     let folder = Folder::new("claims");
     let small = safetensors("BF16", 2);
     fs::write(folder.0.as_path().join("model.safetensors"), &small).unwrap();
@@ -219,6 +225,7 @@ fn claimed_sizes_take_no_memory() {
 /// Headers that claim what the file does not have.
 #[test]
 fn headers_that_claim_too_much_take_no_memory() {
+    let _alone = alone();
     let huge = u64::MAX / 2;
     let header = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
     let gguf = |tensors: u64, entries: u64, rest: &[u8]| {

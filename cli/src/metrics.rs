@@ -15,8 +15,8 @@ const HEADER: &str = "step,split,loss,bits_per_byte,lr,tokens_per_second";
 /// The table, and the curves that it holds.
 ///
 /// A `train` row holds the loss that step computed before its update, steps counting from 0; a `validation` row holds
-/// the loss after `step` updates, and a row of a score, such as `accuracy`, the score. Losses are in nats per token; a column has them in bits per byte of text, if those are
-/// known.
+/// the loss after `step` updates, and a row of a score, such as `accuracy`, the score. Losses are in nats per token; a
+/// column has them in bits per byte of text, if those are known.
 pub struct Metrics {
     path: PathBuf,
     unit: Unit,
