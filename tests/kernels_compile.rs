@@ -4,10 +4,11 @@
 //!
 //!     XT_ARCHITECTURES=all XT_CUDA_LIBS=$(scripts/install-nvrtc) cargo test --release --test kernels_compile
 //!
-//! `XT_ARCHITECTURES=86,90a` selects cards, `XT_KERNEL=attention` sources whose names contain it. NVRTC needs no GPU;
-//! the PyPI package `nvidia-cuda-nvrtc` is enough, found through `XT_CUDA_LIBS` or a Python on `PATH`. Without it the
-//! test is skipped with a message, unless `XT_REQUIRE_NVRTC=1`. With another version than the table's, for instance
-//! `XT_CUDA_LIBS=$(scripts/install-nvrtc oldest)`, registers are not compared.
+//! `XT_ARCHITECTURES=86,90a` selects cards, `XT_KERNEL=attention` sources whose names contain it, `XT_EVERY=3` every third
+//! variant of each source, the first one included. NVRTC needs no GPU; the PyPI package `nvidia-cuda-nvrtc` is enough,
+//! found through `XT_CUDA_LIBS` or a Python on `PATH`. Without it the test is skipped with a message, unless
+//! `XT_REQUIRE_NVRTC=1`. With another version than the table's, for instance `XT_CUDA_LIBS=$(scripts/install-nvrtc oldest)`,
+//! registers are not compared.
 //!
 //! `XT_BLESS=1` updates the table, except for spills that have risen: fix those, or edit the table by hand if they are
 //! right.
@@ -218,8 +219,14 @@ fn kernels_of_the_example_compile() {
 fn kernels_compile_for_every_card_and_variant() {
     let Some(version) = compiler("kernels_compile_for_every_card_and_variant") else { return };
     let filter = std::env::var("XT_KERNEL").unwrap_or_default();
-    let variants = || sources().flat_map(|source| source.options().into_iter().map(move |options| (source, options)));
-    let jobs: Vec<(&KernelSource, Options, Target)> = variants()
+    let every = std::env::var("XT_EVERY").map_or(1, |text| text.parse().expect("XT_EVERY: a positive number"));
+    let some = |every| {
+        sources()
+            .flat_map(move |source| source.options().into_iter().step_by(every).map(move |options| (source, options)))
+    };
+    let variants = || some(1);
+    println!("{} of {} variants", some(every).count(), variants().count());
+    let jobs: Vec<(&KernelSource, Options, Target)> = some(every)
         .filter(|(source, _)| source.name.contains(&filter))
         .flat_map(|(source, options)| chosen().into_iter().map(move |target| (source, options.clone(), target)))
         .collect();
