@@ -15,7 +15,7 @@ mod common;
 
 use common::device;
 
-/// What the threads share: the bytes that each has to give.
+/// State that the threads share: the bytes that each gives to the others.
 #[derive(Debug)]
 struct Shared {
     given: Mutex<Vec<Vec<u8>>>,
@@ -218,6 +218,22 @@ fn a_parameter_that_one_rank_reaches_counts_as_zero_on_the_others() {
     });
     for grads in results {
         assert_eq!(grads.expect("gradients of half types in f32"), [[12.0, 12.0], [4.0, 4.0]]);
+    }
+}
+
+#[test]
+fn all_ranks_start_from_the_state_of_the_first() {
+    let results = ranks(3, |ranks| {
+        let store = ParamStore::new(0, DType::F32, device());
+        let own = ranks.rank() as f64;
+        let weight = store.param("weight", [2], Init::Constant(own))?;
+        store.tie("tied", &weight)?;
+        let buffer = store.buffer("buffer", Tensor::full([2], 10.0 + own, DType::F32, device())?)?;
+        DataParallel::new(&store.params(), ranks)?;
+        Ok::<_, x_transformers::Error>([weight.tensor().to_vec::<f32>()?, buffer.tensor().to_vec::<f32>()?])
+    });
+    for state in results {
+        assert_eq!(state.expect("the state"), [[0.0; 2], [10.0; 2]]);
     }
 }
 

@@ -6,7 +6,7 @@
     benches/peers/finetune.py [--rounds 5] [--steps 6] [--only lora]     prints the table of benches/results/finetune.md
 
 Both sides train from the same files in f32, with AdamW and two threads, and PyTorch with glibc's malloc told to keep its
-memory. A turn is a process of so many steps, of which the median without the first counts; the turns alternate. SmolLM2 is
+memory. A turn is a process of `--steps` steps; the median of all but the first counts, and turns alternate. SmolLM2 is
 dequantised here and there for full tuning; its adapters train on the packed weights here, and on the dequantised ones there.
 """
 

@@ -66,7 +66,7 @@ pub struct ChatArgs {
     device: String,
 }
 
-/// What a line is.
+/// A line of input.
 enum Line {
     Message(String),
     Reset,
@@ -116,7 +116,7 @@ pub fn run(args: ChatArgs) -> Result<()> {
     let model = source.model(args.types, &device)?;
     let mut chat = Chat { args: &args, source: &source, model, device, turns: Vec::new(), answers: 0 };
     chat.reset();
-    interrupt::listen();
+    interrupt::listen_between_answers();
     let terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
     if terminal {
         note(HELP);

@@ -89,7 +89,7 @@ fn varint(bytes: &mut Vec<u8>, mut value: u64) {
     bytes.push(value as u8);
 }
 
-/// The checksum of a record: CRC-32C, rotated and moved so that a checksum of data with checksums is no trivial one.
+/// The masked CRC-32C of TensorFlow's records: rotated, plus a constant.
 fn masked(bytes: &[u8]) -> u32 {
     crc(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }

@@ -139,7 +139,7 @@ fn model(path: &Path) -> Result<Model> {
         let why = "expected an AutoregressiveWrapper; name a folder that `xt train` wrote";
         return Err(Failure::new(why).within(path));
     }
-    // What does not fit the config is said here.
+    // Weights that do not fit the config are an error here.
     let store = ParamStore::zeros(DType::F32, &Device::Cpu);
     <AutoregressiveWrapper as TrainModel>::build(&config, &store)?;
     store.params().load(&weights).map_err(broken)?;

@@ -9,6 +9,12 @@ static IDLE: AtomicBool = AtomicBool::new(false);
 /// Exit code of a program that SIGINT ended.
 const KILLED: i32 = 130;
 
+/// Listens from now on to stop answers; outside of them Ctrl-C ends the program.
+pub fn listen_between_answers() {
+    IDLE.store(true, Ordering::Relaxed);
+    listen();
+}
+
 /// Listens from now on.
 pub fn listen() {
     let asked = || {

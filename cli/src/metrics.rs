@@ -42,7 +42,7 @@ pub struct Unit {
     pub target: Target,
 }
 
-/// What is predicted.
+/// The target of a model, which names the unit of its loss.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     /// Each token of a text.

@@ -26,7 +26,7 @@ mod with {
 
     /// Tokens of a whole chat, and which of them are the assistant's.
     pub fn chat_turns(tokenizer: &Tokenizer, turns: &[Turn]) -> Result<(Vec<i64>, Vec<bool>)> {
-        // The day that Llama 3 names where there is no clock: a run that is resumed on another day has the same tokens.
+        // The date of Llama 3's template without a clock: a run has the same tokens when it is resumed on another day.
         let now = Some(UNIX_EPOCH + Duration::from_secs(1_721_995_200));
         let ChatTurns { tokens, answers } =
             tokenizer.chat_turns(&messages(turns), &ChatOptions { now, ..ChatOptions::default() })?;

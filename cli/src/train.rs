@@ -65,7 +65,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "PATH", conflicts_with_all = ["config", "dim", "depth", "heads", "set", "resume"])]
     from: Option<PathBuf>,
 
-    /// What the model is trained for: lm (to continue texts), or with --from an encoder such as MiniLM and --jsonl classify or
+    /// Task that the model learns: lm (to continue texts), or with --from an encoder such as MiniLM and --jsonl classify or
     /// regress, on records with `text` and `label`
     #[arg(long, value_enum, default_value = "lm", conflicts_with = "resume")]
     task: Kind,

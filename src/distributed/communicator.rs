@@ -1,10 +1,10 @@
-//! What ranks exchange.
+//! Collective operations of ranks.
 
 use std::fmt;
 
 use crate::{Device, Error, Result, Tensor, error::ensure};
 
-/// The processes of a run, numbered by rank, and what they exchange.
+/// The processes of a run, numbered by rank, and their collective operations.
 ///
 /// Every rank calls the same methods in the same order, with tensors of the same shape and dtype: each call waits for the
 /// others. A tensor of a GPU passes through the memory of the CPU, unless an implementation says otherwise. Sums are added in
@@ -15,7 +15,7 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     /// Returns the number of this process, from 0 to [`size`](Communicator::size) − 1.
     fn rank(&self) -> usize;
 
-    /// Returns the number of processes.
+    /// Returns the number of processes, at least 1.
     fn size(&self) -> usize;
 
     /// Waits until every rank is here.
@@ -87,7 +87,7 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     fn all_reduce(&self, tensor: &Tensor) -> Result<Tensor> {
         tensor.dtype().expect_float("all_reduce")?;
         let count = tensor.numel();
-        let padded = count.next_multiple_of(self.size());
+        let padded = count.next_multiple_of(self.size().max(1));
         let mut values = tensor.detach().contiguous()?.reshape([count])?;
         if padded > count {
             let rest = Tensor::zeros([padded - count], tensor.dtype(), tensor.device())?;
@@ -109,7 +109,7 @@ fn rows(op: &'static str, tensor: &Tensor) -> Result<usize> {
 fn part_of(op: &'static str, tensor: &Tensor, size: usize) -> Result<usize> {
     let rows = rows(op, tensor)?;
     ensure!(
-        rows.is_multiple_of(size),
+        size > 0 && rows.is_multiple_of(size),
         Error::shape(op, format_args!("expected a first size divisible by {size} ranks, got {rows}"))
     );
     Ok(rows / size)

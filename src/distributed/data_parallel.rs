@@ -49,10 +49,11 @@ impl DataParallel {
     /// Errors: ranks whose parameters have other names, shapes or dtypes; a failed transfer.
     pub fn new(params: &ParamMap, ranks: Arc<dyn Communicator>) -> Result<Self> {
         let mut print = FNV1A_START;
-        for (name, param) in params.iter() {
-            let tensor = param.tensor();
+        let mut state = params.state_dict();
+        for (name, tensor) in &state {
             print = fnv1a_from(print, format!("{name} {:?} {}\n", tensor.shape(), tensor.dtype()).as_bytes());
         }
+        ensure!(ranks.size() > 0, Error::argument("data_parallel", "expected at least one rank, got 0"));
         let mut prints = vec![0; 8 * ranks.size()];
         ranks.all_gather_bytes(&print.to_le_bytes(), &mut prints)?;
         let other = prints.chunks_exact(8).position(|other| other != &prints[..8]);
@@ -66,9 +67,10 @@ impl DataParallel {
                 )
             )
         );
-        for (_, param) in params.unique() {
-            param.set(ranks.broadcast(&param.tensor(), 0)?)?;
+        for tensor in state.values_mut() {
+            *tensor = ranks.broadcast(tensor, 0)?;
         }
+        params.load(&state)?;
         Ok(Self { ranks, params: params.unique().map(|(_, param)| param.clone()).collect_vec() })
     }
 

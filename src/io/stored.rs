@@ -168,14 +168,14 @@ fn check_u64(values: &[i64]) -> Parsed<()> {
     }
 }
 
-/// Copies the bytes of a tensor as they lie in the file, which has them.
-pub(super) fn raw(source: &Source, entry: &Entry) -> Reading<Vec<u8>> {
+/// Copies the bytes of a tensor as they lie in the file, at most so many.
+pub(super) fn raw(source: &Source, entry: &Entry, most: usize) -> Reading<Vec<u8>> {
     if entry.strides.is_some() {
         return Err(
             "is a view that is not contiguous, so it has no bytes of its own; save it with `.contiguous()`".into()
         );
     }
-    let size = entry.stored.bytes(entry.shape.numel()).ok_or("is too large")?;
+    let size = entry.stored.bytes(entry.shape.numel()).ok_or("is too large")?.min(most);
     let mut bytes = Vec::new();
     bytes
         .try_reserve_exact(size)

@@ -424,8 +424,13 @@ impl TensorFile {
     /// it was opened; [`ErrorKind::OutOfMemory`].
     pub fn raw(&self, name: &str) -> Result<RawTensor> {
         let entry = self.entry(name)?;
-        let bytes = entry.checked(&self.parts[entry.part], name, stored::raw)?;
-        Ok(RawTensor { stored: entry.stored, shape: entry.shape.to_vec(), bytes })
+        Ok(RawTensor { stored: entry.stored, shape: entry.shape.to_vec(), bytes: self.first_bytes(name, usize::MAX)? })
+    }
+
+    /// Reads at most so many bytes of a tensor; like [`TensorFile::raw`].
+    pub(crate) fn first_bytes(&self, name: &str, most: usize) -> Result<Vec<u8>> {
+        let entry = self.entry(name)?;
+        entry.checked(&self.parts[entry.part], name, |source, entry| stored::raw(source, entry, most))
     }
 
     /// Reads a matrix of a quantised type as it is stored, to the CPU.

@@ -2,11 +2,11 @@
 
 use super::{TransformerWrapper, around::log_probabilities, sampling::best};
 use crate::{
-    DType, Device, Error, Init, Param, ParamStore, Philox, Result, Tensor,
+    DType, Device, Error, Init, Param, ParamStore, Philox, Result, Shape, Tensor,
     collect::CollectVec,
     config::{CriticPlan, MaskedCall, MaskedPlan, TransformerPlan},
     error::{ErrorContext, ensure},
-    nn::{ForwardOptions, Linear},
+    nn::{ForwardOptions, Linear, log_sigmoid},
     sort::sort_by,
 };
 
@@ -34,7 +34,7 @@ enum Critic {
     Other(Box<TransformerWrapper>),
 }
 
-/// What a step of training draws first.
+/// First draws of a step of training.
 pub(super) struct Draws {
     /// Time of each row, from 0, where all is masked, to 1.
     pub times: Vec<f64>,
@@ -111,8 +111,7 @@ impl NonAutoregressiveWrapper {
         let (times, order) = (Philox::new(seed, TIMES), Philox::new(seed, RANKS));
         let mut ranks = vec![0; b * n];
         for row in 0..b {
-            let mut places: Vec<usize> = (row * n..(row + 1) * n).collect_vec();
-            sort_by(&mut places, |&a, &b| order.uniform(a as u64).total_cmp(&order.uniform(b as u64)));
+            let places = in_drawn_order((row * n..(row + 1) * n).collect_vec(), &order);
             places.into_iter().enumerate().for_each(|(rank, at)| ranks[at] = rank);
         }
         let temperature = temperature.unwrap_or_else(|| Philox::new(seed, COINS).uniform(3));
@@ -179,13 +178,10 @@ impl NonAutoregressiveWrapper {
             .collect_vec();
         let generated = (0..b * n).map(|at| if masked[at] { sampled[at] } else { own[at] }).collect_vec();
         let scores = self.judge(critic, &Tensor::from_vec(generated, [b, n], tokens.device())?)?;
-        let labels = (0..b * n).map(|at| f64::from(u8::from(sampled[at] != own[at]))).collect_vec();
-        let labels = Tensor::from_vec(labels, [b, n], tokens.device())?.to_dtype(scores.dtype())?;
-        // −ln sigmoid(±score)
-        let (above, below) = (scores.relu()?, scores.neg()?.relu()?);
-        let power = above.add(&below)?.neg()?.exp()?;
-        let error = above.sub(&scores.mul(&labels)?)?.add(&power.affine(1.0, 1.0)?.ln()?)?.mean(&[])?;
-        loss.add(&error.affine(self.plan.critic_loss_weight, 0.0)?.to_dtype(loss.dtype())?)
+        let signs = (0..b * n).map(|at| if sampled[at] == own[at] { -1.0 } else { 1.0 }).collect_vec();
+        let signs = Tensor::from_vec(signs, [b, n], tokens.device())?.to_dtype(scores.dtype())?;
+        let known = log_sigmoid(&scores.mul(&signs)?)?.mean(&[])?;
+        loss.sub(&known.affine(self.plan.critic_loss_weight, 0.0)?.to_dtype(loss.dtype())?)
     }
 
     /// Returns what self-conditioning adds to the embeddings of tokens, given those of the step before.
@@ -215,8 +211,9 @@ impl NonAutoregressiveWrapper {
     pub fn generate(&self, batch: usize, call: &MaskedCall, seed: u64, options: &ForwardOptions) -> Result<Tensor> {
         options.check_output_only("generate")?;
         let (n, steps, device) = (self.net.plan().max_seq_len, self.plan.steps, &self.device);
-        let mut tokens = vec![self.plan.mask_id; batch * n];
-        let mut masked = vec![true; batch * n];
+        let count = Shape::new(&[batch, n])?.numel();
+        let mut tokens = vec![self.plan.mask_id; count];
+        let mut masked = vec![true; count];
         let mut options = ForwardOptions { return_logits_and_embeddings: true, ..options.clone() };
         let mut last: Option<Tensor> = None;
         for step in 0..steps {
@@ -230,7 +227,7 @@ impl NonAutoregressiveWrapper {
             let temperature = (call.start_temperature * annealing).max(1e-3);
             let noise = Philox::new(seed, NOISE + 2 * step as u64);
             let mut scores = vec![f64::NEG_INFINITY; batch * n];
-            for (at, row) in output.out.to_f64_vec()?.chunks(vocabulary).enumerate() {
+            for (at, row) in output.out.to_f64_vec()?.chunks(vocabulary.max(1)).enumerate() {
                 let mut filtered = vec![f64::NEG_INFINITY; vocabulary];
                 best(row, kept).into_iter().for_each(|token| filtered[token] = row[token]);
                 let sampled = noisy_best(&filtered, temperature, &noise, at * vocabulary);
@@ -264,11 +261,16 @@ impl NonAutoregressiveWrapper {
     }
 }
 
+/// Shuffles places.
+fn in_drawn_order(mut places: Vec<usize>, draws: &Philox) -> Vec<usize> {
+    sort_by(&mut places, |&a, &b| draws.uniform(a as u64).total_cmp(&draws.uniform(b as u64)));
+    places
+}
+
 /// Draws a share of the marked places of each row of `n`.
 fn part(marked: &[bool], n: usize, share: f64, draws: &Philox) -> Vec<usize> {
     let row = |row: usize| {
-        let mut places: Vec<usize> = (row * n..(row + 1) * n).filter(|&at| marked[at]).collect_vec();
-        sort_by(&mut places, |&a, &b| draws.uniform(a as u64).total_cmp(&draws.uniform(b as u64)));
+        let places = in_drawn_order((row * n..(row + 1) * n).filter(|&at| marked[at]).collect_vec(), draws);
         let count = (places.len() as f64 * share).ceil() as usize;
         places.into_iter().take(count)
     };

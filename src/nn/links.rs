@@ -29,7 +29,7 @@ struct Mixture {
     softmax: bool,
 }
 
-/// What a pass over the layers keeps for links.
+/// Tensors of a pass over the layers that later layers read.
 #[derive(Default)]
 pub(super) struct Linked {
     /// Inputs of the sublayers before their skips.

@@ -1,7 +1,5 @@
 //! Products with packed weights, and rows of packed tables.
 
-use std::mem::replace;
-
 use crate::{
     DType, Device, Error, QuantType, Result, Tensor,
     autograd::{Backward, InputGrads, record},
@@ -90,18 +88,18 @@ impl PackedMatrix {
     }
 
     /// Interleaves blocks that are not yet.
-    fn interleaved(mut self) -> Result<Self> {
-        let (row, panels) = (self.row_bytes(), self.rows.next_multiple_of(ROWS));
-        let mut blocks = replace(&mut self.blocks, Tensor::zeros([0, row], DType::Bool, &Device::Cpu)?);
-        if panels > self.rows {
-            let mut whole = Tensor::zeros([panels, row], DType::Bool, &Device::Cpu)?;
-            whole.values_mut::<bool>()?[..self.rows * row].copy_from_slice(blocks.values::<bool>()?);
+    fn interleaved(self) -> Result<Self> {
+        let row = self.row_bytes();
+        let Self { kind, rows, columns, mut blocks } = self;
+        if !rows.is_multiple_of(ROWS) {
+            let mut whole = Tensor::zeros([rows.next_multiple_of(ROWS), row], DType::Bool, &Device::Cpu)?;
+            whole.values_mut::<bool>()?[..rows * row].copy_from_slice(blocks.values::<bool>()?);
             blocks = whole;
         }
         if row > 0 {
-            quantised::interleave(self.kind, row, blocks.values_mut::<bool>()?);
+            quantised::interleave(kind, row, blocks.values_mut::<bool>()?);
         }
-        Ok(Self { blocks, ..self })
+        Ok(Self { kind, rows, columns, blocks })
     }
 
     /// Rounds a float matrix `[out, in]` to a type.

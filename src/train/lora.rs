@@ -92,8 +92,8 @@ impl Base {
             Self::Pretrained(pretrained) => {
                 let file = pretrained.file();
                 for name in file.names() {
-                    let raw = file.raw(name)?;
-                    add(name, &file.info(name).map(|info| info.shape).unwrap_or_default(), &raw.bytes);
+                    let bytes = file.first_bytes(name, PROBE)?;
+                    add(name, &file.info(name).map(|info| info.shape).unwrap_or_default(), &bytes);
                 }
             }
             Self::Own(_, weights) => {

@@ -58,7 +58,7 @@ pub struct Data<B = TokenBatch> {
     pub about: About,
 }
 
-/// What is known about the data of a run.
+/// Tokenizer, sizes and units of the data of a run.
 pub struct About {
     /// Meaning of the tokens; `None` for files of tokens without a tokenizer.
     pub language: Option<Language>,
@@ -70,7 +70,7 @@ pub struct About {
     pub baseline: Option<f64>,
     /// Bytes of text per token of the validation, if known.
     pub bytes_per_token: Option<f64>,
-    /// What is predicted.
+    /// Target of the model.
     pub target: Target,
     /// Tokens with which samples begin.
     pub prompt: Vec<i64>,

@@ -12,7 +12,7 @@ use x_transformers::{
 use super::data::{Data, DataArgs, Own};
 use crate::failure::{Failure, Result};
 
-/// What a model is trained for.
+/// Task that a model learns.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Kind {
     /// Predict each token of a text from those before it

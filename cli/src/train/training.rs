@@ -42,9 +42,9 @@ pub struct Training<'a, T: Task> {
     pub events: Option<Events>,
     pub progress: Progress,
     pub device: Device,
-    /// What is known about the data; without a tokenizer or bytes the run has no samples.
+    /// Tokenizer, sizes and units of the data; without a tokenizer or bytes the run has no samples.
     pub about: About,
-    /// Watches the steps; what is between them is validation and samples.
+    /// Watches the steps; between them are validation and samples.
     pub profiler: Profiler<'a>,
 }
 

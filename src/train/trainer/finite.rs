@@ -1,4 +1,4 @@
-//! What is not finite in a run.
+//! Losses, gradients and parameters that are not finite.
 
 use super::Trainer;
 use crate::{

@@ -43,7 +43,7 @@ fn answers_match_transformers() {
     }
 }
 
-/// What a message spells is text, in an answer too.
+/// The spelling of a special token in a message is text, in an answer too.
 #[test]
 fn answers_cannot_be_forged() {
     let (_folder, tokenizer) = with_template(
