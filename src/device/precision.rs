@@ -6,12 +6,11 @@ use std::sync::atomic::{AtomicU8, Ordering};
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Precision {
-    /// Operands and sums in f32, or as exact: AMX splits each f32 operand into bf16 parts and takes six products of
-    /// those for one. The default.
+    /// Operands and sums in f32. The default.
     #[default]
     Highest,
-    /// GPUs round operands to TF32 (10 mantissa bits), AMX takes three products (16 bits); other processors compute as
-    /// with [`Precision::Highest`]. Sums stay in f32.
+    /// GPUs round operands to TF32 (10 mantissa bits), AMX splits each into two bf16 parts and takes three products of
+    /// those for one (16 bits); other processors compute as with [`Precision::Highest`]. Sums stay in f32.
     High,
     /// AMX rounds operands to bf16 (7 mantissa bits); everything else computes as with [`Precision::High`].
     Medium,

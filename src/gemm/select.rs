@@ -64,7 +64,9 @@ multiply! {
 
 /// Returns the packed kernel for products of one matrix B with this number of rows.
 pub(super) fn kernel<T: Multiply>(rows: usize) -> &'static dyn Packing<T> {
-    let usable = |candidate: &&Candidate<T>| simd::level() >= candidate.level && rows >= candidate.rows;
+    let usable = |candidate: &&Candidate<T>| {
+        simd::level() >= candidate.level && rows >= candidate.rows && candidate.kernel.is_exact_enough()
+    };
     T::candidates().iter().find(usable).map_or(&Fma, |candidate| candidate.kernel)
 }
 

@@ -5,8 +5,8 @@
 //! [`bf16_dot`](super::bf16_dot), A by rows. The instructions are written in assembly, and each piece lists the tile
 //! registers that it changes. Sums stay in them from piece to piece: the compiler has no values that it could put there.
 //!
-//! An operand may have several planes, which add up to it ([`multiply_planes`]): an f32 number is the sum of three bf16
-//! numbers up to its last bit.
+//! An operand may have several planes, which add up to it ([`multiply_planes`]): two bf16 numbers have 16 bits of an f32
+//! number.
 
 use std::arch::asm;
 

@@ -57,6 +57,11 @@ pub(super) trait Packing<T: Float>: Sync {
     /// Returns the number of rows and columns of the panels.
     fn tile(&self) -> Tile;
 
+    /// Returns `true` if its products have the precision that the process asks for.
+    fn is_exact_enough(&self) -> bool {
+        true
+    }
+
     /// Returns the depth of an instruction: blocks are padded with zeros to multiples of it.
     fn kr(&self) -> usize {
         1

@@ -1,6 +1,9 @@
-//! f32 operands split into three bf16 parts each, for [`amx`]: an f32 number is their sum up to its last bit. The
-//! kernel multiplies the parts that matter, smallest products first (Henry et al., "Leveraging the bfloat16 Artificial
+//! f32 operands split into two bf16 parts each, for [`amx`] below full precision: their sum has 16 bits of an f32 number.
+//! The kernel multiplies the parts that matter, smallest products first (Henry et al., "Leveraging the bfloat16 Artificial
 //! Intelligence Datatype For Higher-Precision Computations", <https://arxiv.org/abs/1904.06376>).
+//!
+//! Full precision needs three parts and six products, which on a Sapphire Rapids took as long as multiply-adds or, when
+//! the processor slowed its tiles down, half as long again: there it is left to those.
 
 use half::bf16;
 
@@ -19,21 +22,19 @@ use crate::{
 
 /// Products of parts on tiles.
 ///
-/// [`Precision::Highest`] multiplies the six pairs of parts whose orders add up to at most two: the error is below 2⁻²⁴
-/// of the product. [`Precision::High`] omits the third parts: three pairs, 2⁻¹⁶. [`Precision::Medium`] multiplies only
-/// the first pair, 2⁻⁸.
+/// [`Precision::High`] multiplies all pairs of parts but that of the two small ones: the error is below 2⁻¹⁵ of the
+/// product. [`Precision::Medium`] multiplies only the first pair, 2⁻⁷.
 pub(in crate::gemm) struct Split;
 
 /// Parts of an f32 number.
-pub(in crate::gemm) const PARTS: usize = 3;
+pub(in crate::gemm) const PARTS: usize = 2;
 
 /// Pairs of parts, smallest product first.
 fn products() -> &'static [(usize, usize)] {
-    const PRODUCTS: [(usize, usize); 6] = [(2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0)];
+    const PRODUCTS: [(usize, usize); 3] = [(1, 0), (0, 1), (0, 0)];
     match float32_matmul_precision() {
-        Precision::Highest => &PRODUCTS,
-        Precision::High => &PRODUCTS[3..],
-        Precision::Medium => &PRODUCTS[5..],
+        Precision::Medium => &PRODUCTS[2..],
+        _ => &PRODUCTS,
     }
 }
 
@@ -44,6 +45,10 @@ const ORDINARY: std::ops::Range<f32> = 9.0e-13..1.0e18;
 impl Packing<f32> for Split {
     fn arithmetic(&self) -> Arithmetic {
         Arithmetic::Amx
+    }
+
+    fn is_exact_enough(&self) -> bool {
+        float32_matmul_precision() != Precision::Highest
     }
 
     fn tile(&self) -> Tile {
@@ -101,26 +106,24 @@ fn pack_parts(
         let from = from.from(index * width, 0);
         // Contiguous lines of elements: rows or columns.
         let (lines, length, stride) = if from.col == 1 { (rows, kc, from.row) } else { (kc, rows, from.col) };
-        let (high, rest) = parts.split_at_mut(width * kc);
-        let (middle, low) = rest.split_at_mut(width * kc);
+        let (high, low) = parts.split_at_mut(width * kc);
         for line in 0..lines {
             let place = line * length..(line + 1) * length;
-            let (high, middle, low) = (&mut high[place.clone()], &mut middle[place.clone()], &mut low[place]);
+            let (high, low) = (&mut high[place.clone()], &mut low[place]);
             if from.col == 1 || from.row == 1 {
                 let from = &from.data[line * stride..line * stride + length];
-                let found = split(from, high, middle, low);
+                let found = split(from, high, low);
                 (largest, finite) = (largest.max(found.0), finite & found.1);
             } else {
                 for at in 0..length {
                     let from = &from.data[line * stride + at * from.row..][..1];
-                    let (high, middle, low) = (&mut high[at..=at], &mut middle[at..=at], &mut low[at..=at]);
-                    let found = split(from, high, middle, low);
+                    let found = split(from, &mut high[at..=at], &mut low[at..=at]);
                     (largest, finite) = (largest.max(found.0), finite & found.1);
                 }
             }
         }
         let (row, col) = if from.col == 1 { (length, 1) } else { (1, length) };
-        for (part, to) in [&*high, &*middle, &*low].into_iter().zip(to.chunks_exact_mut(panel)) {
+        for (part, to) in [&*high, &*low].into_iter().zip(to.chunks_exact_mut(panel)) {
             pack(Matrix { data: &part[..lines * length], row, col }, rows, to);
         }
     }
@@ -129,15 +132,13 @@ fn pack_parts(
 
 vectorized! {
     /// Splits f32 numbers into their parts. Returns the largest magnitude, and `true` if all are finite.
-    fn split(from: &[f32], high: &mut [bf16], middle: &mut [bf16], low: &mut [bf16]) -> (f32, bool) {
+    fn split(from: &[f32], high: &mut [bf16], low: &mut [bf16]) -> (f32, bool) {
         let mut largest = 0u32;
-        for (((&x, high), middle), low) in from.iter().zip(high).zip(middle).zip(low) {
+        for ((&x, high), low) in from.iter().zip(high).zip(low) {
             let magnitude = x.to_bits() & 0x7FFF_FFFF;
             largest = if magnitude > largest { magnitude } else { largest };
             *high = <bf16 as Float>::from_acc(x);
-            let rest = x - high.to_acc();
-            *middle = <bf16 as Float>::from_acc(rest);
-            *low = <bf16 as Float>::from_acc(rest - middle.to_acc());
+            *low = <bf16 as Float>::from_acc(x - high.to_acc());
         }
         let largest = f32::from_bits(largest);
         (largest, largest < f32::INFINITY)

@@ -9,11 +9,12 @@ use super::{
     kernels::amx::MR,
     matrix::Matrix,
     pack::{
-        Packing,
+        Arithmetic, Packing,
         bf16::Tiles,
         panels::Fma,
         split::{PARTS, Split},
     },
+    select,
 };
 use crate::{Philox, Result, dtype::Float};
 
@@ -126,21 +127,16 @@ fn amx_products_of_bf16() -> Result<()> {
 fn amx_products_of_split_f32() -> Result<()> {
     every_form(|sizes, turned, bias| {
         let error = Case::<f32>::new(sizes, turned, bias).error(&Split)?;
-        assert!(error <= 4.0e-7, "{sizes:?} {turned:?}: error {error:e}");
+        assert!(error <= 1.6e-5, "{sizes:?} {turned:?}: error {error:e}");
         Ok(())
     })
 }
 
-/// Tests the claim of [`Precision::Highest`](crate::device::Precision::Highest): no worse than multiply-adds.
+/// At the default precision, f32 products are multiply-adds on every processor.
 #[test]
-fn amx_six_products_are_as_exact_as_multiply_adds() -> Result<()> {
-    amx_emulator::install();
-    for k in [512, 2048] {
-        let case = Case::<f32>::new([48, 40, k], [false, true], false);
-        let (tiles, adds) = (case.error(&Split)?, case.error(&Fma)?);
-        assert!(tiles <= adds, "K = {k}: error {tiles:e} against {adds:e}");
-    }
-    Ok(())
+fn full_precision_is_left_to_multiply_adds() {
+    assert!(select::kernel::<f32>(usize::MAX).arithmetic() == Arithmetic::Fma);
+    assert!(!Split.is_exact_enough());
 }
 
 /// Values that tiles cannot represent give the bits of multiply-adds.
