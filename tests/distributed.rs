@@ -280,7 +280,9 @@ impl Drop for Folder {
 
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry"));
-    entries.map(|entry| (entry.file_name().into_string().expect("UTF-8"), fs::read(entry.path()).expect("read"))).collect()
+    entries
+        .map(|entry| (entry.file_name().into_string().expect("UTF-8"), fs::read(entry.path()).expect("read")))
+        .collect()
 }
 
 fn text() -> ByteText {
@@ -366,7 +368,9 @@ fn any_number_of_ranks_goes_on_with_the_next_batches() {
         }
         assert!(files(&saved) == files(&expected), "{sizes:?}");
     }
-    let results = ranks(6, |ranks| Trainer::resume(&saved, text(), device())?.with_ranks(ranks, RankOptions::default()).map(drop));
+    let results = ranks(6, |ranks| {
+        Trainer::resume(&saved, text(), device())?.with_ranks(ranks, RankOptions::default()).map(drop)
+    });
     let message = results.into_iter().next().expect("six").expect_err("refused").to_string();
     assert!(message.contains("5 micro-batches") && message.contains("got 6"), "{message}");
 }
@@ -389,7 +393,7 @@ fn ranks_with_other_options_texts_or_weights_are_refused() {
         ("other weights", |rank| {
             let trainer = begin(options(3, 1, DType::F32))?;
             let (_, param) = trainer.params().iter().next().expect("a parameter");
-            param.set(param.tensor().affine(1.0 + rank as f64, 0.0)?)?;
+            param.set(param.tensor().affine(1.0, rank as f64)?)?;
             Ok(trainer)
         }),
     ];
@@ -434,7 +438,8 @@ fn ranks_that_call_other_methods_are_told() {
 #[test]
 fn guards_agree() {
     let results = ranks(2, |ranks| {
-        let mut trainer = begin(TrainOptions { lr: 1e30, ..options(9, 1, DType::F32) })?.with_ranks(ranks, RankOptions::default())?;
+        let mut trainer =
+            begin(TrainOptions { lr: 1e30, ..options(9, 1, DType::F32) })?.with_ranks(ranks, RankOptions::default())?;
         for _ in 0..9 {
             if let Err(error) = trainer.step() {
                 return Ok(Some(error.to_string()));
@@ -467,4 +472,77 @@ fn optimizers_of_elements_can_be_sharded() {
             assert!(message.contains("needs whole matrices") && message.contains(optimizer.name()), "{message}");
         }
     }
+}
+
+/// A rank whose sums take as long as by a network of this many bytes a second.
+#[derive(Debug)]
+struct Slow {
+    ranks: Arc<dyn Communicator>,
+    rate: f64,
+}
+
+impl Communicator for Slow {
+    fn rank(&self) -> usize {
+        self.ranks.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.ranks.size()
+    }
+
+    fn barrier(&self) -> Result<()> {
+        self.ranks.barrier()
+    }
+
+    fn broadcast_bytes(&self, bytes: &mut [u8], root: usize) -> Result<()> {
+        self.ranks.broadcast_bytes(bytes, root)
+    }
+
+    fn all_gather_bytes(&self, mine: &[u8], all: &mut [u8]) -> Result<()> {
+        self.ranks.all_gather_bytes(mine, all)
+    }
+
+    fn all_to_all_bytes(&self, sent: &[u8], received: &mut [u8]) -> Result<()> {
+        std::thread::sleep(std::time::Duration::from_secs_f64(sent.len() as f64 / self.rate));
+        self.ranks.all_to_all_bytes(sent, received)
+    }
+}
+
+/// Sums go on beside the backward pass. `cargo test --release --test distributed -- --ignored --nocapture` on a quiet machine.
+#[test]
+#[ignore = "measures time"]
+fn overlap_hides_the_time_of_sums() {
+    let seconds = |rate: f64, overlap: bool| {
+        let results = ranks(2, |ranks| {
+            let layers = AttentionLayersConfig { heads: 8, ..AttentionLayersConfig::decoder(512, 12) };
+            let net = TransformerWrapperConfig::new(128, 64, layers);
+            let options = TrainOptions { batch_size: 4, seq_len: 64, ..Default::default() };
+            let trainer = Trainer::new(AutoregressiveConfig { net, ..Default::default() }, options, text(), device())?;
+            let ranks = Arc::new(Slow { ranks, rate });
+            let mut trainer = trainer.with_ranks(ranks, RankOptions { overlap, zero: 0 })?;
+            trainer.step()?;
+            let mut times = Vec::new();
+            for _ in 0..5 {
+                let clock = std::time::Instant::now();
+                trainer.step()?;
+                times.push(clock.elapsed().as_secs_f64());
+            }
+            times.sort_by(f64::total_cmp);
+            Ok::<_, x_transformers::Error>(times[2])
+        });
+        results.into_iter().map(|result| result.expect("steps")).fold(0.0, f64::max)
+    };
+    let [after, beside] = [false, true].map(|overlap| seconds(1e18, overlap));
+    // A network whose sums take half of a step.
+    let bytes = 12.0 * 12.0 * 512.0 * 512.0 * 4.0;
+    let rate = bytes / (0.5 * after);
+    let [slow_after, slow_beside] = [false, true].map(|overlap| seconds(rate, overlap));
+    let (network, hidden) = (slow_after - after, slow_after - slow_beside);
+    println!("without a network {after:.3} s, overlapped {beside:.3} s");
+    println!(
+        "at {:.2} GB/s {slow_after:.3} s, overlapped {slow_beside:.3} s: {:.0} % hidden",
+        rate / 1e9,
+        100.0 * hidden / network
+    );
+    assert!(hidden >= 0.8 * network, "{hidden:.3} s of {network:.3} s");
 }

@@ -93,7 +93,8 @@ impl ScalingArgs {
             step.dtype, self.tflops, self.bandwidth, "cards"
         );
         for stage in 0..=STAGES {
-            text += &format!("  {:>20}", if stage == 0 { "data parallel".to_string() } else { format!("ZeRO {stage}") });
+            text +=
+                &format!("  {:>20}", if stage == 0 { "data parallel".to_string() } else { format!("ZeRO {stage}") });
         }
         text += "  tokens/s\n";
         for &count in &self.cards {
@@ -216,11 +217,15 @@ mod tests {
                 threads.into_iter().map(|thread| thread.join().expect("no panic").expect("steps")).fold(0.0, f64::max)
             });
             let measured = (Device::Cpu.memory().peak - before) as f64 / size as f64;
-            let (_, cost) = Cost::of_model(&config, Sizes { rows: 4, tokens: Some(32) }).expect("a config").expect("a model");
+            let (_, cost) =
+                Cost::of_model(&config, Sizes { rows: 4, tokens: Some(32) }).expect("a config").expect("a model");
             let estimated = Step { params, dtype, cost }.memory(size as f64, zero);
             let ratio = measured / estimated;
             println!("{dtype}, {size} ranks, stage {zero}: {measured:.3e} bytes, estimated {estimated:.3e}");
-            assert!((0.75..1.25).contains(&ratio), "{dtype}, {size} ranks, stage {zero}: {measured:.3e}, {estimated:.3e}");
+            assert!(
+                (0.75..1.25).contains(&ratio),
+                "{dtype}, {size} ranks, stage {zero}: {measured:.3e}, {estimated:.3e}"
+            );
         }
     }
 }

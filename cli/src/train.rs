@@ -12,8 +12,8 @@ use x_transformers::{
     config::{AutoregressiveConfig, Config, ModelPlan, TransformerWrapperConfig, v2},
     models::AutoregressiveWrapper,
     train::{
-        ByteText, Checkpoint, Classifier, ClassifierConfig, LoraConfig, LoraModel, RankOptions, TrainModel, TrainOptions,
-        Trainer,        TrainingState,
+        ByteText, Checkpoint, Classifier, ClassifierConfig, LoraConfig, LoraModel, RankOptions, TrainModel,
+        TrainOptions, Trainer, TrainingState,
     },
 };
 

@@ -49,9 +49,7 @@ impl Bucket {
                     *at
                 }
                 None => {
-                    open.retain(|&(at, _)| {
-                        (buckets[at].dtype, &buckets[at].device) != (value.dtype(), value.device())
-                    });
+                    open.retain(|&(at, _)| (buckets[at].dtype, &buckets[at].device) != (value.dtype(), value.device()));
                     open.push((buckets.len(), value.numel()));
                     let (dtype, device) = (value.dtype(), value.device().clone());
                     buckets.push(Self { params: Vec::new(), dtype, device, parts: Vec::new(), len: 0 });

@@ -13,7 +13,8 @@ use super::{
     bucket::{BUCKET, Bucket},
 };
 use crate::{
-    Device, Error, Gradients, ParamMap, Result, Tape, Tensor, autograd::LeafDone, collect::CollectVec, ordered::OrderedMap, tensor::LeafId,
+    Device, Error, Gradients, ParamMap, Result, Tape, Tensor, autograd::LeafDone, collect::CollectVec,
+    ordered::OrderedMap, tensor::LeafId,
 };
 
 /// Sums of gradients over ranks. Each rank adds its part of every bucket, to which all give theirs, in the order of ranks:
@@ -54,12 +55,7 @@ impl Reducer {
         Self::with_buckets(params, ranks, overlap, BUCKET)
     }
 
-    pub fn with_buckets(
-        params: &ParamMap,
-        ranks: Arc<dyn Communicator>,
-        overlap: bool,
-        most: usize,
-    ) -> Result<Self> {
+    pub fn with_buckets(params: &ParamMap, ranks: Arc<dyn Communicator>, overlap: bool, most: usize) -> Result<Self> {
         let buckets = Arc::new(Bucket::all(params, ranks.size(), most));
         let places = buckets.iter().enumerate().flat_map(|(bucket, Bucket { params, .. })| {
             params.iter().enumerate().map(move |(at, (_, param))| (param.leaf(), (bucket, at)))
@@ -67,7 +63,8 @@ impl Reducer {
         let places = places.collect();
         let of_params = |bucket: &Bucket| bucket.params.len();
         let on_cpu = buckets.iter().all(|bucket| bucket.device == Device::Cpu);
-        let adder = Adder { ranks: ranks.clone(), buckets: buckets.clone(), sums: buckets.iter().map(|_| None).collect() };
+        let adder =
+            Adder { ranks: ranks.clone(), buckets: buckets.clone(), sums: buckets.iter().map(|_| None).collect() };
         let adding = if overlap && on_cpu && ranks.takes_any_thread() && ranks.size() > 1 {
             Adding::Thread(Worker::start(adder)?)
         } else {
@@ -162,7 +159,8 @@ impl Reducer {
     pub fn gather(&self, sums: Sums, grads: &mut Gradients) -> Result<()> {
         for ((bucket, part), reached) in self.buckets.iter().zip(sums.parts).zip(&sums.reached) {
             let whole = bucket.whole(&self.ranks.all_gather(&part)?)?;
-            for (((_, param), grad), _) in bucket.params.iter().zip(whole).zip(reached).filter(|(_, reached)| **reached) {
+            for (((_, param), grad), _) in bucket.params.iter().zip(whole).zip(reached).filter(|(_, reached)| **reached)
+            {
                 grads.replace(param.leaf(), grad);
             }
         }

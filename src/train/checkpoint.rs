@@ -154,10 +154,7 @@ impl<C: Serialize> Checkpoint<C> {
 
     /// Metadata of the files of tensors.
     pub(super) fn metadata(&self) -> BTreeMap<String, String> {
-        BTreeMap::from([
-            ("format".to_string(), "pt".to_string()),
-            ("step".to_string(), self.training.step.to_string()),
-        ])
+        BTreeMap::from([("format".to_string(), "pt".to_string()), ("step".to_string(), self.training.step.to_string())])
     }
 
     /// Saves the checkpoint like [`Checkpoint::save`], with the optimizer's file that `optimizer` writes.

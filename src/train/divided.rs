@@ -35,7 +35,8 @@ impl Divided {
     ///
     /// Errors: those of [`Checkpoint::save`], on all ranks if one could not write.
     pub fn save(&self, checkpoint: &Checkpoint<Value>, folder: &Path, ranks: &dyn Communicator) -> Result<()> {
-        let mut described = self.whole.iter().map(|(name, tensor)| (name.as_str(), tensor.dtype(), *tensor.shape())).collect_vec();
+        let mut described =
+            self.whole.iter().map(|(name, tensor)| (name.as_str(), tensor.dtype(), *tensor.shape())).collect_vec();
         described.extend(self.shapes.iter().map(|(name, (dtype, shape))| (name.as_str(), *dtype, *shape)));
         described.sort_by(|a, b| a.0.cmp(b.0));
         let places = places(Path::new(OPTIMIZER), described, &checkpoint.metadata())?;

@@ -192,7 +192,9 @@ impl Shards {
     /// Gradients of this rank's part from its sums.
     pub fn gradients(&self, sums: Sums) -> Result<Gradients> {
         let mut grads = Gradients::default();
-        for (bucket, (piece, at, shard)) in self.each().filter(|(bucket, (piece, ..))| sums.reached[*bucket][piece.param]) {
+        for (bucket, (piece, at, shard)) in
+            self.each().filter(|(bucket, (piece, ..))| sums.reached[*bucket][piece.param])
+        {
             let part = sums.parts[bucket].narrow(0, *at, piece.len)?;
             grads.replace(shard.leaf(), part.contiguous()?.reshape(*shard.tensor().shape())?);
         }
@@ -204,7 +206,8 @@ impl Shards {
         let mut grads = Gradients::default();
         for (bucket, (piece, _, shard)) in self.each() {
             let (_, param) = &self.buckets[bucket].params[piece.param];
-            let part = given.param(shard).cloned().map(Ok).or_else(|| given.param(param).map(|grad| slice(grad, *piece)));
+            let part =
+                given.param(shard).cloned().map(Ok).or_else(|| given.param(param).map(|grad| slice(grad, *piece)));
             part.transpose()?.into_iter().for_each(|part| grads.replace(shard.leaf(), part));
         }
         Ok(grads)
@@ -388,7 +391,8 @@ impl Shards {
                 }
             }
             for (kind, name) in kinds.iter().enumerate() {
-                let params = (0..bucket.params.len()).filter(|param| number(each * param + 1 + kind) == 1).collect_vec();
+                let params =
+                    (0..bucket.params.len()).filter(|param| number(each * param + 1 + kind) == 1).collect_vec();
                 tensors.push((at, name.clone(), params));
             }
         }

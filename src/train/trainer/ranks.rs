@@ -132,7 +132,9 @@ impl<M: TrainModel> Trainer<M> {
                 size <= accumulate,
                 Error::option(
                     OP,
-                    format_args!("a step of the run has {accumulate} micro-batches, for at most as many ranks; got {size}")
+                    format_args!(
+                        "a step of the run has {accumulate} micro-batches, for at most as many ranks; got {size}"
+                    )
                 )
             );
         } else {
@@ -180,7 +182,8 @@ impl<M: TrainModel> Trainer<M> {
         first.resize(u64::from_le_bytes(length) as usize, 0);
         ranks.broadcast_bytes(&mut first, 0)?;
         let other = serde_json::from_slice(&first).ok();
-        let difference = other.map_or_else(|| Some("speaks another language".to_string()), |first: Value| differs("", &first, &mine));
+        let difference = other
+            .map_or_else(|| Some("speaks another language".to_string()), |first: Value| differs("", &first, &mine));
         // All ranks fail, with the words of the first that differs.
         const ROOM: usize = 1024;
         let mut words = difference.unwrap_or_default().into_bytes();
