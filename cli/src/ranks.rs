@@ -56,7 +56,14 @@ pub fn first<R>(own: impl FnOnce() -> Result<R>, other: impl FnOnce() -> Result<
 /// Has the trainer train with the other processes, and returns it on rank 0; the others return `None` once the run has
 /// ended.
 pub fn share<M: TrainModel>(trainer: Trainer<M>, options: RankOptions) -> Result<Option<Trainer<M>>> {
-    let Some(ranks) = transport::ranks() else { return Ok(Some(trainer)) };
+    let Some(ranks) = transport::ranks() else {
+        return match options.zero {
+            0 => Ok(Some(trainer)),
+            _ => Err(Failure::new(
+                "`--zero` divides memory among several processes, but there is one; start them with `mpirun`",
+            )),
+        };
+    };
     let mut trainer = trainer.with_ranks(ranks, options)?;
     if is_first() {
         return Ok(Some(trainer));
@@ -109,7 +116,7 @@ mod transport {
             atomic::{AtomicU64, Ordering},
         },
         thread,
-        time::{Duration, Instant},
+        time::Duration,
     };
 
     use x_transformers::distributed::{Communicator, Launch, Mpi};
@@ -122,28 +129,23 @@ mod transport {
 
     static RANKS: Mutex<Option<Arc<Watched>>> = Mutex::new(None);
 
-    /// Ranks, and the time since which this one waits for the others.
+    /// Time between two looks at a rank that waits.
+    const TICK: Duration = Duration::from_millis(250);
+
+    /// Ranks, and whether this one waits for the others.
     #[derive(Debug)]
     struct Watched {
         mpi: Mpi,
-        started: Instant,
-        /// Milliseconds from the start to that of the call that is waiting; 0 for none.
-        since: AtomicU64,
+        /// Number of calls that have begun and that have ended: odd while one waits.
+        calls: AtomicU64,
     }
 
     impl Watched {
         fn wait<R>(&self, call: impl FnOnce(&Mpi) -> R) -> R {
-            self.since.store(self.started.elapsed().as_millis() as u64 | 1, Ordering::Relaxed);
+            self.calls.fetch_add(1, Ordering::Relaxed);
             let result = call(&self.mpi);
-            self.since.store(0, Ordering::Relaxed);
+            self.calls.fetch_add(1, Ordering::Relaxed);
             result
-        }
-
-        fn waited(&self) -> Duration {
-            match self.since.load(Ordering::Relaxed) {
-                0 => Duration::ZERO,
-                since => self.started.elapsed().saturating_sub(Duration::from_millis(since)),
-            }
         }
     }
 
@@ -184,14 +186,18 @@ mod transport {
                 Failure::new(format_args!("{VARIABLE}: expected a number of seconds above 0, got `{text}`"))
             })?,
         };
-        let ranks = Arc::new(Watched { mpi: Mpi::new()?, started: Instant::now(), since: AtomicU64::new(0) });
+        let ranks = Arc::new(Watched { mpi: Mpi::new()?, calls: AtomicU64::new(0) });
         let watched = Arc::downgrade(&ranks);
         *lock() = Some(ranks);
         let watch = move || {
+            // Looks at the same call; a process that is stopped does not count the time.
+            let (mut last, mut looks) = (0, 0);
             while let Some(ranks) = watched.upgrade() {
-                let (rank, waited) = (ranks.rank(), ranks.waited());
+                let (rank, call) = (ranks.rank(), ranks.calls.load(Ordering::Relaxed));
                 drop(ranks);
-                if waited >= Duration::from_secs(patience) {
+                looks = if call == last && call % 2 == 1 { looks + 1 } else { 0 };
+                last = call;
+                if TICK * looks >= Duration::from_secs(patience) {
                     // Where even standard error is closed, the exit code has to do. The launcher ends the others.
                     let _ = writeln!(
                         stderr(),
@@ -200,7 +206,7 @@ mod transport {
                     );
                     exit(1);
                 }
-                thread::sleep(Duration::from_millis(250));
+                thread::sleep(TICK);
             }
         };
         let watch = thread::Builder::new().name("xt-watch".to_string()).spawn(watch);
