@@ -329,7 +329,10 @@ fn ranks_write_the_checkpoint_of_one_process() {
                 for (overlap, zero) in [(false, 0), (true, 0), (true, 1), (false, 2), (true, 2)] {
                     let results = ranks(size, |ranks| {
                         let rank = ranks.rank();
-                        let mut trainer = begin(of(all / size))?.with_ranks(ranks, RankOptions { overlap, zero })?;
+                        let mut trainer = begin(of(all / size))?.with_ranks(
+                            ranks,
+                            RankOptions { overlap, zero, bucket: [1, 20_000, 1 << 20][zero as usize] },
+                        )?;
                         go_on(&mut trainer, 3, &folder.at(rank))
                     });
                     results.into_iter().for_each(|result| result.expect("trained"));
@@ -461,12 +464,13 @@ fn optimizers_of_elements_can_be_sharded() {
         let whole = matches!(optimizer, OptimizerKind::Adafactor | OptimizerKind::Muon);
         let results = ranks(3, |ranks| {
             let saved = folder.at(ranks.rank());
-            let mut trainer = of(1)?.with_ranks(ranks, RankOptions { zero: u8::from(!whole), overlap: true })?;
+            let mut trainer = of(1)?.with_ranks(ranks, RankOptions { zero: u8::from(!whole), ..Default::default() })?;
             go_on(&mut trainer, 2, &saved)
         });
         results.into_iter().for_each(|result| result.expect("trained"));
         assert!(files(&folder.at(0)) == files(&folder.at("expected")), "{optimizer}");
-        let results = ranks(2, |ranks| of(1)?.with_ranks(ranks, RankOptions { zero: 2, overlap: true }).map(drop));
+        let results =
+            ranks(2, |ranks| of(1)?.with_ranks(ranks, RankOptions { zero: 2, ..Default::default() }).map(drop));
         for result in results.into_iter().filter(|_| whole) {
             let message = result.expect_err("refused").to_string();
             assert!(message.contains("needs whole matrices") && message.contains(optimizer.name()), "{message}");
@@ -519,7 +523,7 @@ fn overlap_hides_the_time_of_sums() {
             let options = TrainOptions { batch_size: 4, seq_len: 64, ..Default::default() };
             let trainer = Trainer::new(AutoregressiveConfig { net, ..Default::default() }, options, text(), device())?;
             let ranks = Arc::new(Slow { ranks, rate });
-            let mut trainer = trainer.with_ranks(ranks, RankOptions { overlap, zero: 0 })?;
+            let mut trainer = trainer.with_ranks(ranks, RankOptions { overlap, ..Default::default() })?;
             trainer.step()?;
             let mut times = Vec::new();
             for _ in 0..5 {

@@ -50,19 +50,24 @@ impl Step {
         [self.dtype, self.dtype.accumulator()].map(|dtype| dtype.size() as f64)
     }
 
-    /// Bytes that a card holds at most: weights, gradients, the state of AdamW and activations.
-    pub fn memory(&self, cards: f64, stage: u8) -> f64 {
+    /// Bytes that a card holds at most: weights, gradients, the state of AdamW and activations. `bucket`: elements that are
+    /// summed together.
+    pub fn memory(&self, cards: f64, stage: u8, bucket: f64) -> f64 {
         let [float, sum] = self.sizes();
         let master = if float < sum { sum } else { 0.0 };
         let state = self.params * (2.0 * sum + master);
-        // What is given away and comes back.
-        let bucket = 2.0 * sum * BUCKET.min(self.params);
+        // What is given away, what comes back, and their sum.
+        let bucket = 3.0 * sum * bucket.min(self.params);
+        let part = sum * self.params / cards;
+        // Its own weights while they are updated.
+        let own = float * self.params / cards;
+        // After the pass the sums of all are gathered, when its own gradients have been given away.
+        let whole = self.params * float.max(sum);
         let (state, gradients) = match stage {
             _ if cards <= 1.0 => (state, float * self.params),
-            // After the pass the sums of all are gathered, when its own gradients have been given away.
-            0 => (state, self.params * (sum / cards + float.max(sum))),
-            1 => (state / cards, self.params * (sum / cards + float.max(sum))),
-            _ => (state / cards, sum * self.params / cards + bucket),
+            0 => (state, whole + part + bucket),
+            1 => (state / cards, whole + part + own + bucket),
+            _ => (state / cards, part + own + bucket),
         };
         self.params * float + state + gradients + float * self.cost.saved
     }
@@ -103,7 +108,7 @@ impl ScalingArgs {
             let mut seconds = 0.0;
             for stage in 0..=STAGES {
                 seconds = step.seconds(cards, stage, speed, bandwidth);
-                text += &format!("  {:>11} {seconds:>6.2} s", bytes(step.memory(cards, stage) as u64));
+                text += &format!("  {:>11} {seconds:>6.2} s", bytes(step.memory(cards, stage, BUCKET) as u64));
             }
             text += &format!("  {:>8}\n", Short(cards * tokens as f64 / seconds).to_string());
         }
@@ -186,6 +191,8 @@ mod tests {
     #[test]
     fn estimated_memory_is_that_of_ranks() {
         let _alone = MEASURED.lock();
+        // As large as the largest parameter, a small part of the model.
+        const BUCKET: usize = 4 * 384 * 384;
         let net = TransformerWrapperConfig::new(128, 32, AttentionLayersConfig::decoder(384, 4));
         let config = Config::from(AutoregressiveConfig { net, ..Default::default() });
         for (dtype, size, zero) in [
@@ -206,7 +213,7 @@ mod tests {
                 let text = ByteText::from_bytes(vec![b'a'; 4000])?;
                 let trainer = Trainer::new(config.clone(), options, text, &Device::Cpu)?;
                 let ranks = Arc::new(Thread { rank, size, shared: shared.clone() });
-                let mut trainer = trainer.with_ranks(ranks, RankOptions { overlap: false, zero })?;
+                let mut trainer = trainer.with_ranks(ranks, RankOptions { overlap: false, zero, bucket: BUCKET })?;
                 trainer.step()?;
                 trainer.step()?;
                 Ok(trainer.params().numel() as f64)
@@ -219,7 +226,7 @@ mod tests {
             let measured = (Device::Cpu.memory().peak - before) as f64 / size as f64;
             let (_, cost) =
                 Cost::of_model(&config, Sizes { rows: 4, tokens: Some(32) }).expect("a config").expect("a model");
-            let estimated = Step { params, dtype, cost }.memory(size as f64, zero);
+            let estimated = Step { params, dtype, cost }.memory(size as f64, zero, BUCKET as f64);
             let ratio = measured / estimated;
             println!("{dtype}, {size} ranks, stage {zero}: {measured:.3e} bytes, estimated {estimated:.3e}");
             assert!(

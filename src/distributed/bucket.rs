@@ -4,9 +4,6 @@ use crate::{
     DType, Device, Gradients, Param, ParamMap, Result, Tensor, collect::CollectVec, ops::adamw::CHUNK, sort::sort_by,
 };
 
-/// Elements that are summed together: 32 MB of f32.
-pub(super) const BUCKET: usize = 8 << 20;
-
 /// Parameters of one dtype and device. Their elements, one after another, are cut into a part for each rank: at
 /// multiples of [`CHUNK`] within a parameter, so that norms over parts have the sums of norms over whole parameters.
 #[derive(Debug)]
@@ -83,7 +80,10 @@ impl Bucket {
     }
 
     fn laid_out(&self, dtype: DType, piece: impl Fn(&Piece) -> Result<Option<Tensor>>) -> Result<Tensor> {
-        let tensors = self.parts.iter().map(|part| self.part(part, dtype, &piece)).try_collect_vec()?;
+        let mut tensors = Vec::new();
+        for part in &self.parts {
+            self.lay(part, dtype, &piece, &mut tensors)?;
+        }
         Tensor::cat(&tensors.iter().collect_vec(), 0)
     }
 
@@ -94,19 +94,27 @@ impl Bucket {
         dtype: DType,
         piece: impl Fn(&Piece) -> Result<Option<Tensor>>,
     ) -> Result<Tensor> {
+        let mut tensors = Vec::new();
+        self.lay(part, dtype, &piece, &mut tensors)?;
+        Tensor::cat(&tensors.iter().collect_vec(), 0)
+    }
+
+    fn lay(
+        &self,
+        part: &[Piece],
+        dtype: DType,
+        piece: &dyn Fn(&Piece) -> Result<Option<Tensor>>,
+        tensors: &mut Vec<Tensor>,
+    ) -> Result<()> {
         let none = |len: usize| Tensor::full([len], -0.0, dtype, &self.device);
-        let mut tensors = Vec::with_capacity(part.len() + 1);
         for at in part {
-            tensors.push(match piece(at)? {
-                Some(tensor) => tensor,
-                None => none(at.len)?,
-            });
+            tensors.push(piece(at)?.map_or_else(|| none(at.len), Ok)?);
         }
         let used: usize = part.iter().map(|piece| piece.len).sum();
-        if used < self.len || tensors.is_empty() {
+        if used < self.len || part.is_empty() {
             tensors.push(none(self.len - used)?);
         }
-        Tensor::cat(&tensors.iter().collect_vec(), 0)
+        Ok(())
     }
 
     /// Returns the place of each piece of a part in the part.

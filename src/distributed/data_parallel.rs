@@ -5,7 +5,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::{Communicator, reducer::Reducer};
+use super::{
+    Communicator,
+    reducer::{BUCKET, Reducer},
+};
 use crate::{
     Error, Gradients, ParamMap, Result,
     error::ensure,
@@ -62,7 +65,7 @@ impl DataParallel {
             *tensor = ranks.broadcast(tensor, 0)?;
         }
         params.load(&state)?;
-        let reducer = Mutex::new(Reducer::new(params, ranks.clone(), false)?);
+        let reducer = Mutex::new(Reducer::new(params, ranks.clone(), false, BUCKET)?);
         Ok(Self { ranks, reducer })
     }
 

@@ -16,7 +16,7 @@ pub use self::mpi::Mpi;
 pub(crate) use self::{
     bucket::{Bucket, Piece},
     data_parallel::agree,
-    reducer::{Reducer, Sums},
+    reducer::{BUCKET, Reducer, Sums},
 };
 pub use self::{
     communicator::{Alone, Communicator},

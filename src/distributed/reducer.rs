@@ -8,14 +8,14 @@ use std::{
     thread::{Builder, JoinHandle},
 };
 
-use super::{
-    Communicator,
-    bucket::{BUCKET, Bucket},
-};
+use super::{Communicator, bucket::Bucket};
 use crate::{
     Device, Error, Gradients, ParamMap, Result, Tape, Tensor, autograd::LeafDone, collect::CollectVec,
     ordered::OrderedMap, tensor::LeafId,
 };
+
+/// Elements that are summed together unless told otherwise: 32 MB of f32.
+pub(crate) const BUCKET: usize = 8 << 20;
 
 /// Sums of gradients over ranks. Each rank adds its part of every bucket, to which all give theirs, in the order of ranks:
 /// N ranks that add M rounds have the bits of one process that adds N · M gradients.
@@ -50,12 +50,8 @@ enum Adding {
 }
 
 impl Reducer {
-    /// `overlap`: add while the backward pass runs.
-    pub fn new(params: &ParamMap, ranks: Arc<dyn Communicator>, overlap: bool) -> Result<Self> {
-        Self::with_buckets(params, ranks, overlap, BUCKET)
-    }
-
-    pub fn with_buckets(params: &ParamMap, ranks: Arc<dyn Communicator>, overlap: bool, most: usize) -> Result<Self> {
+    /// `overlap`: add while the backward pass runs. `most`: elements of a bucket.
+    pub fn new(params: &ParamMap, ranks: Arc<dyn Communicator>, overlap: bool, most: usize) -> Result<Self> {
         let buckets = Arc::new(Bucket::all(params, ranks.size(), most));
         let places = buckets.iter().enumerate().flat_map(|(bucket, Bucket { params, .. })| {
             params.iter().enumerate().map(move |(at, (_, param))| (param.leaf(), (bucket, at)))

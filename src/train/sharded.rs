@@ -12,7 +12,7 @@ use super::{Optimizer, StepInfo, divided::Divided, optimizer::check};
 use crate::{
     DType, Device, Error, ErrorKind, Gradients, Param, ParamMap, ParamStore, Result, Tensor,
     collect::CollectVec,
-    distributed::{Bucket, Communicator, Piece, Reducer, Sums},
+    distributed::{BUCKET, Bucket, Communicator, Piece, Reducer, Sums},
     error::ensure,
     ops::adamw::{CHUNK, square_norms},
     ordered::OrderedMap,
@@ -73,13 +73,23 @@ impl Sharded {
     /// Errors: [`Adafactor`](super::Adafactor) and [`Muon`](super::Muon), which need whole matrices; a state of other
     /// parameters; out of memory.
     pub fn new(params: &ParamMap, ranks: Arc<dyn Communicator>, optimizer: Box<dyn Optimizer>) -> Result<Self> {
+        Self::by_buckets(params, ranks, optimizer, BUCKET)
+    }
+
+    /// `most`: elements of a bucket.
+    pub(super) fn by_buckets(
+        params: &ParamMap,
+        ranks: Arc<dyn Communicator>,
+        optimizer: Box<dyn Optimizer>,
+        most: usize,
+    ) -> Result<Self> {
         let json = optimizer.to_json();
         let name = json["name"].as_str().unwrap_or_default();
         ensure!(
             !matches!(name, "adafactor" | "muon"),
             Error::option("zero", format_args!("{name} needs whole matrices; use adamw, lion or sgd"))
         );
-        let reducer = Reducer::new(params, ranks, false)?;
+        let reducer = Reducer::new(params, ranks, false, most)?;
         let shards = Arc::new(Shards::new(params, &reducer)?);
         let state = optimizer.state_dict()?;
         let mut sharded = Self { optimizer, shards, reducer: Mutex::new(reducer) };

@@ -8,7 +8,7 @@ use super::Trainer;
 use crate::{
     Device, Error, Gradients, Result, Tape, Tensor,
     collect::CollectVec,
-    distributed::{Communicator, Reducer, agree},
+    distributed::{BUCKET, Communicator, Reducer, agree},
     error::ensure,
     hash::{FNV1A_START, fnv1a_from},
     train::{Sharded, TrainModel, sharded::Shards},
@@ -23,11 +23,13 @@ pub struct RankOptions {
     /// Stage of ZeRO: with 1 each rank keeps its part of the optimizer's state, with 2 of the summed gradients too; see
     /// [`Sharded`]. Default 0.
     pub zero: u8,
+    /// Gradients of as many elements are summed together, or those of one parameter. Default 8,388,608: 32 MB of f32.
+    pub bucket: usize,
 }
 
 impl Default for RankOptions {
     fn default() -> Self {
-        Self { overlap: true, zero: 0 }
+        Self { overlap: true, zero: 0, bucket: BUCKET }
     }
 }
 
@@ -117,9 +119,9 @@ impl<M: TrainModel> Trainer<M> {
     pub fn with_ranks(mut self, ranks: Arc<dyn Communicator>, options: RankOptions) -> Result<Self> {
         const OP: &str = "ranks";
         let size = ranks.size();
-        let RankOptions { overlap, zero } = options;
+        let RankOptions { overlap, zero, bucket } = options;
         ensure!(zero <= 2, Error::option("zero", format_args!("expected 0, 1 or 2, got {zero}")));
-        self.same_as_first(&*ranks, zero)?;
+        self.same_as_first(&*ranks, options)?;
         let mut print = FNV1A_START;
         for (name, tensor) in self.params.state_dict() {
             print = fnv1a_from(print, name.as_bytes());
@@ -147,11 +149,11 @@ impl<M: TrainModel> Trainer<M> {
         }
         let mut shards = None;
         if zero > 0 {
-            let sharded = Sharded::new(&self.params, ranks.clone(), self.optimizer)?;
+            let sharded = Sharded::by_buckets(&self.params, ranks.clone(), self.optimizer, bucket)?;
             shards = (zero == 2).then(|| sharded.shards().clone());
             self.optimizer = Box::new(sharded);
         }
-        let reducer = Reducer::new(&self.params, ranks, overlap)?;
+        let reducer = Reducer::new(&self.params, ranks, overlap, bucket)?;
         let reducer = Some(if zero == 2 { reducer.eagerly() } else { reducer });
         self.ranks = Ranks { reducer, shards, resumed, ..Ranks::default() };
         Ok(self)
@@ -163,13 +165,14 @@ impl<M: TrainModel> Trainer<M> {
     }
 
     /// Fails unless all ranks are to do the same; says what differs.
-    fn same_as_first(&self, ranks: &dyn Communicator, zero: u8) -> Result<()> {
+    fn same_as_first(&self, ranks: &dyn Communicator, options: RankOptions) -> Result<()> {
         let mut mine = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "model": M::config_to_json(&self.config),
             "checkpoint": json!(self.state()),
             "optimizer": self.optimizer.to_json(),
-            "zero": zero,
+            "zero": options.zero,
+            "bucket": options.bucket,
         });
         // By names of their own, so that a message is about the option.
         for key in ["options", "data"] {
