@@ -1,13 +1,19 @@
 //! Ranks as threads of one process: what they exchange, and sums of gradients with the bits of one process that
 //! accumulates. `scripts/check-mpi` does the same with processes of MPI.
 
-use std::sync::{Arc, Barrier, Mutex};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::{Arc, Barrier, Mutex},
+};
 
 use x_transformers::{
     DType, Device, ErrorKind, Gradients, Init, Param, ParamStore, Philox, Result, Tape, Tensor,
-    config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
+    config::{AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     distributed::{Alone, Communicator, DataParallel},
     models::{AutoregressiveWrapper, ForwardOptions},
+    train::{ByteText, OptimizerKind, RankOptions, TrainOptions, Trainer},
 };
 
 #[path = "common/mod.rs"]
@@ -247,5 +253,227 @@ fn ranks_with_other_parameters_are_refused() {
     for result in results {
         let message = result.expect_err("refused").to_string();
         assert!(message.contains("rank 2 has parameters of other names, shapes or dtypes"), "{message}");
+    }
+}
+
+/// Folder that is removed at the end.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("xt-ranks-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).expect("a folder");
+        Self(path)
+    }
+
+    fn at(&self, name: impl std::fmt::Display) -> PathBuf {
+        self.0.join(name.to_string())
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry"));
+    entries
+        .map(|entry| (entry.file_name().into_string().expect("UTF-8"), fs::read(entry.path()).expect("read")))
+        .collect()
+}
+
+fn text() -> ByteText {
+    ByteText::from_bytes((0..4000u32).map(|i| b' ' + (i * i % 61 + i % 7) as u8).collect::<Vec<u8>>()).expect("a text")
+}
+
+fn options(steps: u64, accumulate: usize, dtype: DType) -> TrainOptions {
+    let options = TrainOptions { steps, accumulate, dtype, warmup: 2, ..Default::default() };
+    TrainOptions { batch_size: 2, seq_len: LENGTH, ema_decay: Some(0.9), clip: 0.3, shuffle: true, ..options }
+}
+
+/// A run with dropout. Its parameters have more elements than a chunk together.
+fn begin(options: TrainOptions) -> Result<Trainer> {
+    let attn = AttentionConfig { dropout: 0.2, ..Default::default() };
+    let layers = AttentionLayersConfig { heads: 2, attn, ..AttentionLayersConfig::decoder(64, 2) };
+    let net = TransformerWrapperConfig::new(128, LENGTH, layers);
+    Trainer::new(AutoregressiveConfig { net, ..Default::default() }, options, text(), device())
+}
+
+/// Steps until a number are done, a validation, and a checkpoint.
+fn go_on(trainer: &mut Trainer, steps: u64, folder: &Path) -> Result<()> {
+    while trainer.steps_done() < steps {
+        trainer.step()?;
+    }
+    trainer.validate()?;
+    trainer.save(folder)
+}
+
+#[test]
+fn ranks_write_the_checkpoint_of_one_process() {
+    let folder = Folder::new("bits");
+    for (dtype, recompute) in [(DType::F32, false), (DType::F32, true), (DType::BF16, false), (DType::F16, false)] {
+        // Micro-batches of a step, and ranks that share them.
+        for (all, sizes) in [(2, &[1, 2][..]), (6, &[1, 2, 3]), (5, &[1])] {
+            if all != 6 && dtype != DType::F32 {
+                continue;
+            }
+            let expected = folder.at("expected");
+            let of = |accumulate| TrainOptions { recompute, ..options(3, accumulate, dtype) };
+            go_on(&mut begin(of(all)).expect("a run"), 3, &expected).expect("trained");
+            let expected = files(&expected);
+            assert_eq!(expected.len(), 4);
+            for &size in sizes {
+                for (overlap, zero) in [(false, 0), (true, 0), (true, 1), (false, 2), (true, 2)] {
+                    let results = ranks(size, |ranks| {
+                        let rank = ranks.rank();
+                        let mut trainer = begin(of(all / size))?.with_ranks(
+                            ranks,
+                            RankOptions { overlap, zero, bucket: [1, 20_000, 1 << 20][zero as usize] },
+                        )?;
+                        go_on(&mut trainer, 3, &folder.at(rank))
+                    });
+                    results.into_iter().for_each(|result| result.expect("trained"));
+                    let same = files(&folder.at(0)) == expected;
+                    let how = format!("overlap {overlap}, ZeRO {zero}, recompute {recompute}");
+                    assert!(same, "{dtype}, {all} micro-batches, {size} ranks, {how}");
+                    assert!((1..size).all(|rank| !folder.at(rank).exists()), "rank 0 alone writes");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn any_number_of_ranks_goes_on_with_the_next_batches() {
+    let folder = Folder::new("resumed");
+    let (expected, saved) = (folder.at("expected"), folder.at("saved"));
+    go_on(&mut begin(options(6, 5, DType::F32)).expect("a run"), 6, &expected).expect("trained");
+    // The validation of the pause counts too.
+    let mut one = begin(options(6, 5, DType::F32)).expect("a run");
+    go_on(&mut one, 2, &saved).expect("trained");
+    go_on(&mut one, 4, &saved).expect("trained");
+    go_on(&mut one, 6, &expected).expect("trained");
+    for sizes in [[2, 3], [5, 1], [4, 2]] {
+        let mut one = begin(options(6, 5, DType::F32)).expect("a run");
+        go_on(&mut one, 2, &saved).expect("trained");
+        for (size, steps) in sizes.into_iter().zip([4, 6]) {
+            let results = ranks(size, |ranks| {
+                let mut trainer = Trainer::resume(&saved, text(), device())?;
+                // All have read before any writes.
+                ranks.barrier()?;
+                trainer = trainer.with_ranks(ranks, RankOptions { zero: steps as u8 % 3, ..Default::default() })?;
+                go_on(&mut trainer, steps, &saved)
+            });
+            results.into_iter().for_each(|result| result.expect("trained"));
+        }
+        assert!(files(&saved) == files(&expected), "{sizes:?}");
+    }
+    let results = ranks(6, |ranks| {
+        Trainer::resume(&saved, text(), device())?.with_ranks(ranks, RankOptions::default()).map(drop)
+    });
+    let message = results.into_iter().next().expect("six").expect_err("refused").to_string();
+    assert!(message.contains("5 micro-batches") && message.contains("got 6"), "{message}");
+}
+
+#[test]
+fn ranks_with_other_options_texts_or_weights_are_refused() {
+    type Change = fn(usize) -> Result<Trainer>;
+    let cases: [(&str, Change); 4] = [
+        ("`options.lr` = 0.5, rank 0 0.001", |rank| {
+            let lr = if rank == 1 { 0.5 } else { 1e-3 };
+            begin(TrainOptions { lr, ..options(3, 1, DType::F32) })
+        }),
+        ("`options.accumulate` = 2, rank 0 1", |rank| begin(options(3, 1 + rank, DType::F32))),
+        ("`data.fingerprint`", |rank| {
+            let config = AttentionLayersConfig { heads: 1, ..AttentionLayersConfig::decoder(8, 1) };
+            let text = ByteText::from_bytes([b'a' + rank as u8; 400].to_vec())?;
+            let net = TransformerWrapperConfig::new(256, LENGTH, config);
+            Trainer::new(AutoregressiveConfig { net, ..Default::default() }, options(3, 1, DType::F32), text, device())
+        }),
+        ("other weights", |rank| {
+            let trainer = begin(options(3, 1, DType::F32))?;
+            let (_, param) = trainer.params().iter().next().expect("a parameter");
+            param.set(param.tensor().affine(1.0, rank as f64)?)?;
+            Ok(trainer)
+        }),
+    ];
+    for (expected, change) in cases {
+        for result in ranks(2, |ranks| change(ranks.rank())?.with_ranks(ranks, RankOptions::default()).map(drop)) {
+            let message = result.expect_err("refused").to_string();
+            assert!(message.contains("rank 1") && message.contains(expected), "{expected}: {message}");
+        }
+    }
+}
+
+#[test]
+fn followers_do_what_the_first_does() {
+    let folder = Folder::new("follow");
+    go_on(&mut begin(options(3, 2, DType::F32)).expect("a run"), 3, &folder.at("expected")).expect("trained");
+    let results = ranks(2, |ranks| {
+        let mut trainer = begin(options(3, 1, DType::F32))?.with_ranks(ranks.clone(), RankOptions::default())?;
+        if ranks.rank() == 0 {
+            go_on(&mut trainer, 3, &folder.at("saved"))?;
+            assert!(trainer.asked_to_stop(), "the other rank was asked");
+            trainer.end_ranks()?;
+        } else {
+            trainer.follow(&|| true)?;
+        }
+        Ok::<_, x_transformers::Error>(trainer.steps_done())
+    });
+    assert_eq!(results.into_iter().map(|steps| steps.expect("trained")).collect::<Vec<_>>(), [3, 3]);
+    assert!(files(&folder.at("saved")) == files(&folder.at("expected")));
+}
+
+#[test]
+fn ranks_that_call_other_methods_are_told() {
+    let results = ranks(2, |ranks| {
+        let mut trainer = begin(options(3, 1, DType::F32))?.with_ranks(ranks.clone(), RankOptions::default())?;
+        if ranks.rank() == 0 { trainer.end_ranks() } else { trainer.step().map(drop) }
+    });
+    let message = results[1].as_ref().expect_err("refused").to_string();
+    assert!(message.contains("rank 0 called end_ranks, but rank 1 step"), "{message}");
+}
+
+/// Gradients that overflow in a single rank's batch are skipped on all, and a loss that is not finite ends all.
+#[test]
+fn guards_agree() {
+    let results = ranks(2, |ranks| {
+        let mut trainer =
+            begin(TrainOptions { lr: 1e30, ..options(9, 1, DType::F32) })?.with_ranks(ranks, RankOptions::default())?;
+        for _ in 0..9 {
+            if let Err(error) = trainer.step() {
+                return Ok(Some(error.to_string()));
+            }
+        }
+        Ok::<_, x_transformers::Error>(None)
+    });
+    let said: Vec<_> = results.into_iter().map(|result| result.expect("no other error").expect("not finite")).collect();
+    assert_eq!(said[0], said[1]);
+}
+
+#[test]
+fn optimizers_of_elements_can_be_sharded() {
+    let folder = Folder::new("optimizers");
+    let kinds = [OptimizerKind::Sgd, OptimizerKind::Lion, OptimizerKind::Adafactor, OptimizerKind::Muon];
+    for optimizer in kinds {
+        let of = |accumulate| begin(TrainOptions { optimizer, ..options(2, accumulate, DType::F32) });
+        go_on(&mut of(3).expect("a run"), 2, &folder.at("expected")).expect("trained");
+        let whole = matches!(optimizer, OptimizerKind::Adafactor | OptimizerKind::Muon);
+        let results = ranks(3, |ranks| {
+            let saved = folder.at(ranks.rank());
+            let mut trainer = of(1)?.with_ranks(ranks, RankOptions { zero: u8::from(!whole), ..Default::default() })?;
+            go_on(&mut trainer, 2, &saved)
+        });
+        results.into_iter().for_each(|result| result.expect("trained"));
+        assert!(files(&folder.at(0)) == files(&folder.at("expected")), "{optimizer}");
+        let results =
+            ranks(2, |ranks| of(1)?.with_ranks(ranks, RankOptions { zero: 2, ..Default::default() }).map(drop));
+        for result in results.into_iter().filter(|_| whole) {
+            let message = result.expect_err("refused").to_string();
+            assert!(message.contains("needs whole matrices") && message.contains(optimizer.name()), "{message}");
+        }
     }
 }

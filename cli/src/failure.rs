@@ -70,6 +70,9 @@ impl fmt::Display for Failure {
 
 /// Says something on standard error that does not end the command.
 pub fn warn(text: impl fmt::Display) {
+    if !crate::ranks::is_first() {
+        return;
+    }
     // Where even standard error is closed there is nobody to tell.
     let _ = writeln!(io::stderr(), "xt: warning: {}", one_line(&text.to_string()));
 }

@@ -28,13 +28,18 @@ impl Run {
     ///
     /// Errors: another one is writing into it.
     pub fn find(dir: &Path) -> Result<Self> {
-        let parent = dir.parent().filter(|_| dir.ends_with(CHECKPOINT) && dir.is_dir());
-        let mut run = Self { dir: parent.unwrap_or(dir).to_path_buf(), lock: None };
+        let mut run = Self::unlocked(dir);
         if run.dir.is_dir() {
             run.lock()?;
             replacement::settle(&run)?;
         }
         Ok(run)
+    }
+
+    /// The run in a folder, or that of a checkpoint, which another process has locked.
+    pub fn unlocked(dir: &Path) -> Self {
+        let parent = dir.parent().filter(|_| dir.ends_with(CHECKPOINT) && dir.is_dir());
+        Self { dir: parent.unwrap_or(dir).to_path_buf(), lock: None }
     }
 
     fn lock(&mut self) -> Result<()> {

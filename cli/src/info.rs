@@ -20,6 +20,7 @@ use crate::{
     files,
     keywords::KeywordArgs,
     progress::{bytes, operations},
+    scaling::{ScalingArgs, Step},
     unused::StrictArgs,
 };
 
@@ -48,6 +49,9 @@ pub struct InfoArgs {
     /// Sequence length, in tokens [default: the model's max_seq_len, or 1024 if it has none]
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
     seq_len: Option<u32>,
+
+    #[command(flatten)]
+    scaling: ScalingArgs,
 }
 
 pub fn run(args: InfoArgs) -> Result<()> {
@@ -67,7 +71,14 @@ pub fn run(args: InfoArgs) -> Result<()> {
     }
     let sizes = Sizes { rows: args.batch_size as usize, tokens: args.seq_len.map(|tokens| tokens as usize) };
     match Cost::of_model(&config, sizes).map_err(broken)? {
-        Some((batch, cost)) => print(step(&params, batch, cost)),
+        Some((batch, cost)) => {
+            print(step(&params, batch, cost))?;
+            if args.scaling.is_empty() {
+                return Ok(());
+            }
+            let step = Step { params: params.numel() as f64, dtype: DType::BF16, cost };
+            print(args.scaling.table(&step, batch.rows * batch.tokens))
+        }
         None => Ok(()),
     }
 }

@@ -31,10 +31,12 @@ mod plot;
 mod profiler;
 mod progress;
 mod quantize;
+mod ranks;
 mod replacement;
 mod run;
 mod sample;
 mod sampling;
+mod scaling;
 mod source;
 mod stored;
 mod text;
@@ -146,7 +148,7 @@ fn main() -> ExitCode {
         Ok(()) | Err(Failure::ClosedPipe) => ExitCode::SUCCESS,
         Err(failure) => {
             // Where even standard error is closed, the exit code has to do.
-            let _ = writeln!(io::stderr(), "xt: {failure}");
+            ranks::fail(&failure, |line| drop(writeln!(io::stderr(), "xt: {line}")));
             ExitCode::FAILURE
         }
     }

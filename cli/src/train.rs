@@ -12,8 +12,8 @@ use x_transformers::{
     config::{AutoregressiveConfig, Config, ModelPlan, TransformerWrapperConfig, v2},
     models::AutoregressiveWrapper,
     train::{
-        ByteText, Checkpoint, Classifier, ClassifierConfig, LoraConfig, LoraModel, TrainModel, TrainOptions, Trainer,
-        TrainingState,
+        ByteText, Checkpoint, Classifier, ClassifierConfig, LoraConfig, LoraModel, RankOptions, TrainModel,
+        TrainOptions, Trainer, TrainingState,
     },
 };
 
@@ -44,6 +44,7 @@ use crate::{
     metrics::Metrics,
     profiler::{ProfileArgs, Profiler},
     progress::Progress,
+    ranks,
 };
 
 #[derive(Args)]
@@ -104,7 +105,7 @@ pub struct TrainArgs {
 
     /// Folder of a run to resume, with its model, its tokenizer and all its options; requires the same data: --text,
     /// --tokens with --validation, or --jsonl, with the same --field and --separator. --steps and --every override those of
-    /// the run; --device, --profile, --trace and --tensorboard are not saved with it
+    /// the run; --device, --zero, --profile, --trace and --tensorboard are not saved with it
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
 
@@ -117,6 +118,11 @@ pub struct TrainArgs {
     #[arg(long, conflicts_with = "resume")]
     dry_run: bool,
 
+    /// Stage of ZeRO for several processes: with 1 each keeps its part of the optimizer's state, with 2 of the summed
+    /// gradients too
+    #[arg(long, value_name = "STAGE", default_value_t = 0, value_parser = value_parser!(u8).range(0..=2))]
+    zero: u8,
+
     #[command(flatten)]
     profile: ProfileArgs,
 }
@@ -126,6 +132,10 @@ impl TrainArgs {
     fn train_options(&self, max_seq_len: usize, lr: f64) -> TrainOptions {
         let options = self.options.resolve(max_seq_len, lr);
         TrainOptions { every: self.every.unwrap_or(options.every), ..options }
+    }
+
+    fn rank_options(&self) -> RankOptions {
+        RankOptions { zero: self.zero, ..RankOptions::default() }
     }
 
     /// The model to train, by default with a vocabulary of this size.
@@ -185,12 +195,19 @@ fn longest(config: &Config) -> usize {
 const RATES: [f64; 3] = [1e-3, 5e-5, 2e-4];
 
 pub fn run(args: TrainArgs) -> Result<()> {
-    let device = Device::parse(&args.device)?;
+    ranks::join()?;
+    let result = train(args);
+    ranks::leave(&result);
+    result
+}
+
+fn train(args: TrainArgs) -> Result<()> {
+    let device = ranks::device(&args.device)?;
     if let Some(dir) = &args.resume {
         if !args.keywords.is_empty() {
             return Err(Failure::new("`--set` cannot change the model of a resumed run; start a new run"));
         }
-        let run = Run::find(dir)?;
+        let run = ranks::first(|| Run::find(dir), || Ok(Run::unlocked(dir)))?;
         if !run.is_begun() && run.metrics().is_file() {
             let why = "the run was interrupted before its first checkpoint; start it again without `--resume`";
             return Err(Failure::new(why).within(&run.dir));
@@ -227,12 +244,14 @@ fn resume<T: Task>(args: &TrainArgs, run: Run, training: &TrainingState, device:
     let mut trainer = Trainer::<T>::resume_from(run.checkpoint(), source, device)?;
     args.options.steps.map_or(Ok(()), |steps| trainer.set_steps(steps))?;
     args.every.map_or(Ok(()), |every| trainer.set_every(every))?;
+    let Some(trainer) = ranks::share(trainer, args.rank_options())? else { return Ok(()) };
     let metrics = Metrics::resume(&run.metrics(), about.unit(), trainer.steps_done())?;
     proceed(args, run, trainer, metrics, about, device)
 }
 
 /// Begins a run, or only tries its steps.
-fn begin<T: Task>(args: &TrainArgs, mut trainer: Trainer<T>, about: About, device: &Device) -> Result<()> {
+fn begin<T: Task>(args: &TrainArgs, trainer: Trainer<T>, about: About, device: &Device) -> Result<()> {
+    let Some(mut trainer) = ranks::share(trainer, args.rank_options())? else { return Ok(()) };
     if args.dry_run {
         return rehearsal::run(trainer, device, &about);
     }
@@ -270,6 +289,7 @@ fn proceed<T: Task>(
     }
     training.introduce();
     training.all_steps()?;
+    training.trainer.end_ranks()?;
     training.conclude()
 }
 
@@ -277,7 +297,7 @@ fn proceed<T: Task>(
 pub fn warn_of_skipped(text: &ByteText) {
     /// Files that are named; the rest is counted.
     const NAMED: usize = 10;
-    let skipped = text.skipped();
+    let skipped = if ranks::is_first() { text.skipped() } else { &[] };
     // A warning that nobody can read must not stop the run.
     let warn = |line: fmt::Arguments| drop(writeln!(stderr(), "xt: warning: {line}"));
     for (path, why) in skipped.iter().take(NAMED) {
@@ -384,6 +404,7 @@ mod tests {
             ("overwrite", Folder("")),
             ("resume", Folder("other")),
             ("every", Changeable("7")),
+            ("zero", NotSaved("1")),
             ("profile", NotSaved("")),
             ("trace", NotSaved("file")),
             ("tensorboard", NotSaved("")),

@@ -80,15 +80,17 @@ pub(super) struct Segment {
     seed: u64,
     stream: u64,
     nest: Nest,
+    /// Leaves that it uses beside its inputs.
+    used: Vec<LeafId>,
 }
 
 impl Segment {
+    pub fn used(&self) -> &[LeafId] {
+        &self.used
+    }
+
     pub fn leaves(&self) -> Vec<Option<LeafId>> {
-        let leaf = |input: &Tensor| match input.slot() {
-            GradSlot::Leaf(leaf) => Some(leaf),
-            _ => None,
-        };
-        self.inputs.iter().map(leaf).collect_vec()
+        self.inputs.iter().map(|input| input.slot().leaf()).collect_vec()
     }
 
     /// Runs the segment with a tape. Returns the recording and the slot of the output.
@@ -187,6 +189,8 @@ struct Call {
     tracked: bool,
     /// Entries of the segments inside.
     inside: Range<usize>,
+    /// Leaves that the run used.
+    used: Vec<LeafId>,
 }
 
 impl Call {
@@ -218,6 +222,7 @@ impl Call {
             answer: None,
             tracked: false,
             inside: start..start,
+            used: Vec::new(),
         };
         if deep {
             match &call.nest.replay {
@@ -280,7 +285,8 @@ impl Call {
     /// Ends that run.
     #[inline(never)]
     fn end(&mut self, mut tape: Tape, output: Result<Tensor>) -> Result<Tensor> {
-        let recording = tape.take().ok_or_else(|| Error::new(ErrorKind::StaleTape { op: OP }))?;
+        let mut recording = tape.take().ok_or_else(|| Error::new(ErrorKind::StaleTape { op: OP }))?;
+        self.used = std::mem::take(&mut recording.used);
         let replayed = recording.nest.replay.as_ref().map(|replay| replay.start);
         let mut trace = self.nest.trace.borrow_mut();
         let len = trace.len();
@@ -307,12 +313,15 @@ impl Call {
         if !self.tracked {
             return output;
         }
-        let discard = with_stack(|stack| stack.last().is_none_or(|recording| recording.discard));
-        let Self { inputs: inner, mode, seed, stream, nest, inside, .. } = *self;
+        let Self { inputs: inner, mode, seed, stream, nest, inside, mut used, .. } = *self;
+        let discard = with_stack(|stack| {
+            let recording = stack.last_mut().filter(|recording| recording.discard);
+            recording.map(|recording| recording.used.append(&mut used)).is_some()
+        });
         let nest = Nest { replay: Some(inside), ..nest };
         let node = (!discard).then(|| Node {
             inputs: Input::all(inputs),
-            rule: Rule::Segment(Box::new(Segment { f, inputs: inner, mode, seed, stream, nest })),
+            rule: Rule::Segment(Box::new(Segment { f, inputs: inner, mode, seed, stream, nest, used })),
             cost: Cost::NONE,
         });
         push(output, node)

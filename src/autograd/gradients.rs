@@ -101,7 +101,7 @@ impl Gradients {
     }
 
     /// Takes the gradient of a leaf out.
-    pub(super) fn take(&mut self, leaf: LeafId) -> Option<Tensor> {
+    pub(crate) fn take(&mut self, leaf: LeafId) -> Option<Tensor> {
         self.leaves.remove(&leaf)
     }
 

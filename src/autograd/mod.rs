@@ -27,7 +27,7 @@ use crate::{
     Error, ErrorKind, Result,
     error::ensure,
     profile,
-    tensor::{GradSlot, Tensor, ThreadMark, next_id},
+    tensor::{GradSlot, LeafId, Tensor, ThreadMark, next_id},
 };
 
 #[cfg(feature = "cuda")]
@@ -65,7 +65,12 @@ struct Recording {
     /// `true` inside the forward pass of `checkpoint`: outputs are marked as tracked, but nothing is kept.
     discard: bool,
     nest: Nest,
+    /// Leaves that ops of a run without nodes used: those of the segment.
+    used: Vec<LeafId>,
 }
+
+/// Called with a leaf once nothing more comes to its gradient, and with all gradients so far.
+pub(crate) type LeafDone<'a> = &'a mut dyn FnMut(LeafId, &mut Gradients) -> Result<()>;
 
 /// Records the ops of this thread while it lives, for one backward pass.
 ///
@@ -111,7 +116,8 @@ impl Tape {
     fn start(mode: Mode, seed: u64, stream: u64, discard: bool, nest: Nest) -> Self {
         profile::pause();
         let (id, thread) = (next_id(), ThreadMark::here());
-        with_stack(|stack| stack.push(Recording { id, thread, nodes: Vec::new(), mode, seed, stream, discard, nest }));
+        let (nodes, used) = (Vec::new(), Vec::new());
+        with_stack(|stack| stack.push(Recording { id, thread, nodes, mode, seed, stream, discard, nest, used }));
         Self { id, thread: PhantomData }
     }
 
@@ -150,6 +156,18 @@ impl Tape {
     ///
     /// Errors: those of [`Tape::backward`], or a cotangent of another shape, dtype or device.
     pub fn backward_with(&mut self, output: &Tensor, cotangent: &Tensor) -> Result<Gradients> {
+        self.backward_calling(output, cotangent, None)
+    }
+
+    /// Computes gradients like [`Tape::backward_with`], and calls `done` for each leaf as soon as its gradient is
+    /// complete. The call may take the gradient. Leaves that the output does not depend on may be called too, others used
+    /// only after the output are not.
+    pub(crate) fn backward_calling(
+        &mut self,
+        output: &Tensor,
+        cotangent: &Tensor,
+        done: Option<LeafDone>,
+    ) -> Result<Gradients> {
         let kind = |x: &Tensor| format!("{:?} {} on {}", x.shape(), x.dtype(), x.device());
         ensure!(
             output.shape() == cotangent.shape()
@@ -169,7 +187,7 @@ impl Tape {
             _ => ensure!(tracks(self.id, "backward", &[output])?, Error::new(ErrorKind::NotTracked)),
         }
         let recording = self.take().ok_or_else(|| Error::new(ErrorKind::BackwardTwice))?;
-        walk(recording, output.slot(), cotangent.detach())
+        walk(recording, output.slot(), cotangent.detach(), done)
     }
 }
 

@@ -109,9 +109,12 @@ enum Place {
 }
 
 fn place(op: &'static str, output: Tensor, inputs: &[&Tensor]) -> Result<Place> {
-    let tracked = with_stack(|stack| match stack.last() {
+    let tracked = with_stack(|stack| match stack.last_mut() {
         Some(recording) => {
             let tracked = tracks(recording.id, op, inputs)?;
+            if recording.discard {
+                recording.used.extend(inputs.iter().filter_map(|input| input.slot().leaf()));
+            }
             Ok(Some(tracked.then_some(recording.discard)))
         }
         None => Ok(None),

@@ -1,7 +1,7 @@
 //! The backward pass: nodes are popped off a list, and lists of recomputed segments are stacked on it.
 
 use super::{
-    Recording,
+    LeafDone, Recording,
     checkpoint::Segment,
     gradients::{Gradients, accumulate},
     rule::{Backward, InputGrad},
@@ -10,6 +10,7 @@ use crate::{
     DType, Device, Error, Result,
     collect::CollectVec,
     error::ensure,
+    ordered::OrderedMap,
     profile::{self, Cost},
     shape::Shape,
     tensor::{GradSlot, LeafId, Tensor},
@@ -114,10 +115,24 @@ struct Outside {
 /// Walks a recording backwards from one of its tensors.
 ///
 /// Segments are kept on an explicit stack: a nest of any depth uses no stack of the thread.
-pub(super) fn walk(recording: Recording, output: GradSlot, cotangent: Tensor) -> Result<Gradients> {
+///
+/// Calls `done` with each leaf after the first of the outermost ops that use it.
+pub(super) fn walk(
+    recording: Recording,
+    output: GradSlot,
+    cotangent: Tensor,
+    mut done: Option<LeafDone>,
+) -> Result<Gradients> {
     let mut leaves = Gradients::default();
     let mut frames = vec![Frame::new(recording, output, cotangent, None, &mut leaves)?];
-    while let Some(frame) = frames.last_mut() {
+    let mut first_uses = if done.is_some() { first_uses(&frames[0].nodes) } else { Vec::new() };
+    loop {
+        if let (Some(done), [outermost]) = (&mut done, &frames[..]) {
+            while let Some((_, leaf)) = first_uses.pop_if(|(at, _)| *at >= outermost.nodes.len()) {
+                done(leaf, &mut leaves)?;
+            }
+        }
+        let Some(frame) = frames.last_mut() else { break };
         let Some(node) = frame.nodes.pop() else {
             let outside = frames.pop().and_then(|frame| frame.segment);
             if let (Some(outside), Some(frame)) = (outside, frames.last_mut()) {
@@ -137,6 +152,24 @@ pub(super) fn walk(recording: Recording, output: GradSlot, cotangent: Tensor) ->
         }
     }
     Ok(leaves)
+}
+
+/// Returns the leaves, and for each the index of the first node that uses it, in ascending order.
+fn first_uses(nodes: &[Node]) -> Vec<(usize, LeafId)> {
+    let (mut seen, mut uses) = (OrderedMap::default(), Vec::new());
+    for (at, node) in nodes.iter().enumerate() {
+        let inside = match &node.rule {
+            Rule::Segment(segment) => segment.used(),
+            Rule::Op(_) => &[],
+        };
+        for leaf in node.inputs.iter().filter_map(|input| input.slot.leaf()).chain(inside.iter().copied()) {
+            if !seen.contains_key(&leaf) {
+                seen.insert(leaf, ());
+                uses.push((at, leaf));
+            }
+        }
+    }
+    uses
 }
 
 impl Frame {

@@ -18,6 +18,12 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     /// Returns the number of processes, at least 1.
     fn size(&self) -> usize;
 
+    /// Returns `true` if any thread may call the methods, one at a time: gradients are then summed while the backward pass
+    /// runs. Default `true`.
+    fn takes_any_thread(&self) -> bool {
+        true
+    }
+
     /// Waits until every rank is here.
     fn barrier(&self) -> Result<()>;
 

@@ -1,17 +1,19 @@
 //! Sums of gradients over ranks.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
 
-use super::Communicator;
+use super::{
+    Communicator,
+    reducer::{BUCKET, Reducer},
+};
 use crate::{
-    DType, Device, Error, Gradients, Param, ParamMap, Result, Tensor,
-    collect::CollectVec,
+    Error, Gradients, ParamMap, Result,
     error::ensure,
     hash::{FNV1A_START, fnv1a_from},
 };
-
-/// Elements that are summed together: 32 MB of f32.
-const BUCKET: usize = 8 << 20;
 
 /// A model whose copies on all ranks learn from parts of the same batches (Li et al., <https://arxiv.org/abs/2006.15704>).
 ///
@@ -35,12 +37,17 @@ const BUCKET: usize = 8 << 20;
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Debug)]
 #[doc(alias = "DistributedDataParallel")]
 #[doc(alias = "DDP")]
 pub struct DataParallel {
     ranks: Arc<dyn Communicator>,
-    params: Vec<Param>,
+    reducer: Mutex<Reducer>,
+}
+
+impl fmt::Debug for DataParallel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DataParallel").field("ranks", &self.ranks).finish_non_exhaustive()
+    }
 }
 
 impl DataParallel {
@@ -53,25 +60,13 @@ impl DataParallel {
         for (name, tensor) in &state {
             print = fnv1a_from(print, format!("{name} {:?} {}\n", tensor.shape(), tensor.dtype()).as_bytes());
         }
-        ensure!(ranks.size() > 0, Error::argument("data_parallel", "expected at least one rank, got 0"));
-        let mut prints = vec![0; 8 * ranks.size()];
-        ranks.all_gather_bytes(&print.to_le_bytes(), &mut prints)?;
-        let other = prints.chunks_exact(8).position(|other| other != &prints[..8]);
-        ensure!(
-            other.is_none(),
-            Error::argument(
-                "data_parallel",
-                format_args!(
-                    "rank {} has parameters of other names, shapes or dtypes than rank 0; give all the same config",
-                    other.unwrap_or_default()
-                )
-            )
-        );
+        agree(&*ranks, print, "parameters of other names, shapes or dtypes")?;
         for tensor in state.values_mut() {
             *tensor = ranks.broadcast(tensor, 0)?;
         }
         params.load(&state)?;
-        Ok(Self { ranks, params: params.unique().map(|(_, param)| param.clone()).collect_vec() })
+        let reducer = Mutex::new(Reducer::new(params, ranks.clone(), false, BUCKET)?);
+        Ok(Self { ranks, reducer })
     }
 
     /// Returns the ranks.
@@ -92,74 +87,20 @@ impl DataParallel {
         if self.ranks.size() == 1 {
             return Ok(grads);
         }
-        let mine = self.params.iter().map(|param| u8::from(grads.param(param).is_some())).collect_vec();
-        let mut reached = vec![0; mine.len() * self.ranks.size()];
-        self.ranks.all_gather_bytes(&mine, &mut reached)?;
-        let by_any = |at: usize| reached.chunks_exact(mine.len()).any(|reached| reached[at] == 1);
-        let summed = (0..self.params.len()).filter(|&at| by_any(at)).map(|at| &self.params[at]).collect_vec();
-        let sizes = summed.iter().map(|param| param.tensor().numel()).collect_vec();
-        for bucket in buckets(&sizes) {
-            self.reduce_bucket(&summed[bucket], &mut grads)?;
-        }
+        let mut reducer = self.reducer.lock().unwrap_or_else(PoisonError::into_inner);
+        reducer.round(&mut grads)?;
+        let sums = reducer.finish()?;
+        reducer.gather(sums, &mut grads)?;
         Ok(grads)
     }
-
-    fn reduce_bucket(&self, params: &[&Param], grads: &mut Gradients) -> Result<()> {
-        let flat = |param: &&Param| {
-            let tensor = param.tensor();
-            let dtype = tensor.dtype().accumulator();
-            match grads.param(param) {
-                Some(grad) => grad.to_dtype(dtype)?.contiguous()?.reshape([grad.numel()]),
-                None => Tensor::zeros([tensor.numel()], dtype, tensor.device()),
-            }
-        };
-        let parts = params.iter().map(flat).collect::<Result<Vec<Tensor>>>()?;
-        // Parameters of f64 beside those of f32, or on other devices, have sums of their own.
-        let kind = |part: &Tensor| (part.dtype(), part.device().clone());
-        let mut kinds: Vec<(DType, Device)> = Vec::new();
-        for part in &parts {
-            if !kinds.contains(&kind(part)) {
-                kinds.push(kind(part));
-            }
-        }
-        for of in kinds {
-            let of_kind = (0..parts.len()).filter(|&at| kind(&parts[at]) == of).collect_vec();
-            let sum = self.ranks.all_reduce(&Tensor::cat(&of_kind.iter().map(|&at| &parts[at]).collect_vec(), 0)?)?;
-            let mut start = 0;
-            for at in of_kind {
-                let (param, count) = (params[at], parts[at].numel());
-                let grad = sum.narrow(0, start, count)?.contiguous()?.reshape(*param.tensor().shape())?;
-                grads.replace(param.leaf(), grad);
-                start += count;
-            }
-        }
-        Ok(())
-    }
 }
 
-/// Returns ranges of parameters with at most [`BUCKET`] elements together, or one.
-fn buckets(sizes: &[usize]) -> Vec<Range<usize>> {
-    let (mut buckets, mut start, mut elements) = (Vec::new(), 0, 0);
-    for (at, size) in sizes.iter().enumerate() {
-        if at > start && elements + size > BUCKET {
-            buckets.push(start..at);
-            (start, elements) = (at, 0);
-        }
-        elements += size;
-    }
-    if start < sizes.len() {
-        buckets.push(start..sizes.len());
-    }
-    buckets
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn buckets_are_full_but_hold_large_parameters_whole() {
-        assert_eq!(buckets(&[]), []);
-        assert_eq!(buckets(&[1, BUCKET - 1, 1, 2 * BUCKET, 3]), [0..2, 2..3, 3..4, 4..5]);
-    }
+/// Fails unless all ranks give the same number.
+pub(crate) fn agree(ranks: &dyn Communicator, print: u64, what: &str) -> Result<()> {
+    ensure!(ranks.size() > 0, Error::argument("ranks", "expected at least one rank, got 0"));
+    let mut prints = vec![0; 8 * ranks.size()];
+    ranks.all_gather_bytes(&print.to_le_bytes(), &mut prints)?;
+    let other = prints.chunks_exact(8).position(|other| other != &prints[..8]);
+    let other = other.map(|rank| format!("rank {rank} has {what} than rank 0; give all the same"));
+    other.map_or(Ok(()), |why| Err(Error::argument("ranks", why)))
 }

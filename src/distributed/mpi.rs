@@ -2,12 +2,14 @@
 
 use std::{
     fmt,
+    process::exit,
     sync::{Mutex, MutexGuard, PoisonError},
+    thread::{self, ThreadId},
 };
 
 use mpi::{
     Threading,
-    environment::{Universe, initialize_with_threading},
+    environment::{Universe, initialize_with_threading, library_version},
     topology::SimpleCommunicator,
     traits::{Communicator as _, CommunicatorCollectives as _, Root as _},
 };
@@ -27,6 +29,8 @@ pub struct Mpi {
     size: usize,
     /// Finalizes MPI when it is dropped. Threads take turns.
     universe: Mutex<Universe>,
+    /// The only thread that may call MPI, if it does not allow others.
+    only: Option<ThreadId>,
 }
 
 impl fmt::Debug for Mpi {
@@ -38,17 +42,16 @@ impl fmt::Debug for Mpi {
 impl Mpi {
     /// Joins the other ranks.
     ///
-    /// Errors: MPI that this process has initialised already, or that lets no thread but the first call it; variables of a
-    /// launcher that contradict MPI.
+    /// If MPI lets no other thread call it, calls of other threads are errors, and
+    /// [`takes_any_thread`](Communicator::takes_any_thread) is `false`.
+    ///
+    /// Errors: MPI that this process has initialised already; variables of a launcher that contradict MPI.
     pub fn new() -> Result<Self> {
         const OP: &str = "mpi";
         let launch = Launch::from_env()?;
         let (universe, threading) = initialize_with_threading(Threading::Serialized)
             .ok_or_else(|| Error::argument(OP, "MPI is initialised already; keep the first `Mpi`"))?;
-        ensure!(
-            threading >= Threading::Serialized,
-            Error::argument(OP, format_args!("expected MPI with serialized threads, got {threading:?}"))
-        );
+        let only = (threading < Threading::Serialized).then(|| thread::current().id());
         let world = SimpleCommunicator::world();
         let [rank, size] = [world.rank(), world.size()].map(|number| number as usize);
         ensure!(
@@ -62,11 +65,30 @@ impl Mpi {
                 )
             )
         );
-        Ok(Self { rank, size, universe: Mutex::new(universe) })
+        Ok(Self { rank, size, universe: Mutex::new(universe), only })
     }
 
-    fn turn(&self) -> MutexGuard<'_, Universe> {
-        self.universe.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Ends all ranks at once: their launcher returns `code`.
+    pub fn abort(&self, code: i32) -> ! {
+        // A thread that waits for another rank has the turn until then; launchers end the others of a process that exits.
+        match self.universe.try_lock() {
+            Ok(universe) => universe.world().abort(code),
+            Err(_) => exit(code),
+        }
+    }
+
+    /// Returns name and version of the MPI library.
+    pub fn version() -> String {
+        let version = library_version().unwrap_or_default();
+        version.split([',', '\n', '\0']).next().unwrap_or_default().trim().to_string()
+    }
+
+    fn turn(&self) -> Result<MutexGuard<'_, Universe>> {
+        ensure!(
+            self.only.is_none_or(|only| only == thread::current().id()),
+            Error::argument("mpi", "this MPI library lets only the thread call it that has created the `Mpi`")
+        );
+        Ok(self.universe.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -79,8 +101,12 @@ impl Communicator for Mpi {
         self.size
     }
 
+    fn takes_any_thread(&self) -> bool {
+        self.only.is_none()
+    }
+
     fn barrier(&self) -> Result<()> {
-        self.turn().world().barrier();
+        self.turn()?.world().barrier();
         Ok(())
     }
 
@@ -89,7 +115,7 @@ impl Communicator for Mpi {
             root < self.size,
             Error::argument("broadcast", format_args!("expected a rank below {}, got {root}", self.size))
         );
-        let turn = self.turn();
+        let turn = self.turn()?;
         let world = turn.world();
         let root = world.process_at_rank(root as i32);
         bytes.chunks_mut(PIECE).for_each(|piece| root.broadcast_into(piece));
@@ -98,7 +124,7 @@ impl Communicator for Mpi {
 
     fn all_gather_bytes(&self, mine: &[u8], all: &mut [u8]) -> Result<()> {
         check_sizes("all_gather", mine.len() * self.size, all.len())?;
-        let turn = self.turn();
+        let turn = self.turn()?;
         let world = turn.world();
         if mine.len() * self.size <= PIECE {
             world.all_gather_into(mine, all);
@@ -120,7 +146,7 @@ impl Communicator for Mpi {
     fn all_to_all_bytes(&self, sent: &[u8], received: &mut [u8]) -> Result<()> {
         check_sizes("all_to_all", sent.len(), received.len())?;
         check_sizes("all_to_all", sent.len() / self.size * self.size, sent.len())?;
-        let turn = self.turn();
+        let turn = self.turn()?;
         let world = turn.world();
         if sent.len() <= PIECE {
             world.all_to_all_into(sent, received);

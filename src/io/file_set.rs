@@ -30,8 +30,13 @@ pub(crate) struct Writer<'a> {
 }
 
 impl Writer<'_> {
+    /// Path of a file that is being written.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.partial.join(name)
+    }
+
     pub fn write(&self, name: &str, write: impl FnOnce(&mut dyn io::Write) -> io::Result<()>) -> Result<()> {
-        let path = self.partial.join(name);
+        let path = self.path(name);
         write_new(&path, &self.set.folder.join(name), write).map_err(|source| Error::io(path, source))
     }
 }

@@ -31,10 +31,10 @@ pub use self::{
 };
 
 pub(crate) use self::{
-    file_set::FileSet,
+    file_set::{FileSet, Writer},
     layout::{Layout, Renamed},
     mistaken::mistaken,
-    safetensors::{pack, read_with_metadata},
+    safetensors::{Places, pack, places, read_with_metadata},
     source::Source,
     tensor_file::holds_gguf,
 };

@@ -227,29 +227,50 @@ pub(crate) fn pack(
     metadata: &BTreeMap<String, String>,
     deliver: impl FnOnce(&dyn Fn(&mut dyn Write) -> io::Result<()>) -> Result<()>,
 ) -> Result<()> {
+    let described = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.dtype(), *tensor.shape())).collect_vec();
+    let Places { header, tensors: places, .. } = places(path, described, metadata)?;
+    let packed = places.iter().map(|(name, ..)| tensors[*name].detach().contiguous()?.to_device(&Device::Cpu));
+    let packed = packed.try_collect_vec()?;
+    let bytes = packed.iter().map(Tensor::bytes).try_collect_vec()?;
+    deliver(&|file| {
+        file.write_all(&header)?;
+        bytes.iter().try_for_each(|bytes| file.write_all(bytes))
+    })
+}
+
+/// Beginning of a safetensors file, and the place of each tensor in the file, in the order of places.
+pub(crate) struct Places<'a> {
+    pub header: Vec<u8>,
+    pub tensors: Vec<(&'a str, usize)>,
+    /// Bytes of the file.
+    pub bytes: usize,
+}
+
+/// Places tensors, given in the order of their names.
+///
+/// Errors: those of [`write_safetensors`].
+pub(crate) fn places<'a>(
+    path: &Path,
+    mut tensors: Vec<(&'a str, DType, Shape)>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<Places<'a>> {
     ensure!(
-        !tensors.contains_key(METADATA),
+        tensors.iter().all(|(name, ..)| *name != METADATA),
         Error::argument("write_safetensors", format_args!("the name `{METADATA}` is reserved by the format"))
     );
-    let mut packed = tensors
-        .iter()
-        .map(|(name, tensor)| Ok((name.as_str(), tensor.detach().contiguous()?.to_device(&Device::Cpu)?)))
-        .try_collect_vec()?;
     // Wide elements first, so that every tensor is aligned to its element; by name among equals.
-    sort_by(&mut packed, |a, b| b.1.dtype().size().cmp(&a.1.dtype().size()));
+    sort_by(&mut tensors, |a, b| b.1.size().cmp(&a.1.size()));
     let mut header = BTreeMap::new();
     if !metadata.is_empty() {
         header.insert(METADATA, Described::Metadata(metadata));
     }
     let mut start = 0;
-    for (name, tensor) in &packed {
-        let end = start + tensor.numel() * tensor.dtype().size();
-        let info = TensorInfo {
-            dtype: stored_dtype(tensor.dtype()),
-            shape: tensor.shape().to_vec(),
-            data_offsets: (start, end),
-        };
+    let mut places = Vec::with_capacity(tensors.len());
+    for (name, dtype, shape) in tensors {
+        let end = start + shape.numel() * dtype.size();
+        let info = TensorInfo { dtype: stored_dtype(dtype), shape: shape.to_vec(), data_offsets: (start, end) };
         header.insert(name, Described::Tensor(info));
+        places.push((name, start));
         start = end;
     }
     let mut header = serde_json::to_vec(&header).map_err(|error| Error::io(path, error.into()))?;
@@ -258,12 +279,9 @@ pub(crate) fn pack(
         header.len() <= MAX_HEADER,
         Error::file(path, format_args!("would have a header of {} bytes, expected at most {MAX_HEADER}", header.len()))
     );
-    let bytes = packed.iter().map(|(_, tensor)| tensor.bytes()).try_collect_vec()?;
-    deliver(&|file| {
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(&header)?;
-        bytes.iter().try_for_each(|bytes| file.write_all(bytes))
-    })
+    let header = [&(header.len() as u64).to_le_bytes(), &header[..]].concat();
+    places.iter_mut().for_each(|(_, start)| *start += header.len());
+    Ok(Places { bytes: header.len() + start, header, tensors: places })
 }
 
 fn stored_dtype(dtype: DType) -> Dtype {

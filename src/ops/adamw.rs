@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Number of elements per task: large enough to amortize scheduling, small enough to balance the load.
-const CHUNK: usize = 16 * 1024;
+pub(crate) const CHUNK: usize = 16 * 1024;
 
 /// Number of elements widened at a time, so that they stay in the L1 cache; a multiple of the number of sums in
 /// [`add_squares`].

@@ -62,4 +62,12 @@ impl GradSlot {
     pub(crate) fn is_tracked(&self) -> bool {
         matches!(self, Self::Leaf(_) | Self::Node { .. })
     }
+
+    /// Returns the leaf, if it is one.
+    pub(crate) fn leaf(&self) -> Option<LeafId> {
+        match self {
+            Self::Leaf(leaf) => Some(*leaf),
+            _ => None,
+        }
+    }
 }

@@ -9,12 +9,12 @@ use crate::{
     Error, ErrorKind, Result, Tensor,
     config::Config,
     error::ensure,
-    io::{FileSet, pack, read_limited, read_with_metadata},
+    io::{FileSet, Writer, pack, read_limited, read_with_metadata},
 };
 
 pub(super) const CONFIG: &str = "config.json";
 const MODEL: &str = "model.safetensors";
-const OPTIMIZER: &str = "optimizer.safetensors";
+pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 const TRAINING: &str = "training.json";
 const FILES: [&str; 4] = [CONFIG, MODEL, OPTIMIZER, TRAINING];
 
@@ -145,17 +145,26 @@ impl<C: Serialize> Checkpoint<C> {
     /// Errors: [`ErrorKind::Io`] with the path for every failure, such as a full disk; the previous checkpoint remains,
     /// or this one if the failure came after step 3.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
-        let metadata = BTreeMap::from([
-            ("format".to_string(), "pt".to_string()),
-            ("step".to_string(), self.training.step.to_string()),
-        ]);
-        let folder = folder.as_ref();
+        let metadata = self.metadata();
+        self.save_with(folder.as_ref(), |files| {
+            let path = files.path(OPTIMIZER);
+            pack(&path, &self.optimizer, &metadata, |write| files.write(OPTIMIZER, write))
+        })
+    }
+
+    /// Metadata of the files of tensors.
+    pub(super) fn metadata(&self) -> BTreeMap<String, String> {
+        BTreeMap::from([("format".to_string(), "pt".to_string()), ("step".to_string(), self.training.step.to_string())])
+    }
+
+    /// Saves the checkpoint like [`Checkpoint::save`], with the optimizer's file that `optimizer` writes.
+    pub(super) fn save_with(&self, folder: &Path, optimizer: impl FnOnce(&Writer) -> Result<()>) -> Result<()> {
+        let metadata = self.metadata();
         let (config, training) = (json(folder, &self.config)?, json(folder, &self.training)?);
         files(folder).replace(|files| {
             files.write(CONFIG, |file| file.write_all(&config))?;
-            for (name, tensors) in [(MODEL, &self.model), (OPTIMIZER, &self.optimizer)] {
-                pack(&folder.join(name), tensors, &metadata, |write| files.write(name, write))?;
-            }
+            pack(&folder.join(MODEL), &self.model, &metadata, |write| files.write(MODEL, write))?;
+            optimizer(files)?;
             files.write(TRAINING, |file| file.write_all(&training))
         })
     }

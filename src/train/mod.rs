@@ -3,6 +3,7 @@
 mod checkpoint;
 mod classifier;
 mod data;
+mod divided;
 mod ema;
 mod grad_scaler;
 mod lora;
@@ -14,6 +15,7 @@ mod random;
 mod recorded;
 mod schedule;
 mod scores;
+mod sharded;
 mod trainer;
 
 #[cfg(feature = "cuda")]
@@ -36,5 +38,6 @@ pub use self::{
     options::TrainOptions,
     schedule::Schedule,
     scores::{accuracy, macro_f1, spearman},
-    trainer::{StepReport, Trainer},
+    sharded::Sharded,
+    trainer::{RankOptions, StepReport, Trainer},
 };

@@ -1,12 +1,15 @@
 //! Training loop.
 
 mod finite;
+mod ranks;
 mod validation;
 
 use std::{cell::Cell, collections::BTreeMap, fmt, io, path::Path, sync::Arc};
 
 use serde_json::Value;
 
+pub use self::ranks::RankOptions;
+use self::ranks::{Command, Part, Ranks};
 use super::{
     Batch, BatchSource, Checkpoint, DataPrint, Ema, GradScaler, Losses, Optimizer, StepInfo, TokenBatch, TrainModel,
     TrainOptions, TrainingState,
@@ -71,6 +74,7 @@ pub struct Trainer<M: TrainModel = AutoregressiveWrapper> {
     step: u64,
     losses: Cell<Losses>,
     tokenizer: Option<String>,
+    ranks: Ranks,
 }
 
 impl<M: TrainModel> fmt::Debug for Trainer<M> {
@@ -225,6 +229,7 @@ impl<M: TrainModel> Trainer<M> {
             step,
             losses,
             tokenizer,
+            ranks: Ranks::default(),
         })
     }
 
@@ -287,6 +292,7 @@ impl<M: TrainModel> Trainer<M> {
         trainer.step = step;
         trainer.losses = Cell::new(losses);
         trainer.tokenizer = tokenizer;
+        trainer.ranks = Ranks::resumed();
         Ok(trainer)
     }
 
@@ -329,37 +335,40 @@ impl<M: TrainModel> Trainer<M> {
     /// Errors, with the weights unchanged: [`ErrorKind::NonFinite`] with the step, and the parameter if one is the
     /// cause, for a loss or a gradient that is NaN or infinite; out of memory.
     pub fn step(&mut self) -> Result<StepReport> {
+        self.lead(Command::Step)?;
         let TrainOptions { batch_size, accumulate, seed, .. } = self.options;
         let scale = self.scaler.as_ref().map_or(1.0, GradScaler::scale);
-        let (mut losses, mut weights, mut targets) = (Vec::new(), 0.0, 0);
+        let mut losses = Vec::new();
         let mut grads = Gradients::default();
-        for micro in 0..accumulate as u64 {
+        for micro in self.micros() {
             let batch = self.batch(micro)?.to_device(&self.device)?;
             // 1 unless targets are masked: then each counts alike, in whichever batch it is.
             let weight = batch.weight() / batch_size as f64;
             if weight == 0.0 {
+                self.skip_round()?;
+                losses.push(None);
                 continue;
             }
-            targets += batch.targets();
-            weights += weight;
             let mut tape = Tape::train(tape_seed(seed, self.step, micro));
             let recompute = self.options.recompute;
             let output = if recompute { self.model.loss_recomputed(&batch) } else { self.model.loss(&batch) }?;
             let start = Tensor::full(*output.shape(), scale * weight, output.dtype(), output.device())?;
-            let mut part = tape.backward_with(&output, &start)?;
-            if accumulate > 1 {
-                widen(&mut part)?;
+            if let Some(mut part) = self.backward(&mut tape, &output, &start)? {
+                if accumulate > 1 {
+                    widen(&mut part)?;
+                }
+                grads.accumulate(part)?;
             }
-            grads.accumulate(part)?;
-            losses.push((output.detach(), weight));
+            losses.push(Some((output.detach(), weight, batch.targets())));
         }
+        // Read after all passes are enqueued: a GPU does not wait for the processor in between.
+        let Part { loss, weight, targets } = self.sum(&losses, &mut grads)?;
         ensure!(
-            weights > 0.0,
+            weight > 0.0,
             Error::argument("data", format_args!("no target of step {} counts; use larger batches", self.step))
         );
-        let mean = 1.0 / weights;
-        // Read after all passes are enqueued: a GPU does not wait for the processor in between.
-        let loss = losses.iter().map(|(loss, weight)| Ok(loss.item()? * weight)).sum::<Result<f64>>()? * mean;
+        let mean = 1.0 / weight;
+        let loss = loss * mean;
         if !loss.is_finite() {
             return Err(self.diverged(&grads));
         }
@@ -382,13 +391,13 @@ impl<M: TrainModel> Trainer<M> {
 
     /// Returns the batch of a micro-step, while those after it are being prepared.
     fn batch(&mut self, micro: u64) -> Result<M::Batch> {
-        let Self { options, step, data, config, .. } = self;
+        let Self { options, step, data, config, ranks, .. } = self;
         let (accumulate, num_tokens) = (options.accumulate as u64, M::num_tokens(config));
         let first = *step * accumulate + micro;
         let request = |index: u64| options.request(index / accumulate, index % accumulate, num_tokens);
         // None after the last step; a run may be told to go on, and waits for its first batch then.
         let end = (options.steps * accumulate).max(first + 1);
-        data.batch(request(first), (first + 1..end).map(request))
+        data.batch(request(first), (first + 1..end).filter(|&index| ranks.has(index % accumulate)).map(request))
     }
 
     /// Updates the weights and their average, or returns `None` without an update if a smaller scale of the loss may
@@ -422,19 +431,23 @@ impl<M: TrainModel> Trainer<M> {
     /// Errors, with the previous checkpoint intact: [`ErrorKind::NonFinite`] for weights with NaN or infinity, from
     /// which no run could continue; [`ErrorKind::Io`].
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        self.lead(Command::Save)?;
         if let Some(name) = self.not_finite(|tensor| Some(tensor.detach()))? {
             return Err(Error::new(ErrorKind::NonFinite { step: self.step, what: format!("parameter {name}") }));
         }
-        let mut optimizer = self.optimizer.state_dict()?;
         let averages = self.ema.iter().flat_map(Ema::state_dict);
-        optimizer.extend(averages.map(|(name, average)| (format!("{EMA}{name}"), average)));
-        let checkpoint = Checkpoint {
-            config: M::config_to_json(&self.config),
-            model: self.params.state_dict(),
-            optimizer,
-            training: self.state(),
-        };
-        checkpoint.save(folder)
+        let averages = averages.map(|(name, average)| (format!("{EMA}{name}"), average));
+        let (config, model, training) = (M::config_to_json(&self.config), self.params.state_dict(), self.state());
+        let mut checkpoint = Checkpoint { config, model, optimizer: BTreeMap::new(), training };
+        if let (Some(ranks), Some(sharded)) = (self.ranks(), self.optimizer.sharded()) {
+            let mut divided = sharded.divided()?;
+            divided.whole.extend(averages);
+            let saved = divided.save(&checkpoint, folder.as_ref(), &**ranks);
+            return if ranks.rank() == 0 { self.by_first(|| saved) } else { saved.and(self.by_first(|| Ok(()))) };
+        }
+        checkpoint.optimizer = self.optimizer.state_dict()?;
+        checkpoint.optimizer.extend(averages);
+        self.by_first(|| checkpoint.save(folder))
     }
 
     /// Returns the progress of the run, which [`Trainer::save`] writes to `training.json`.

@@ -29,6 +29,7 @@ pub fn run<T: Task>(mut trainer: Trainer<T>, device: &Device, about: &About) -> 
     let clock = Instant::now();
     trainer.validate()?;
     let validation = clock.elapsed();
+    trainer.end_ranks()?;
     let count = options.steps / options.every + 2;
     let whole = step.mul_f64(options.steps as f64) + validation.mul_f64(count as f64);
     let speed = tokens as f64 / step.as_secs_f64().max(1e-9);

@@ -69,6 +69,9 @@ impl<T: Task> Training<'_, T> {
             self.progress.say(format_args!("baseline    {baseline:.3} bits/byte, {ORDER_2}"));
         }
         self.progress.say(format_args!("device      {}, {}", self.device, options.dtype));
+        if let Some(ranks) = self.trainer.ranks() {
+            self.progress.say(format_args!("ranks       {}", ranks.size()));
+        }
         let each = match self.about.target {
             Target::Token => format!("{batch} x {} {tokens}", options.seq_len),
             Target::Class | Target::Value => format!("{batch} texts of at most {} tokens", options.seq_len),
@@ -85,6 +88,9 @@ impl<T: Task> Training<'_, T> {
             _ => self.keep_best()?,
         }
         while self.trainer.steps_done() < steps && !self.has_stopped() {
+            if interrupt::asked() {
+                self.trainer.ask_to_stop();
+            }
             let clock = Instant::now();
             let report = self.profiler.watch(|| self.trainer.step())??;
             let speed = report.tokens as f64 / clock.elapsed().max(Duration::from_nanos(1)).as_secs_f64();
@@ -103,7 +109,7 @@ impl<T: Task> Training<'_, T> {
             if saves || EARLY.contains(&done) && done < every {
                 self.milestone(saves)?;
             }
-            if interrupt::asked() && done < steps {
+            if (interrupt::asked() || self.trainer.asked_to_stop()) && done < steps {
                 return self.interrupted(saves);
             }
         }

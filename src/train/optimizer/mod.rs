@@ -19,6 +19,7 @@ pub use self::{
         AdafactorOptions, AdamWOptions, AdjustLr, LionOptions, MuonOptions, OptimizerKind, OptimizerOptions, SgdOptions,
     },
 };
+use super::Sharded;
 use crate::{Error, Gradients, ParamMap, Result, Tensor, error::ensure};
 
 /// Optimizer of named parameters: [`AdamW`], [`Sgd`], [`Lion`], [`Adafactor`], [`Muon`], or one of your own.
@@ -91,6 +92,11 @@ pub trait Optimizer: fmt::Debug + Send + Sync {
 
     /// Returns name, hyperparameters and groups as JSON, for logs.
     fn to_json(&self) -> Value;
+
+    /// Returns the optimizer, if its state is divided among ranks. Default `None`.
+    fn sharded(&self) -> Option<&Sharded> {
+        None
+    }
 }
 
 macro_rules! optimizers {

@@ -1,6 +1,6 @@
 //! Validation of a run.
 
-use super::{Trainer, lower};
+use super::{Command, Trainer, lower};
 use crate::{
     Error, ErrorKind, Result,
     collect::CollectVec,
@@ -23,16 +23,15 @@ impl<M: TrainModel> Trainer<M> {
     ///
     /// Errors: those of [`BatchSource::validation_batches`](crate::train::BatchSource::validation_batches); [`ErrorKind::NonFinite`]; out of memory.
     pub fn validate(&self) -> Result<f64> {
+        self.lead(Command::Validate)?;
         let request = self.options.request(0, 0, M::num_tokens(&self.config));
         let batches = self.data.source().validation_batches(&request)?;
         let weights: f64 = batches.iter().map(Batch::weight).sum();
         ensure!(weights > 0.0, Error::argument("data", "no target of the validation set counts"));
         let total = self.evaluate(|model| {
-            let mut total = 0.0;
-            for batch in batches.iter().filter(|batch| batch.weight() > 0.0) {
-                total += model.loss(&batch.to_device(&self.device)?)?.item()? * batch.weight();
-            }
-            Ok(total)
+            let counted = batches.iter().filter(|batch| batch.weight() > 0.0).collect_vec();
+            let one = |at: usize| Ok(model.loss(&counted[at].to_device(&self.device)?)?.item()? * counted[at].weight());
+            Ok(self.shared(counted.len(), one)?.into_iter().fold(0.0, |total, loss| total + loss))
         })?;
         let loss = total / weights;
         ensure!(

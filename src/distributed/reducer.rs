@@ -1,0 +1,260 @@
+//! Sums of gradients over ranks, a bucket at a time, by a thread of its own where that is allowed.
+
+use std::{
+    sync::{
+        Arc,
+        mpsc::{Sender, channel},
+    },
+    thread::{Builder, JoinHandle},
+};
+
+use super::{Communicator, bucket::Bucket};
+use crate::{
+    Device, Error, Gradients, ParamMap, Result, Tape, Tensor, autograd::LeafDone, collect::CollectVec,
+    ordered::OrderedMap, tensor::LeafId,
+};
+
+/// Elements that are summed together unless told otherwise: 32 MB of f32.
+pub(crate) const BUCKET: usize = 8 << 20;
+
+/// Sums of gradients over ranks. Each rank adds its part of every bucket, to which all give theirs, in the order of ranks:
+/// N ranks that add M rounds have the bits of one process that adds N · M gradients.
+pub(crate) struct Reducer {
+    ranks: Arc<dyn Communicator>,
+    buckets: Arc<Vec<Bucket>>,
+    /// Bucket and number of each parameter's leaf.
+    places: OrderedMap<LeafId, (usize, usize)>,
+    /// If a gradient has come for each parameter of each bucket.
+    reached: Vec<Vec<u8>>,
+    /// Number of parameters of each bucket whose gradient is not complete in this round.
+    missing: Vec<usize>,
+    /// Buckets that were given away in this round.
+    given: usize,
+    /// If `true`, buckets are given away while the backward pass runs.
+    eager: bool,
+    adding: Adding,
+}
+
+/// Sums of a step.
+pub(crate) struct Sums {
+    /// This rank's part of each bucket.
+    pub parts: Vec<Tensor>,
+    /// If any rank has a gradient, for each parameter of each bucket.
+    pub reached: Vec<Vec<bool>>,
+}
+
+/// Who adds.
+enum Adding {
+    Caller(Adder),
+    Thread(Worker),
+}
+
+impl Reducer {
+    /// `overlap`: add while the backward pass runs. `most`: elements of a bucket.
+    pub fn new(params: &ParamMap, ranks: Arc<dyn Communicator>, overlap: bool, most: usize) -> Result<Self> {
+        let buckets = Arc::new(Bucket::all(params, ranks.size(), most));
+        let places = buckets.iter().enumerate().flat_map(|(bucket, Bucket { params, .. })| {
+            params.iter().enumerate().map(move |(at, (_, param))| (param.leaf(), (bucket, at)))
+        });
+        let places = places.collect();
+        let of_params = |bucket: &Bucket| bucket.params.len();
+        let on_cpu = buckets.iter().all(|bucket| bucket.device == Device::Cpu);
+        let adder =
+            Adder { ranks: ranks.clone(), buckets: buckets.clone(), sums: buckets.iter().map(|_| None).collect() };
+        let adding = if overlap && on_cpu && ranks.takes_any_thread() && ranks.size() > 1 {
+            Adding::Thread(Worker::start(adder)?)
+        } else {
+            Adding::Caller(adder)
+        };
+        let reached = buckets.iter().map(|bucket| vec![0; of_params(bucket)]).collect_vec();
+        let missing = buckets.iter().map(of_params).collect_vec();
+        let eager = matches!(adding, Adding::Thread(_));
+        Ok(Self { ranks, buckets, places, reached, missing, given: 0, eager, adding })
+    }
+
+    /// Gives buckets away while the backward pass runs, even if the pass waits for their sums: gradients take less memory.
+    pub fn eagerly(self) -> Self {
+        Self { eager: true, ..self }
+    }
+
+    pub fn ranks(&self) -> &Arc<dyn Communicator> {
+        &self.ranks
+    }
+
+    pub fn buckets(&self) -> &Arc<Vec<Bucket>> {
+        &self.buckets
+    }
+
+    /// Runs the backward pass of a round. Buckets may be given away as soon as they are complete.
+    pub fn backward(&mut self, tape: &mut Tape, output: &Tensor, cotangent: &Tensor) -> Result<()> {
+        let eager = self.eager;
+        let mut done = |leaf, grads: &mut Gradients| self.complete(leaf, grads);
+        let done: LeafDone = &mut done;
+        let mut grads = tape.backward_calling(output, cotangent, eager.then_some(done))?;
+        self.round(&mut grads)
+    }
+
+    /// Notes that a gradient is complete. Buckets are given away in their order, which is that of all ranks.
+    fn complete(&mut self, leaf: LeafId, grads: &mut Gradients) -> Result<()> {
+        if let Some(&(bucket, _)) = self.places.get(&leaf) {
+            self.missing[bucket] -= 1;
+        }
+        while self.missing.get(self.given) == Some(&0) {
+            self.give(grads)?;
+        }
+        Ok(())
+    }
+
+    fn give(&mut self, grads: &mut Gradients) -> Result<()> {
+        let bucket = &self.buckets[self.given];
+        for ((_, param), reached) in bucket.params.iter().zip(&mut self.reached[self.given]) {
+            *reached |= u8::from(grads.param(param).is_some());
+        }
+        let flat = bucket.take(grads)?;
+        self.given += 1;
+        match &mut self.adding {
+            Adding::Caller(adder) => adder.add(self.given - 1, &flat),
+            Adding::Thread(worker) => worker.add(self.given - 1, flat),
+        }
+    }
+
+    /// Ends a round: adds the gradients that were not given away. Every rank does as many rounds, some without gradients.
+    pub fn round(&mut self, grads: &mut Gradients) -> Result<()> {
+        while self.given < self.buckets.len() {
+            self.give(grads)?;
+        }
+        self.given = 0;
+        for (missing, bucket) in self.missing.iter_mut().zip(&*self.buckets) {
+            *missing = bucket.params.len();
+        }
+        Ok(())
+    }
+
+    /// Returns the sums of all rounds since the last call.
+    pub fn finish(&mut self) -> Result<Sums> {
+        let sums = match &mut self.adding {
+            Adding::Caller(adder) => adder.take(),
+            Adding::Thread(worker) => worker.take()?,
+        };
+        let mine = self.reached.concat();
+        let mut all = vec![0; mine.len() * self.ranks.size()];
+        self.ranks.all_gather_bytes(&mine, &mut all)?;
+        let mut by_any = (0..mine.len()).map(|at| all[at..].iter().step_by(mine.len()).any(|&reached| reached == 1));
+        let reached = self.reached.iter_mut().map(|reached| {
+            let of_any = by_any.by_ref().take(reached.len()).collect_vec();
+            reached.fill(0);
+            of_any
+        });
+        let reached = reached.collect_vec();
+        let none = |bucket: &Bucket| Tensor::full([bucket.len], -0.0, bucket.dtype.accumulator(), &bucket.device);
+        let parts = sums.into_iter().zip(&*self.buckets).map(|(sum, bucket)| sum.map_or_else(|| none(bucket), Ok));
+        Ok(Sums { parts: parts.try_collect_vec()?, reached })
+    }
+
+    /// Gathers the parts of all ranks. Gradients of half types are f32.
+    pub fn gather(&self, sums: Sums, grads: &mut Gradients) -> Result<()> {
+        for ((bucket, part), reached) in self.buckets.iter().zip(sums.parts).zip(&sums.reached) {
+            let whole = bucket.whole(&self.ranks.all_gather(&part)?)?;
+            for (((_, param), grad), _) in bucket.params.iter().zip(whole).zip(reached).filter(|(_, reached)| **reached)
+            {
+                grads.replace(param.leaf(), grad);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Adds parts of buckets.
+struct Adder {
+    ranks: Arc<dyn Communicator>,
+    buckets: Arc<Vec<Bucket>>,
+    sums: Vec<Option<Tensor>>,
+}
+
+impl Adder {
+    fn add(&mut self, bucket: usize, flat: &Tensor) -> Result<()> {
+        let len = self.buckets[bucket].len;
+        let parts = self.ranks.all_to_all(flat)?;
+        for rank in 0..self.ranks.size() {
+            let part = parts.narrow(0, rank * len, len)?;
+            self.sums[bucket] = Some(match self.sums[bucket].take() {
+                None => part.to_owned_copy()?,
+                Some(sum) => sum.accumulate(&part.contiguous()?)?,
+            });
+        }
+        Ok(())
+    }
+
+    fn take(&mut self) -> Vec<Option<Tensor>> {
+        self.sums.iter_mut().map(Option::take).collect_vec()
+    }
+}
+
+/// A thread that adds in the order in which it is asked to.
+struct Worker {
+    /// `None` once the thread is to end.
+    orders: Option<Sender<Order>>,
+    thread: Option<JoinHandle<()>>,
+    /// If `true`, the thread may wait for other ranks.
+    busy: bool,
+}
+
+enum Order {
+    Add(usize, Tensor),
+    Take(Sender<Result<Vec<Option<Tensor>>>>),
+}
+
+impl Worker {
+    fn start(mut adder: Adder) -> Result<Self> {
+        let (orders, asked) = channel();
+        let work = move || {
+            let mut failed = None;
+            while let Ok(order) = asked.recv() {
+                match order {
+                    // Other ranks wait for every bucket, but there is nothing to give them any more.
+                    Order::Add(bucket, flat) => failed = failed.take().or_else(|| adder.add(bucket, &flat).err()),
+                    Order::Take(answer) => {
+                        let sums = adder.take();
+                        // Whoever asked may have gone.
+                        let _ = answer.send(failed.take().map_or(Ok(sums), Err));
+                    }
+                }
+            }
+        };
+        let thread = Builder::new().name("xt-ranks".to_string()).spawn(work);
+        let thread = thread.map_err(|error| Error::argument("ranks", format_args!("no thread: {error}")))?;
+        Ok(Self { orders: Some(orders), thread: Some(thread), busy: false })
+    }
+
+    fn send(&self, order: Order) -> Result<()> {
+        self.orders.as_ref().and_then(|orders| orders.send(order).ok()).ok_or_else(ended)
+    }
+
+    fn add(&mut self, bucket: usize, flat: Tensor) -> Result<()> {
+        self.busy = true;
+        self.send(Order::Add(bucket, flat))
+    }
+
+    fn take(&mut self) -> Result<Vec<Option<Tensor>>> {
+        let (answer, sums) = channel();
+        self.send(Order::Take(answer))?;
+        let sums = sums.recv().unwrap_or_else(|_| Err(ended()));
+        self.busy = false;
+        sums
+    }
+}
+
+fn ended() -> Error {
+    Error::argument("ranks", "the thread that sums gradients has ended: it panicked")
+}
+
+impl Drop for Worker {
+    /// Waits for the thread, which holds the ranks: those of MPI end on the thread that began them. After an error in the
+    /// middle of a step other ranks may never answer it.
+    fn drop(&mut self) {
+        self.orders = None;
+        if let Some(thread) = self.thread.take().filter(|_| !self.busy) {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,436 @@
+//! Optimizers whose state is divided among ranks.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use serde_json::Value;
+
+use super::{Optimizer, StepInfo, divided::Divided, optimizer::check};
+use crate::{
+    DType, Device, Error, ErrorKind, Gradients, Param, ParamMap, ParamStore, Result, Tensor,
+    collect::CollectVec,
+    distributed::{BUCKET, Bucket, Communicator, Piece, Reducer, Sums},
+    error::ensure,
+    ops::adamw::{CHUNK, square_norms},
+    ordered::OrderedMap,
+};
+
+/// Optimizer of which each rank keeps the state of its part of the parameters: the first two stages of ZeRO (Rajbhandari et
+/// al., <https://arxiv.org/abs/1910.02054>).
+///
+/// Each rank updates its part of the weights and gathers those of the others. All ranks have the bits of the optimizer alone
+/// (on a GPU up to the last bit of the norm that clips). It must update each element by itself, as [`AdamW`](super::AdamW),
+/// [`Sgd`](super::Sgd) and [`Lion`](super::Lion) do.
+///
+/// - **Stage 1**: give it the gradients of [`DataParallel::reduce`](crate::distributed::DataParallel::reduce).
+/// - **Stage 2**: give it those of [`Sharded::reduce`], which keeps only this rank's part of the sums.
+///
+/// All ranks call its methods together, in the same order; [`Optimizer::state_dict`] returns the whole state on each.
+///
+/// ```
+/// use std::sync::Arc;
+/// use x_transformers::{
+///     DType, Device, Init, ParamStore, Tape,
+///     distributed::{Alone, DataParallel},
+///     train::{AdamW, AdamWOptions, Optimizer, Sharded},
+/// };
+/// # fn main() -> x_transformers::Result<()> {
+/// let store = ParamStore::new(0, DType::F32, &Device::Cpu);
+/// let weight = store.param("weight", [3], Init::Constant(1.0))?;
+/// let params = store.params();
+/// let parallel = DataParallel::new(&params, Arc::new(Alone))?;
+/// let adamw = Box::new(AdamW::new(AdamWOptions::default())?);
+/// let mut optimizer = Sharded::new(&params, parallel.ranks().clone(), adamw)?;
+/// let mut tape = Tape::train(0);
+/// let grads = tape.backward(&weight.tensor().square()?.sum(&[])?)?;
+/// let grads = optimizer.reduce(grads)?; // stage 2; stage 1 would be parallel.reduce(grads)?
+/// optimizer.step(&params, &grads, 0.1, Some(1.0))?;
+/// assert!((weight.tensor().to_vec::<f32>()?[0] - 0.899).abs() < 1e-6);
+/// # Ok(())
+/// # }
+/// ```
+#[doc(alias = "ZeroRedundancyOptimizer")]
+#[doc(alias = "ZeRO")]
+pub struct Sharded {
+    optimizer: Box<dyn Optimizer>,
+    shards: Arc<Shards>,
+    reducer: Mutex<Reducer>,
+}
+
+impl fmt::Debug for Sharded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { optimizer, shards, .. } = self;
+        f.debug_struct("Sharded").field("optimizer", optimizer).field("ranks", &shards.ranks).finish_non_exhaustive()
+    }
+}
+
+impl Sharded {
+    /// Divides the state of an optimizer of these parameters, if it has one already.
+    ///
+    /// Errors: [`Adafactor`](super::Adafactor) and [`Muon`](super::Muon), which need whole matrices; a state of other
+    /// parameters; out of memory.
+    pub fn new(params: &ParamMap, ranks: Arc<dyn Communicator>, optimizer: Box<dyn Optimizer>) -> Result<Self> {
+        Self::by_buckets(params, ranks, optimizer, BUCKET)
+    }
+
+    /// `most`: elements of a bucket.
+    pub(super) fn by_buckets(
+        params: &ParamMap,
+        ranks: Arc<dyn Communicator>,
+        optimizer: Box<dyn Optimizer>,
+        most: usize,
+    ) -> Result<Self> {
+        let json = optimizer.to_json();
+        let name = json["name"].as_str().unwrap_or_default();
+        ensure!(
+            !matches!(name, "adafactor" | "muon"),
+            Error::option("zero", format_args!("{name} needs whole matrices; use adamw, lion or sgd"))
+        );
+        let reducer = Reducer::new(params, ranks, false, most)?;
+        let shards = Arc::new(Shards::new(params, &reducer)?);
+        let state = optimizer.state_dict()?;
+        let mut sharded = Self { optimizer, shards, reducer: Mutex::new(reducer) };
+        sharded.load_state_dict(params, &state)?;
+        Ok(sharded)
+    }
+
+    /// Sums gradients over all ranks, and keeps this rank's part: gradients for [`Optimizer::step`] alone.
+    ///
+    /// Errors: a failed transfer; out of memory.
+    pub fn reduce(&self, mut grads: Gradients) -> Result<Gradients> {
+        let mut reducer = self.reducer();
+        reducer.round(&mut grads)?;
+        self.shards.gradients(reducer.finish()?)
+    }
+
+    pub(super) fn shards(&self) -> &Arc<Shards> {
+        &self.shards
+    }
+
+    /// This rank's part of the state, as it is in the file of all.
+    pub(super) fn divided(&self) -> Result<Divided> {
+        self.shards.divided(&self.optimizer.state_dict()?)
+    }
+
+    fn reducer(&self) -> MutexGuard<'_, Reducer> {
+        self.reducer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Optimizer for Sharded {
+    fn step_scaled(
+        &mut self,
+        params: &ParamMap,
+        grads: &Gradients,
+        scale: f64,
+        lr: f64,
+        clip: Option<f64>,
+    ) -> Result<StepInfo> {
+        check(lr, clip)?;
+        let shards = self.shards.clone();
+        let grads = shards.own_part(grads)?;
+        let (squares, updated) = shards.square_norms(params, &grads, self.steps())?;
+        let grad_norm = scale * squares;
+        let scale = scale * clip.map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
+        shards.refresh()?;
+        self.optimizer.step_scaled(&shards.params, &grads, scale, lr, None)?;
+        shards.publish()?;
+        Ok(StepInfo { grad_norm, updated })
+    }
+
+    fn steps(&self) -> u64 {
+        self.optimizer.steps()
+    }
+
+    fn state_dict(&self) -> Result<BTreeMap<String, Tensor>> {
+        self.shards.gather(&self.optimizer.state_dict()?)
+    }
+
+    fn load_state_dict(&mut self, _params: &ParamMap, dict: &BTreeMap<String, Tensor>) -> Result<()> {
+        self.optimizer.load_state_dict(&self.shards.params, &self.shards.own_state(dict)?)
+    }
+
+    fn to_json(&self) -> Value {
+        self.optimizer.to_json()
+    }
+
+    fn sharded(&self) -> Option<&Sharded> {
+        Some(self)
+    }
+}
+
+/// This rank's part of the parameters, as parameters of the same names.
+pub(super) struct Shards {
+    ranks: Arc<dyn Communicator>,
+    buckets: Arc<Vec<Bucket>>,
+    /// What this rank has of each bucket: its place in the part, and the parameter.
+    own: Vec<Vec<(Piece, usize, Param)>>,
+    params: ParamMap,
+}
+
+impl Shards {
+    pub fn new(params: &ParamMap, reducer: &Reducer) -> Result<Self> {
+        let (ranks, buckets) = (reducer.ranks().clone(), reducer.buckets().clone());
+        let (mut own, mut by_leaf) = (Vec::new(), OrderedMap::default());
+        for bucket in &*buckets {
+            let mut pieces = Vec::new();
+            for (piece, at) in bucket.places(ranks.rank()) {
+                let (_, param) = &bucket.params[piece.param];
+                let shard = Param::new(slice(&param.tensor(), piece)?)?;
+                by_leaf.insert(param.leaf(), shard.clone());
+                pieces.push((piece, at, shard));
+            }
+            own.push(pieces);
+        }
+        let store = ParamStore::zeros(DType::F32, &Device::Cpu);
+        for (name, param) in params.iter() {
+            by_leaf.get(&param.leaf()).map(|shard| store.tie(name, shard)).transpose()?;
+        }
+        let shards = Self { ranks, buckets, own, params: store.params() };
+        shards.release()?;
+        Ok(shards)
+    }
+
+    /// What this rank has, with the bucket's number.
+    fn each(&self) -> impl Iterator<Item = (usize, &(Piece, usize, Param))> {
+        self.own.iter().enumerate().flat_map(|(bucket, pieces)| pieces.iter().map(move |piece| (bucket, piece)))
+    }
+
+    /// Gradients of this rank's part from its sums.
+    pub fn gradients(&self, sums: Sums) -> Result<Gradients> {
+        let mut grads = Gradients::default();
+        for (bucket, (piece, at, shard)) in
+            self.each().filter(|(bucket, (piece, ..))| sums.reached[*bucket][piece.param])
+        {
+            let part = sums.parts[bucket].narrow(0, *at, piece.len)?;
+            grads.replace(shard.leaf(), part.contiguous()?.reshape(*shard.tensor().shape())?);
+        }
+        Ok(grads)
+    }
+
+    /// Gradients of this rank's part: those that it is given, or else slices of whole ones.
+    fn own_part(&self, given: &Gradients) -> Result<Gradients> {
+        let mut grads = Gradients::default();
+        for (bucket, (piece, _, shard)) in self.each() {
+            let (_, param) = &self.buckets[bucket].params[piece.param];
+            let part =
+                given.param(shard).cloned().map(Ok).or_else(|| given.param(param).map(|grad| slice(grad, *piece)));
+            part.transpose()?.into_iter().for_each(|part| grads.replace(shard.leaf(), part));
+        }
+        Ok(grads)
+    }
+
+    /// Returns the norm of all gradients and the number of parameters that have one. The sums are those of whole
+    /// parameters: by chunks, and then in the order of names.
+    fn square_norms(&self, params: &ParamMap, grads: &Gradients, step: u64) -> Result<(f64, usize)> {
+        const NONE: f64 = -1.0;
+        let (mut chunks, mut filled) = (Vec::new(), Vec::new());
+        for (_, (piece, _, shard)) in self.each() {
+            let count = piece.len.div_ceil(CHUNK);
+            filled.extend(std::iter::repeat_n(grads.param(shard).is_some(), count));
+            let Some(grad) = grads.param(shard) else { continue };
+            let flat = grad.detach().contiguous()?.reshape([piece.len])?;
+            for start in (0..piece.len).step_by(CHUNK) {
+                chunks.push(flat.narrow(0, start, CHUNK.min(piece.len - start))?);
+            }
+        }
+        let mut squares = square_norms(&chunks)?.into_iter();
+        let mine = filled.into_iter().map(|filled| if filled { squares.next().unwrap_or(NONE) } else { NONE });
+        let mine = mine.flat_map(f64::to_le_bytes).collect::<Vec<u8>>();
+        let counts = |rank: usize| {
+            let pieces = self.buckets.iter().flat_map(move |bucket| &bucket.parts[rank]);
+            pieces.map(|piece| piece.len.div_ceil(CHUNK)).sum::<usize>()
+        };
+        let most = (0..self.ranks.size()).map(counts).max().unwrap_or(0);
+        let all = self.gather_bytes(mine, 8 * most)?;
+        let mut at = (0..self.ranks.size()).map(|rank| rank * 8 * most).collect_vec();
+        // In the order of elements within each parameter, which is that of ranks.
+        let mut totals = OrderedMap::default();
+        for bucket in &*self.buckets {
+            for (rank, part) in bucket.parts.iter().enumerate() {
+                for piece in part {
+                    for _ in 0..piece.len.div_ceil(CHUNK) {
+                        let square = f64::from_le_bytes(std::array::from_fn(|byte| all[at[rank] + byte]));
+                        at[rank] += 8;
+                        if square != NONE {
+                            *totals.or_insert(bucket.params[piece.param].1.leaf(), 0.0) += square;
+                        }
+                    }
+                }
+            }
+        }
+        let in_order = params.unique().filter_map(|(name, param)| Some((name, *totals.get(&param.leaf())?)));
+        let squares = in_order.collect_vec();
+        let norm = squares.iter().map(|(_, square)| square).sum::<f64>().sqrt();
+        if !norm.is_finite() {
+            let culprit = squares.iter().find(|(_, square)| !square.is_finite());
+            let culprit = culprit.or_else(|| squares.iter().max_by(|a, b| a.1.total_cmp(&b.1)));
+            let what = culprit.map_or("gradient norm".to_string(), |(name, _)| format!("gradient of {name}"));
+            return Err(Error::new(ErrorKind::NonFinite { step, what }));
+        }
+        Ok((norm, squares.len()))
+    }
+
+    /// Takes this rank's part of the weights over.
+    fn refresh(&self) -> Result<()> {
+        for (bucket, (piece, _, shard)) in self.each() {
+            shard.set(slice(&self.buckets[bucket].params[piece.param].1.tensor(), *piece)?)?;
+        }
+        Ok(())
+    }
+
+    /// Frees the weights of this rank's part, which [`Shards::refresh`] takes over again.
+    fn release(&self) -> Result<()> {
+        for (_, (_, _, shard)) in self.each() {
+            let value = shard.tensor();
+            let zero = Tensor::zeros([1], value.dtype(), value.device())?;
+            shard.set(zero.reshape(vec![1; value.rank()])?.expand(*value.shape())?)?;
+        }
+        Ok(())
+    }
+
+    /// Gives all ranks the weights of all parts.
+    fn publish(&self) -> Result<()> {
+        for (bucket, own) in self.buckets.iter().zip(&self.own) {
+            let part = bucket.part(&bucket.parts[self.ranks.rank()], bucket.dtype, |piece| {
+                own.iter().find(|(at, ..)| at == piece).map(|(.., shard)| flat(&shard.tensor())).transpose()
+            });
+            let whole = bucket.whole(&self.ranks.all_gather(&part?)?)?;
+            for ((_, param), value) in bucket.params.iter().zip(whole) {
+                param.set(value)?;
+            }
+        }
+        self.release()
+    }
+
+    /// This rank's part of a state: of the tensors of each parameter, and the numbers beside them.
+    fn own_state(&self, dict: &BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Tensor>> {
+        let mut places = OrderedMap::default();
+        for (bucket, (piece, ..)) in self.each() {
+            let (name, param) = &self.buckets[bucket].params[piece.param];
+            places.insert(name.as_str(), (*piece, param));
+        }
+        let known = |name: &str| self.buckets.iter().any(|bucket| bucket.params.iter().any(|(known, _)| known == name));
+        let mut own = BTreeMap::new();
+        for (key, tensor) in dict {
+            let part = match key.split_once('.') {
+                Some((kind, name)) if known(name) => match places.get(name) {
+                    Some((piece, param)) if kind != "step" && tensor.shape() == param.tensor().shape() => {
+                        slice(tensor, *piece)?
+                    }
+                    Some(_) => tensor.clone(),
+                    // Another rank's.
+                    None => continue,
+                },
+                _ => tensor.clone(),
+            };
+            own.insert(key.clone(), part);
+        }
+        Ok(own)
+    }
+
+    /// The whole state from this rank's part of it.
+    fn gather(&self, own: &BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Tensor>> {
+        let Inventory { mut numbers, tensors } = self.inventory(own)?;
+        for (bucket, kind, params) in tensors {
+            let bucket = &self.buckets[bucket];
+            let part = bucket.part(&bucket.parts[self.ranks.rank()], bucket.dtype.accumulator(), |piece| {
+                own.get(&format!("{kind}.{}", bucket.params[piece.param].0)).map(flat).transpose()
+            });
+            let whole = bucket.whole(&self.ranks.all_gather(&part?)?)?;
+            for (param, tensor) in whole.into_iter().enumerate().filter(|(param, _)| params.contains(param)) {
+                numbers.insert(format!("{kind}.{}", bucket.params[param].0), tensor);
+            }
+        }
+        Ok(numbers)
+    }
+
+    /// This rank's part of the state, as it is in the file of all.
+    fn divided(&self, own: &BTreeMap<String, Tensor>) -> Result<Divided> {
+        let Inventory { numbers, tensors } = self.inventory(own)?;
+        let mut divided = Divided { whole: numbers, shapes: BTreeMap::new(), own: Vec::new() };
+        for (at, kind, params) in tensors {
+            let bucket = &self.buckets[at];
+            for param in params {
+                let (name, value) = &bucket.params[param];
+                let shape = (bucket.dtype.accumulator(), *value.tensor().shape());
+                divided.shapes.insert(format!("{kind}.{name}"), shape);
+            }
+            for (piece, ..) in &self.own[at] {
+                let key = format!("{kind}.{}", bucket.params[piece.param].0);
+                if let Some(tensor) = own.get(&key) {
+                    divided.own.push((key, piece.start, tensor.clone()));
+                }
+            }
+        }
+        Ok(divided)
+    }
+
+    /// What the state of all ranks consists of.
+    fn inventory(&self, own: &BTreeMap<String, Tensor>) -> Result<Inventory> {
+        let kinds = own.keys().filter_map(|key| Some(key.split_once('.')?.0)).filter(|kind| *kind != "step");
+        // A rank that has no part does not know them.
+        const ROOM: usize = 512;
+        let names = kinds.collect::<BTreeSet<&str>>().into_iter().collect_vec().join(" ");
+        let names = self.gather_bytes(names.into_bytes(), ROOM)?;
+        let names = names.split(|byte| matches!(byte, 0 | b' ')).filter(|name| !name.is_empty());
+        let names = names.map(|name| String::from_utf8_lossy(name).into_owned());
+        let kinds = names.collect::<BTreeSet<String>>().into_iter().collect_vec();
+        let (mut numbers, mut tensors) = (BTreeMap::new(), Vec::new());
+        numbers.extend(own.get("steps").map(|steps| ("steps".to_string(), steps.clone())));
+        for (at, bucket) in self.buckets.iter().enumerate() {
+            // The number of steps of each parameter plus 1, and which tensors there are.
+            let mut found: Vec<u64> = Vec::new();
+            for (name, _) in &bucket.params {
+                let step = own.get(&format!("step.{name}")).map(|step| step.to_vec::<i64>()).transpose()?;
+                found.push(step.map_or(0, |step| step[0] as u64 + 1));
+                found.extend(kinds.iter().map(|kind| u64::from(own.contains_key(&format!("{kind}.{name}")))));
+            }
+            let (width, each) = (8 * found.len(), 1 + kinds.len());
+            let all = self.gather_bytes(found.into_iter().flat_map(u64::to_le_bytes).collect(), width)?;
+            let number = |at: usize| {
+                let of_rank = |rank: &[u8]| u64::from_le_bytes(std::array::from_fn(|byte| rank[8 * at + byte]));
+                all.chunks_exact(width).map(of_rank).max().unwrap_or(0)
+            };
+            for (param, (name, _)) in bucket.params.iter().enumerate() {
+                if let Some(steps) = number(each * param).checked_sub(1) {
+                    numbers.insert(format!("step.{name}"), Tensor::scalar(steps as i64, &Device::Cpu)?);
+                }
+            }
+            for (kind, name) in kinds.iter().enumerate() {
+                let params =
+                    (0..bucket.params.len()).filter(|param| number(each * param + 1 + kind) == 1).collect_vec();
+                tensors.push((at, name.clone(), params));
+            }
+        }
+        Ok(Inventory { numbers, tensors })
+    }
+
+    fn gather_bytes(&self, mut mine: Vec<u8>, width: usize) -> Result<Vec<u8>> {
+        mine.resize(width, 0);
+        let mut all = vec![0; width * self.ranks.size()];
+        self.ranks.all_gather_bytes(&mine, &mut all)?;
+        Ok(all)
+    }
+}
+
+/// What the state of all ranks consists of.
+struct Inventory {
+    /// Numbers of steps.
+    numbers: BTreeMap<String, Tensor>,
+    /// Bucket, name of the tensor, and the bucket's parameters that have it.
+    tensors: Vec<(usize, String, Vec<usize>)>,
+}
+
+fn flat(tensor: &Tensor) -> Result<Tensor> {
+    tensor.detach().contiguous()?.reshape([tensor.numel()])
+}
+
+/// Elements of a piece, `[len]`, or `[len, 1]` of a matrix: groups of parameters tell them by their dimensions.
+fn slice(tensor: &Tensor, piece: Piece) -> Result<Tensor> {
+    let elements = flat(tensor)?.narrow(0, piece.start, piece.len)?.contiguous()?;
+    if tensor.rank() > 1 { elements.reshape([piece.len, 1]) } else { Ok(elements) }
+}
