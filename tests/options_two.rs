@@ -212,6 +212,7 @@ fn the_other_version_is_named() {
         (json!({"ff_gluu": true}), json!({}), "did you mean `ff_glu`?"),
         (json!({}), json!({"tie_embeddings": true}), "did you mean `tie_embedding`?"),
         (json!({"heads": "many"}), json!({}), "expected a whole number"),
+        (json!({"attn_gumbel_softmax": true, "attn_flash": true}), json!({}), "`attn_flash`"),
         (json!({"attn_kv_heads": [2, 2], "depth": 1}), json!({}), "attn_*"),
     ] {
         let config = config(&layers, &wrapper);

@@ -178,6 +178,10 @@ pub(super) fn attention(
         !(options.qk_rmsnorm && options.k_rmsnorm),
         error("k_rmsnorm", "cannot be used with `attn_qk_rmsnorm`, which norms keys too".to_string())
     );
+    ensure!(
+        !(options.gumbel_softmax && options.flash),
+        error("gumbel_softmax", "cannot be used with `attn_flash`, which leaves it out in x-transformers".to_string())
+    );
     let weights = [
         ("sigmoid", options.sigmoid),
         ("hard", options.hard),
