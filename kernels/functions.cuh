@@ -85,6 +85,8 @@ ROW(sqrt, OUTPUT, ::sqrt(x), g * (Acc(0.5) / kept))
 ROW(square, INPUT, x * x, twice(g * kept))
 ACTIVATION_ROW(sigmoid, INPUT, logistic(x), g * logistic_slope(kept))
 ROW(tanh, INPUT, ::tanh(x), g * (4 * logistic_slope(kept + kept)))
+ROW(erf, INPUT, ::erf(x), g * (Acc(1.1283791670955126) * ::exp(-(kept * kept))))
+ROW(cos, INPUT, ::cos(x), -g * ::sin(kept))
 // The gradient is 0 where x <= 0; this test, unlike x > 0, lets NaN pass.
 ACTIVATION_ROW(relu, OUTPUT, positive(x), kept <= 0 ? 0 : g)
 ACTIVATION_ROW(relu_squared, INPUT, positive(x) * positive(x), kept <= 0 ? 0 : twice(g * kept))

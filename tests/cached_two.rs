@@ -43,6 +43,10 @@ fn configs() -> Vec<(Value, Value)> {
         json!({"attn_softclamp_logits": true, "attn_logit_softclamp_value": 2.0, "rel_pos_bias": true}),
         json!({"attn_laser": true}),
         json!({"attn_hard": true}),
+        json!({"attn_gumbel_softmax": true}),
+        json!({"attn_gumbel_softmax": true, "attn_gumbel_softmax_hard": false, "attn_gumbel_softmax_temp": 0.5}),
+        json!({"use_derf": true}),
+        json!({"attn_aggregated_residuals": true, "attn_aggregated_residual_kwargs": {"lora_rank": 4}, "depth": 2}),
         json!({"attn_sigmoid": true, "attn_num_mem_kv": 2}),
         json!({"attn_l2_distance": true, "attn_kv_heads": 2}),
         json!({"attn_cog_signed": true, "attn_head_learned_sink": true}),
@@ -76,6 +80,7 @@ fn configs() -> Vec<(Value, Value)> {
         json!({"post_emb_norm": true, "emb_dim": 8}),
         json!({"use_abs_pos_emb": false, "max_seq_len": 0}),
         json!({"mixture_of_softmax": true, "sigsoftmax_logits": true}),
+        json!({"add_continuous_pred_head": true}),
     ];
     let of_layers = layers.into_iter().map(|layers| (layers, json!({})));
     of_layers.chain(wrappers.into_iter().map(|wrapper| (json!({}), wrapper))).collect()
@@ -213,6 +218,8 @@ fn options_without_a_cache_say_why() -> Result<()> {
         (json!({"attn_use_cope": true}), json!({}), "attn_use_cope"),
         (json!({"attn_use_rel_proj_pos_bias": true}), json!({}), "attn_use_rel_proj_pos_bias"),
         (json!({"mv_split_residual": true}), json!({}), "mv_split_residual"),
+        (json!({"orthog_residual": true}), json!({}), "orthog_residual"),
+        (json!({"pre_and_post_norm": true}), json!({"looped": true}), "looped"),
         (json!({"kind": "PrefixDecoder"}), json!({}), "PrefixDecoder"),
         (json!({}), json!({"num_memory_tokens": 2, "memory_tokens_interspersed_every": 4}), "interspersed"),
     ] {

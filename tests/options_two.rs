@@ -21,7 +21,7 @@ struct Class {
 /// Reads the tables of `options!`.
 fn classes() -> Vec<Class> {
     let mut classes: Vec<Class> = Vec::new();
-    for path in ["src/config/v2/layers.rs", "src/config/v2/wrappers.rs"] {
+    for path in ["src/config/v2/layers.rs", "src/config/v2/wrappers.rs", "src/config/v2/around.rs"] {
         let mut doc: Vec<String> = Vec::new();
         let mut inside = false;
         for line in read(path).lines() {
@@ -100,6 +100,8 @@ fn table() -> String {
         ("CONTINUOUS_AUTOREGRESSIVE", "`ContinuousAutoregressiveWrapper`"),
         ("POOL", "`AttentionPool`"),
         ("XL", "`XLAutoregressiveWrapper`"),
+        ("BELIEF", "`BeliefStateWrapper`"),
+        ("CALL", "arguments of calls"),
     ];
     let refused = refused();
     for (constant, title) in of {
@@ -210,6 +212,7 @@ fn the_other_version_is_named() {
         (json!({"ff_gluu": true}), json!({}), "did you mean `ff_glu`?"),
         (json!({}), json!({"tie_embeddings": true}), "did you mean `tie_embedding`?"),
         (json!({"heads": "many"}), json!({}), "expected a whole number"),
+        (json!({"attn_gumbel_softmax": true, "attn_flash": true}), json!({}), "`attn_flash`"),
         (json!({"attn_kv_heads": [2, 2], "depth": 1}), json!({}), "attn_*"),
     ] {
         let config = config(&layers, &wrapper);
@@ -245,5 +248,68 @@ fn configs_round_trip() {
         let again = Config::from_json(&config.to_json()).unwrap();
         assert_eq!(again, config);
         assert!(matches!(again.plan().unwrap(), ModelPlan::Transformer(_)));
+    }
+}
+
+/// Returns `true` if a value has this key at any depth, or this name.
+fn has(value: &Value, name: &str) -> bool {
+    match value {
+        Value::Object(map) => {
+            map.iter().any(|(key, value)| key == name || key.starts_with(&format!("{name}.")) || has(value, name))
+        }
+        Value::Array(values) => values.iter().any(|value| has(value, name)),
+        value => value == name,
+    }
+}
+
+#[test]
+fn every_call_and_class_is_shown_or_refused() {
+    let cases: Vec<Value> = serde_json::from_str(&read("tests/parity_two/cases.json")).unwrap();
+    let table = read("tests/parity_two/calls.md");
+    let rows: Vec<&str> = table.lines().filter(|line| line.starts_with("| `")).collect();
+    assert!(rows.len() > 100);
+    let net = json!({"num_tokens": 9, "max_seq_len": 8, "attn_layers": {"kind": "Decoder", "dim": 16, "depth": 1}});
+    for row in rows {
+        let cells: Vec<&str> = row.trim_matches('|').split(" | ").map(|cell| cell.trim().trim_matches('`')).collect();
+        let [class, argument, shown] = cells[..] else { panic!("{row}") };
+        for shown in shown.split(", ").map(|shown| shown.trim_matches('`')) {
+            let refusal = |config: Value, what: &str| {
+                let error = Config::with_call(&config.to_string()).unwrap_err().to_string();
+                assert!(error.contains(argument) && error.contains(what), "{row}: {error}");
+            };
+            let mut config = net.clone();
+            config["version"] = json!("2");
+            match shown {
+                "refused" => {
+                    config["model"] = json!("TransformerWrapper");
+                    config["call"] = json!({argument: true});
+                    refusal(config, "not supported yet");
+                }
+                "refused option" => {
+                    let mut net = net.clone();
+                    let continuous = class.starts_with("Continuous");
+                    if continuous {
+                        net.as_object_mut().unwrap().remove("num_tokens");
+                    }
+                    let key = if class == "BeliefStateWrapper" { "forward_decoder" } else { "net" };
+                    let config = json!({"version": "2", "model": class, key: net, argument: "x"});
+                    refusal(config, "not supported yet");
+                }
+                "refused class" => refusal(json!({"version": "2", "model": class}), "expected one of"),
+                test if test.contains(".rs: ") => {
+                    let (file, name) = test.split_once(": ").unwrap();
+                    assert!(read(file).contains(&format!("fn {name}(")), "{row}: no test {test}");
+                }
+                name => {
+                    let case = cases.iter().find(|case| case["name"] == name);
+                    let case = case.unwrap_or_else(|| panic!("{row}: no case {name}"));
+                    assert!(has(&case["config"], argument) || has(&case["inputs"], argument), "{row}: {name}");
+                }
+            }
+        }
+    }
+    // No argument that is refused is left out.
+    for name in refused()["CALL"].iter().filter(|name| !name.starts_with("looped_")) {
+        assert!(table.contains(&format!("| `{name}` | ")), "{name}");
     }
 }

@@ -29,6 +29,7 @@ fn of_layers() -> Vec<Row> {
         row("use_rmsnorm", json!(true)),
         row("use_simple_rmsnorm", json!(true)),
         row("use_dynamic_tanh", json!(true)),
+        row("use_derf", json!(true)),
         with("dynamic_tanh_init_alpha", json!(0.5), json!({"use_dynamic_tanh": true})),
         row("use_adaptive_layernorm", json!(true)),
         row("use_adaptive_rmsnorm", json!(true)),
@@ -70,6 +71,13 @@ fn of_layers() -> Vec<Row> {
         row("pre_norm_has_final_norm", json!(false)),
         row("pre_and_post_norm", json!(true)),
         row("gate_residual", json!(true)),
+        row("orthog_residual", json!(true)),
+        with("attn_aggregated_residuals", json!(true), json!({"attn_aggregated_residual_kwargs": {"lora_rank": 3}})),
+        with(
+            "attn_aggregated_residual_kwargs",
+            json!({"lora_rank": 4}),
+            json!({"attn_aggregated_residuals": true, "attn_aggregated_residual_kwargs": {"lora_rank": 3}}),
+        ),
         row("mv_split_residual", json!(true)),
         row("scale_residual", json!(true)),
         row("depth_scale_residual", json!(0.5)),
@@ -144,6 +152,13 @@ fn of_attention() -> Vec<Row> {
         ),
         row("zero_init_output", json!(true)),
         row("hard", json!(true)),
+        row("gumbel_softmax", json!(true)),
+        with(
+            "gumbel_softmax_temp",
+            json!(0.5),
+            json!({"attn_gumbel_softmax": true, "attn_gumbel_softmax_hard": false}),
+        ),
+        with("gumbel_softmax_hard", json!(false), json!({"attn_gumbel_softmax": true})),
         row("sigmoid", json!(true)),
         row("l2_distance", json!(true)),
         row("cog_signed", json!(true)),
@@ -221,15 +236,25 @@ fn of_wrapper() -> Vec<Row> {
         ("attn_pool_depth", json!(2), encoder.clone(), json!({"attn_pool": true})),
         ("dim_pooled_tokens", json!(12), encoder, json!({"attn_pool": true})),
         with("squeeze_out_last_dim", json!(true), json!({"logits_dim": 1})),
+        row("recycling", json!(true)),
+        with("train_max_recycle_steps", json!(1), json!({"recycling": true, "train_max_recycle_steps": 50})),
+        ("looped", json!(true), json!({"pre_and_post_norm": true}), json!({})),
+        ("max_looped_steps", json!(2), json!({"pre_and_post_norm": true}), json!({"looped": true})),
         row("mixture_of_softmax", json!(true)),
         with("mixture_of_softmax_k", json!(2), json!({"mixture_of_softmax": true})),
         row("sigsoftmax_logits", json!(true)),
     ]
 }
 
-/// Options that act only on gradients, or where masks and causality together leave no key, or in cross-attention.
-const ELSEWHERE: [&str; 5] =
-    ["emb_frac_gradient", "sparse_topk_straight_through", "flash", "learned_value_residual_mix", "inverted_attention"];
+/// Options that act only on gradients or losses, or where masks and causality together leave no key, or in cross-attention.
+const ELSEWHERE: [&str; 6] = [
+    "add_continuous_pred_head",
+    "emb_frac_gradient",
+    "sparse_topk_straight_through",
+    "flash",
+    "learned_value_residual_mix",
+    "inverted_attention",
+];
 
 fn extend(into: &mut Value, more: &Value) {
     let more: Map<String, Value> = more.as_object().unwrap().clone();

@@ -56,8 +56,10 @@ fn folder(args: &ConvertArgs) -> Result<()> {
     let Checkpoint { config, model, optimizer, training } = Checkpoint::load(&folder)?;
     let conversion = Conversion::new(&config).map_err(broken)?;
     let converted = |tensors: BTreeMap<String, Tensor>| -> Result<BTreeMap<String, Tensor>> {
-        let each = tensors.into_iter().map(|(key, tensor)| {
-            let kind = KINDS.into_iter().find(|kind| key.starts_with(kind)).unwrap_or_default();
+        let kind = |key: &str| KINDS.into_iter().find(|kind| key.starts_with(kind)).unwrap_or_default();
+        let kept = tensors.into_iter().filter(|(key, _)| conversion.keeps(&key[kind(key).len()..]));
+        let each = kept.map(|(key, tensor)| {
+            let kind = kind(&key);
             let name = &key[kind.len()..];
             // A count has no order.
             let tensor = if tensor.rank() == 0 { tensor } else { conversion.tensor(name, &tensor).map_err(broken)? };

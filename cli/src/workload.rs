@@ -192,6 +192,7 @@ impl Workload {
         };
         let sampling = call.generate.as_ref().map(|generate| generate.sampling.clone()).unwrap_or_default();
         let generate = GenerateCall {
+            restrict_to_max_seq_len: true,
             seq_len: Some(new_tokens),
             eos_token: None,
             sampling,

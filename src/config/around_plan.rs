@@ -1,6 +1,9 @@
 //! Plans of models around a transformer.
 
-use super::wrapper_plan::{LossPlan, TransformerPlan};
+use super::{
+    LayersPlan,
+    wrapper_plan::{LossPlan, TransformerPlan},
+};
 
 /// Models around a [`TransformerWrapper`](crate::models::TransformerWrapper) with losses of their own, resolved.
 #[derive(Clone, PartialEq, Debug)]
@@ -18,6 +21,49 @@ pub enum AroundPlan {
     Dpo(TransformerPlan, f64, Option<i64>),
     /// Masked tokens that are filled in.
     Masked(TransformerPlan, Box<MaskedPlan>),
+    /// Text from both sides.
+    Belief(Box<BeliefPlan>),
+    /// A style of each sequence.
+    Vae(Box<GptVaePlan>),
+}
+
+/// A [`BeliefStateWrapper`](crate::models::BeliefStateWrapper), resolved.
+#[derive(Clone, PartialEq, Debug)]
+pub struct BeliefPlan {
+    /// Decoder of the text before.
+    pub forward: TransformerPlan,
+    /// Decoder of the text after, in reverse; `None`: the same.
+    pub backward: Option<TransformerPlan>,
+    /// Weight of predictions of the text after.
+    pub backward_weight: f64,
+    /// Number of distances between both that are told apart, and the weight of their loss.
+    pub distance: Option<(usize, f64)>,
+}
+
+/// A [`GptVae`](crate::models::GptVae), resolved.
+#[derive(Clone, PartialEq, Debug)]
+pub struct GptVaePlan {
+    /// From a sequence to the mean of its vectors.
+    pub encoder: TransformerPlan,
+    /// Language model.
+    pub decoder: TransformerPlan,
+    /// Width of a style.
+    pub dim_latent: usize,
+    /// Weight of the divergence of styles from a normal distribution, and what of it is free.
+    pub divergence: [f64; 2],
+    /// Share of the sequences whose style is left out in training.
+    pub latents_dropout: f64,
+    /// Token that is padding.
+    pub pad: i64,
+}
+
+/// A [`NeoMlp`](crate::models::NeoMlp), resolved.
+#[derive(Clone, PartialEq, Debug)]
+pub struct NeoMlpPlan {
+    /// Number of input, hidden and output nodes.
+    pub nodes: [usize; 3],
+    /// Layers that pass messages between the nodes.
+    pub layers: LayersPlan,
 }
 
 /// Training and steps of a [`NonAutoregressiveWrapper`](crate::models::NonAutoregressiveWrapper).
@@ -95,6 +141,8 @@ impl AroundPlan {
             | Self::Xl(plan, ..)
             | Self::Dpo(plan, ..)
             | Self::Masked(plan, _) => plan,
+            Self::Belief(plan) => &plan.forward,
+            Self::Vae(plan) => &plan.decoder,
         }
     }
 }

@@ -120,6 +120,8 @@ pub struct AttentionPlan {
     pub straight_through: bool,
     /// Function from scores to weights.
     pub normalize: Normalize,
+    /// If given, training adds Gumbel noise to the scores, and this divides them.
+    pub gumbel: Option<f64>,
     /// Scores that are passed on to the next attention of the same kind.
     pub residual: ScoreResidual,
     /// Dropout of the weights.
@@ -387,6 +389,7 @@ impl AttentionPlan {
             sparse_topk: None,
             straight_through: false,
             normalize: Normalize::Softmax,
+            gumbel: None,
             residual: ScoreResidual::None,
             dropout: 0.0,
             sublayer_dropout: 0.0,
@@ -485,6 +488,9 @@ impl AttentionPlan {
         if self.sparse_topk.is_some() {
             return Some("top-k needs whole rows of scores");
         }
+        if self.gumbel.is_some() {
+            return Some("Gumbel noise is added to scores");
+        }
         match self.normalize {
             Normalize::Softmax => {}
             Normalize::Entmax15 => return Some("entmax needs whole rows of scores"),
@@ -533,6 +539,7 @@ impl fmt::Display for AttentionPlan {
             (matches!(self.temperature, Temperature::Learned(_)), "learned temperature"),
             (self.softclamp.is_some(), "soft clamp"),
             (self.sink, "learned sink"),
+            (self.gumbel.is_some(), "Gumbel noise"),
             (self.head_scale, "head scale"),
             (self.gate_heads, "gated heads"),
             (self.gate_values != ValueGate::None, "gated values"),

@@ -28,6 +28,16 @@ pub struct Call {
     pub attached_mems: bool,
     /// Number of first positions that all tokens see, for a `PrefixDecoder`.
     pub prefix_attn_len: Option<i64>,
+    /// Numbers of the sublayers in the order in which this call runs them. Default: that of the config.
+    pub layers_execute_order: Option<Vec<usize>>,
+    /// If `true`, a `TransformerWrapper` returns the z-loss of the scores of attention, `attn_z_loss`, too.
+    pub return_attn_z_loss: bool,
+    /// Factor of the z-loss. Default 1e-4.
+    pub attn_z_loss_weight: Option<f64>,
+    /// Number of passes through the layers of a model with `recycling`.
+    pub recycle_steps: Option<usize>,
+    /// Number of passes through the layers of a model with `looped`. Default `max_looped_steps` of the config.
+    pub looped_steps: Option<usize>,
     /// Temperature of the tokens that a `NonAutoregressiveWrapper`'s critic judges. Default: drawn.
     pub generator_sample_temperature: Option<f64>,
     /// If `Some`, generates tokens instead: `"method": "generate"` with the arguments of `generate`.
@@ -49,6 +59,8 @@ pub struct GenerateCall {
     pub pads_open_rows: bool,
     /// If `true`, keys and values are cached, like the default.
     pub cache_kv: bool,
+    /// If `true`, the context is the last `max_seq_len` tokens, like the default, otherwise all.
+    pub restrict_to_max_seq_len: bool,
     /// Arguments of a `NonAutoregressiveWrapper`.
     pub masked: MaskedCall,
 }
@@ -81,6 +93,8 @@ pub struct BeamCall {
     pub beams: usize,
     /// If `true`, returns all beams and their scores, otherwise the best one.
     pub return_beams_and_scores: bool,
+    /// If `true`, the context is the last `max_seq_len` tokens, like the default, otherwise all.
+    pub restrict_to_max_seq_len: bool,
 }
 
 /// Keys of a call, except those of sampling.
@@ -94,6 +108,11 @@ struct Keys {
     return_outputs: bool,
     detach_mems: bool,
     prefix_attn_len: Option<i64>,
+    layers_execute_order: Option<Vec<usize>>,
+    return_attn_z_loss: bool,
+    attn_z_loss_weight: Option<f64>,
+    recycle_steps: Option<usize>,
+    looped_steps: Option<usize>,
     method: Option<String>,
     seq_len: Option<usize>,
     eos_token: Option<i64>,
@@ -119,6 +138,11 @@ impl Default for Keys {
             return_outputs: false,
             detach_mems: true,
             prefix_attn_len: None,
+            layers_execute_order: None,
+            return_attn_z_loss: false,
+            attn_z_loss_weight: None,
+            recycle_steps: None,
+            looped_steps: None,
             method: None,
             seq_len: None,
             eos_token: None,
@@ -139,8 +163,9 @@ keywords! {
     Keys {
         options {
             return_embeddings, return_mems, return_attn, return_logits_and_embeddings, excise_prepend_embeds,
-            return_outputs, detach_mems, prefix_attn_len, method, seq_len, eos_token, cache_kv, restrict_to_max_seq_len, beams,
-            return_beams_and_scores, generator_sample_temperature, batch_size, start_temperature, filter_thres,
+            return_outputs, detach_mems, prefix_attn_len, layers_execute_order, return_attn_z_loss, attn_z_loss_weight,
+            recycle_steps, looped_steps, method, seq_len, eos_token, cache_kv,
+            restrict_to_max_seq_len, beams, return_beams_and_scores, generator_sample_temperature, batch_size, start_temperature, filter_thres,
             noise_level_scale,
         }
     }
@@ -149,6 +174,9 @@ keywords! {
 /// Arguments of sampling in version 2.
 const SAMPLING_OF_TWO: [&str; 3] = ["filter_logits_fn", "filter_kwargs", "temperature"];
 
+/// Generation of a `BeliefStateWrapper`, whose sampling has other defaults.
+const GOAL: &str = "generate_with_suffix_cond";
+
 impl Call {
     /// Reads a JSON object; `two`: with the arguments of version 2.
     ///
@@ -156,14 +184,27 @@ impl Call {
     /// [`ErrorKind::Option`](crate::ErrorKind::Option) for options that cannot be combined.
     pub fn from_value(value: Value, two: bool) -> Result<Self> {
         let map = kwargs::object("call", value)?;
+        if two {
+            v2::check_call(&map)?;
+        }
         let sampling_keys = kwargs::flat(&mut SamplingConfig::default());
         let samples = |key: &String| {
             if two { SAMPLING_OF_TWO.contains(&key.as_str()) } else { sampling_keys.contains_key(key) }
         };
         let (sampling, keys): (Map, Map) = map.into_iter().partition(|(key, _)| samples(key));
         let samples = !sampling.is_empty();
+        let mut sampling = sampling;
+        if two && keys.get("method").is_some_and(|method| method == GOAL) {
+            let unfiltered = !sampling.contains_key("filter_kwargs");
+            sampling.entry("temperature").or_insert(1.25.into());
+            let filter = sampling.entry("filter_logits_fn").or_insert("min_p".into());
+            if unfiltered && filter == "min_p" {
+                sampling.insert("filter_kwargs".to_string(), serde_json::json!({"min_p": 0.1}));
+            }
+        }
         let keys = kwargs::read::<Keys>(keys)?;
         let sampling = if two { v2::SamplingConfig::from_map(sampling)?.sampling()? } else { kwargs::read(sampling)? };
+        let restrict_to_max_seq_len = keys.restrict_to_max_seq_len;
         let seq_len = || keys.seq_len.ok_or_else(|| Error::missing_option("seq_len"));
         let (mut generate, mut beam_search) = (None, None);
         match keys.method.as_deref() {
@@ -174,13 +215,14 @@ impl Call {
                     Error::option("method", "must be \"generate\" to use `seq_len`, `eos_token` or sampling options")
                 );
             }
-            Some("generate") => {
+            Some("generate" | GOAL) => {
                 generate = Some(GenerateCall {
                     seq_len: keys.seq_len,
                     eos_token: keys.eos_token,
                     sampling,
                     pads_open_rows: two,
                     cache_kv: keys.cache_kv,
+                    restrict_to_max_seq_len,
                     masked: MaskedCall {
                         batch_size: keys.batch_size,
                         start_temperature: keys.start_temperature,
@@ -198,7 +240,8 @@ impl Call {
                     )
                 );
                 let (beams, return_beams_and_scores) = (keys.beams, keys.return_beams_and_scores);
-                beam_search = Some(BeamCall { seq_len: seq_len()?, beams, return_beams_and_scores });
+                beam_search =
+                    Some(BeamCall { seq_len: seq_len()?, beams, return_beams_and_scores, restrict_to_max_seq_len });
             }
             Some(other) => return Err(Error::option("method", format_args!("expected \"generate\", got \"{other}\""))),
         }
@@ -211,6 +254,11 @@ impl Call {
             return_outputs: keys.return_outputs,
             attached_mems: !keys.detach_mems,
             prefix_attn_len: keys.prefix_attn_len,
+            layers_execute_order: keys.layers_execute_order,
+            return_attn_z_loss: keys.return_attn_z_loss,
+            attn_z_loss_weight: keys.attn_z_loss_weight,
+            recycle_steps: keys.recycle_steps,
+            looped_steps: keys.looped_steps,
             generator_sample_temperature: keys.generator_sample_temperature,
             generate,
             beam_search,

@@ -30,7 +30,7 @@ impl AutoregressiveConfig {
 }
 
 /// Options of a wrapper that are options of [`XTransformerConfig`] too.
-const SIDE_OPTIONS: [&str; 4] = ["num_tokens", "max_seq_len", "emb_dropout", "num_memory_tokens"];
+const SIDE_OPTIONS: [&str; 5] = ["num_tokens", "max_seq_len", "emb_dropout", "num_memory_tokens", "logits_bias"];
 
 /// Options of attention layers that [`XTransformerConfig`] sets itself.
 const SIDE_FIXED: [&str; 3] = ["kind", "dim", "cross_attend"];
@@ -40,8 +40,9 @@ impl XTransformerConfig {
     fn side_keys(prefix: &str) -> Vec<String> {
         let layers = kwargs::flat(&mut AttentionLayersConfig::default());
         let layers = layers.into_iter().map(|(key, _)| key).filter(|key| !SIDE_FIXED.contains(&key.as_str()));
-        let memory = prefix == "enc_";
-        let options = SIDE_OPTIONS.iter().filter(|&&key| memory || key != "num_memory_tokens");
+        // Only the decoder has logits.
+        let other = if prefix == "enc_" { "logits_bias" } else { "num_memory_tokens" };
+        let options = SIDE_OPTIONS.iter().filter(|&&key| key != other);
         layers.chain(options.map(|key| key.to_string())).collect_vec()
     }
 

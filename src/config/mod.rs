@@ -18,13 +18,14 @@ mod options;
 mod order;
 mod plan;
 mod ranges;
+mod recurrence_plan;
 mod resolve;
 mod rotary;
 pub mod v2;
 mod wrapper_plan;
 mod wrappers;
 
-pub use around_plan::{AroundPlan, CriticPlan, MaskedPlan};
+pub use around_plan::{AroundPlan, BeliefPlan, CriticPlan, GptVaePlan, MaskedPlan, NeoMlpPlan};
 pub use branch_plan::{
     AttentionPath, AttentionPlan, CopePlan, FeedForwardPlan, Forget, GateForm, Normalize, PaddingPlan, QkNormPlan,
     ScoreResidual, TalkingHeads, Temperature, ValueGate, ValueResidual,
@@ -39,6 +40,7 @@ pub use plan::{
     AlibiPlan, BranchPlan, ConditionPlan, DropPlan, DynamicPlan, Gain, HyperPlan, LayerPlan, LayerScalePlan,
     LayersPlan, LinkPlan, NormPlan, PolarPlan, PositionBiasPlan, Positions, ResidualPlan, T5Plan, WrapPlan,
 };
+pub use recurrence_plan::{LoopedLoss, Recurrence};
 pub use rotary::RotaryPlan;
 pub use wrapper_plan::{
     AbsolutePositions, AttentionPoolPlan, AutoregressivePlan, ContinuousAutoregressivePlan, ContinuousLoss,

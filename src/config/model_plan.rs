@@ -2,7 +2,7 @@
 
 use super::{
     AroundPlan, AttentionPoolPlan, AutoregressivePlan, ContinuousAutoregressivePlan, ContinuousPlan, CriticPlan,
-    LayersPlan, PoolerPlan, SamplingConfig, TransformerPlan, ViTransformerPlan, XTransformerPlan,
+    LayersPlan, NeoMlpPlan, PoolerPlan, SamplingConfig, TransformerPlan, ViTransformerPlan, XTransformerPlan,
 };
 use crate::collect::CollectVec;
 
@@ -28,6 +28,8 @@ pub enum ModelPlan {
     Pool(AttentionPoolPlan),
     /// A sampling filter.
     Filter(SamplingConfig),
+    /// Nodes of an MLP that pass messages.
+    NeoMlp(Box<NeoMlpPlan>),
     /// A model around a transformer, with a loss of its own.
     Around(Box<AroundPlan>),
 }
@@ -62,10 +64,18 @@ impl ModelPlan {
                     };
                     std::iter::once(("net.attn_layers", &net.layers)).chain(critic).collect_vec()
                 }
+                AroundPlan::Belief(plan) => {
+                    let backward = plan.backward.as_ref().map(|plan| ("backward_decoder.attn_layers", &plan.layers));
+                    std::iter::once(("forward_decoder.attn_layers", &plan.forward.layers)).chain(backward).collect_vec()
+                }
+                AroundPlan::Vae(plan) => {
+                    vec![("encoder.attn_layers", &plan.encoder.layers), ("decoder.attn_layers", &plan.decoder.layers)]
+                }
                 AroundPlan::Dpo(plan, ..) => {
                     vec![("policy_model.attn_layers", &plan.layers), ("ref_model.attn_layers", &plan.layers)]
                 }
             },
+            Self::NeoMlp(plan) => vec![("transformer", &plan.layers)],
             Self::Pool(_) | Self::Filter(_) => Vec::new(),
         }
     }

@@ -68,6 +68,8 @@ pub struct LinkPlan {
     pub skips: Vec<Option<usize>>,
     /// Mixture of all hidden states: `Some(true)` with the weights of a softmax, `Some(false)` with those of a ReLU.
     pub integrate: Option<bool>,
+    /// Attention of each sublayer to all hidden states: rank of the projection that makes its query.
+    pub aggregate: Option<usize>,
     /// Projection of the input of the layers: `Some(true)` with a gate.
     pub reinject: Option<bool>,
 }
@@ -274,6 +276,11 @@ pub enum NormPlan {
         /// If `true`, scale and gamma are stored minus their initial values.
         stored_offset: bool,
     },
+    /// `erf(x · alpha + s) ⊙ gamma + beta`; alpha and gamma are stored less `offset`.
+    Erf {
+        /// Added to the stored alpha and gamma.
+        offset: f64,
+    },
     /// LayerNorm or RMSNorm whose scale is a linear function of a condition of this width, plus 1.
     Adaptive {
         /// If `true`, LayerNorm, otherwise RMSNorm.
@@ -350,13 +357,15 @@ pub struct ResidualPlan {
     pub constant: f64,
     /// Hyper-connections, in place of the sum.
     pub hyper: Option<HyperPlan>,
+    /// If `true`, what a branch shares with the direction of the residual is left out.
+    pub orthogonal: bool,
     /// If `true`, branches are centred, and means of the stream have factors of their own.
     pub split: bool,
 }
 
 impl Default for ResidualPlan {
     fn default() -> Self {
-        Self { gated: false, scaled: false, constant: 1.0, hyper: None, split: false }
+        Self { gated: false, scaled: false, constant: 1.0, hyper: None, orthogonal: false, split: false }
     }
 }
 
@@ -411,6 +420,7 @@ impl fmt::Display for LayerPlan {
             (self.residual.gated, "gated residual"),
             (self.residual.scaled, "scaled residual"),
             (self.residual.hyper.is_some(), "hyper-connection"),
+            (self.residual.orthogonal, "orthogonal residual"),
         ];
         marks.iter().filter(|mark| mark.0).try_for_each(|mark| write!(f, ", {}", mark.1))
     }
@@ -423,6 +433,7 @@ impl fmt::Display for NormPlan {
             Self::Scale(_) | Self::Unit { gain: Gain::One, .. } => "ScaleNorm",
             Self::ClampedRms(_) | Self::Rms(_) | Self::Unit { .. } => "RMSNorm",
             Self::Tanh { .. } => "dynamic tanh",
+            Self::Erf { .. } => "dynamic erf",
             Self::Adaptive { layer: true, .. } => "adaptive LayerNorm",
             Self::Adaptive { layer: false, .. } => "adaptive RMSNorm",
         })

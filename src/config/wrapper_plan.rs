@@ -1,7 +1,7 @@
 //! Plans of the wrappers.
 
 use super::{
-    AttentionPlan, FeedForwardPlan, LayersKind, LayersPlan, NormPlan,
+    AttentionPlan, FeedForwardPlan, LayersKind, LayersPlan, LoopedLoss, NormPlan, Recurrence,
     options::FeedForwardConfig,
     ranges::{WIDEST, at_least_one, probability},
     resolve::feedforward,
@@ -62,6 +62,10 @@ pub struct TransformerPlan {
     pub mixture: Option<usize>,
     /// If `true`, the logarithm of their sigmoid is added to logits.
     pub sigsoftmax: bool,
+    /// Passes through the layers.
+    pub recurrence: Recurrence,
+    /// If `true`, a network predicts the embedding of the next token, too.
+    pub next_embed: bool,
     /// If `true`, the output is the mean over the tokens.
     pub average_pool_embed: bool,
     /// If `true`, the model has a pooler on the first token.
@@ -258,6 +262,8 @@ impl TransformerWrapperConfig {
             squeeze_logits: false,
             mixture: None,
             sigsoftmax: false,
+            recurrence: Recurrence::Once,
+            next_embed: false,
             average_pool_embed: self.average_pool_embed,
             pooler: self.pooler,
             mlm_head: self.mlm_head.then_some((activation, norm)),
@@ -481,11 +487,23 @@ pub struct LossPlan {
     pub mask_prob: f64,
     /// If `true`, adds the z-loss of the scores of attention.
     pub attn_z_loss: bool,
+    /// Weight of the error of predicted embeddings, of a model that predicts them.
+    pub next_embed: f64,
+    /// Loss of a looped model.
+    pub looped: LoopedLoss,
 }
 
 impl Default for LossPlan {
     fn default() -> Self {
-        Self { ignore_index: -100, pad_value: 0, reads_all: false, mask_prob: 0.0, attn_z_loss: false }
+        Self {
+            ignore_index: -100,
+            pad_value: 0,
+            reads_all: false,
+            mask_prob: 0.0,
+            attn_z_loss: false,
+            next_embed: 0.1,
+            looped: LoopedLoss::default(),
+        }
     }
 }
 
@@ -522,11 +540,12 @@ impl XTransformerConfig {
                 max_seq_len: config.max_seq_len,
                 emb_dropout: config.emb_dropout,
                 num_memory_tokens: if side == "enc" { config.num_memory_tokens } else { 0 },
+                logits_bias: side == "enc" || config.logits_bias,
                 attn_layers: config.attn_layers.clone(),
                 ..Default::default()
             };
-            let why = "of a wrapper's options, XTransformer takes only num_tokens, max_seq_len, emb_dropout and \
-                       enc_num_memory_tokens";
+            let why = "of a wrapper's options, XTransformer takes only num_tokens, max_seq_len, emb_dropout, \
+                       enc_num_memory_tokens and dec_logits_bias";
             ensure!(*config == taken, Error::option(side, why));
         }
         let (enc, dec) = (&self.enc.attn_layers, &self.dec.attn_layers);

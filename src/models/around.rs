@@ -254,7 +254,7 @@ impl XValAutoregressiveWrapper {
 }
 
 /// Draws the tokens after logits `[b, n, num_tokens]`, `[b, 1]`.
-fn sampled(logits: &Tensor, sampling: &SamplingConfig, seed: u64, step: usize) -> Result<Tensor> {
+pub(super) fn sampled(logits: &Tensor, sampling: &SamplingConfig, seed: u64, step: usize) -> Result<Tensor> {
     let (b, n) = (logits.dim(0)?, logits.dim(1)?);
     let last = logits.select(1, n - 1)?.to_f64_vec()?;
     let rows: Vec<Vec<f64>> = last.chunks((last.len() / b).max(1)).map(<[f64]>::to_vec).collect_vec();

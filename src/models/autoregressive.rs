@@ -1,6 +1,6 @@
 //! Loss and generation of a decoder.
 
-use super::{Output, TransformerWrapper};
+use super::{Output, TransformerWrapper, looped};
 use crate::{
     DType, Error, ParamStore, Philox, QuantType, Result, Tensor,
     autograd::dropout_stream,
@@ -174,13 +174,41 @@ impl AutoregressiveWrapper {
         if let (true, Some(draws)) = (self.loss.mask_prob > 0.0, dropout_stream()) {
             options.self_attn_kv_mask = Some(drawn_mask(&read, self.loss.mask_prob, draws)?);
         }
+        if self.net.exit_gate.is_some() {
+            let targets = self.targets(&tokens, mask)?;
+            return looped::loss(&self.net, &read, &targets, &self.loss, &options);
+        }
         let Output { out, scores, .. } = self.net.forward(&read, &options).context("net")?;
         let (out, targets) = (out.narrow(1, 0, n - 1)?, self.targets(&tokens, mask)?);
-        let loss = self.net.cross_entropy(&out, &targets, ignore_index).context("net")?;
+        let mut loss = self.net.cross_entropy(&out, &targets, ignore_index).context("net")?;
+        if let Some(predicted) = self.net.next_embeddings(&out).context("net")? {
+            let error = self.next_embed_error(&predicted, &read, &targets, &options)?;
+            loss = loss.add(&error.affine(self.loss.next_embed, 0.0)?.to_dtype(loss.dtype())?)?;
+        }
         Ok(match self.loss.attn_z_loss {
-            true => (loss.add(&z_loss(&scores)?.to_dtype(loss.dtype())?)?, out),
+            true => (loss.add(&z_loss(&scores, options.attn_z_loss_weight)?.to_dtype(loss.dtype())?)?, out),
             false => (loss, out),
         })
+    }
+
+    /// Returns the mean absolute error of predicted embeddings of the targets, `[b, n - 1, dim]`.
+    fn next_embed_error(
+        &self,
+        predicted: &Tensor,
+        tokens: &Tensor,
+        targets: &Tensor,
+        options: &ForwardOptions,
+    ) -> Result<Tensor> {
+        ensure!(
+            options.prepend_embeds.is_none(),
+            Error::argument("prepend_embeds", "cannot be used with `add_continuous_pred_head`, like in x-transformers")
+        );
+        let n = targets.dim(1)?;
+        let own = self.net.initial(tokens, options).context("net")?.narrow(1, 1, n)?.detach();
+        let error = predicted.sub(&own).context("to_next_embed_pred")?;
+        let error = error.relu()?.add(&error.neg()?.relu()?)?.mean(&[-1])?;
+        let ignored = Tensor::full((), self.loss.ignore_index as f64, DType::I64, targets.device())?;
+        mean_where(&error, &targets.ne(&ignored)?)
     }
 
     /// Rounds weights to a quantised type like [`TransformerWrapper::quantize`].
@@ -216,9 +244,15 @@ fn drawn_mask(tokens: &Tensor, share: f64, draws: Philox) -> Result<Tensor> {
     Tensor::from_vec(keep, [b, n], tokens.device())
 }
 
-/// Computes the z-loss of the scores of all attentions: 1e-4 times the mean over queries of the sum over heads of the
+/// Returns the mean of the elements that a mask keeps, NaN if it keeps none.
+pub(super) fn mean_where(x: &Tensor, keep: &Tensor) -> Result<Tensor> {
+    let kept = keep.to_vec::<bool>()?.into_iter().filter(|&keep| keep).count();
+    x.masked_fill(&keep.logical_not()?, 0.0)?.sum(&[])?.affine(1.0 / kept as f64, 0.0)
+}
+
+/// Computes the z-loss of the scores of all attentions: a weight, 1e-4 by default, times the mean over queries of the sum over heads of the
 /// squared sum over layers of `ln Σ exp(score)` (<https://arxiv.org/abs/2202.08906>).
-fn z_loss(scores: &[Tensor]) -> Result<Tensor> {
+pub(super) fn z_loss(scores: &[Tensor], weight: Option<f64>) -> Result<Tensor> {
     let mut sum: Option<Tensor> = None;
     for scores in scores {
         let largest = scores.detach().max(-1)?.unsqueeze(-1)?;
@@ -229,7 +263,7 @@ fn z_loss(scores: &[Tensor]) -> Result<Tensor> {
         });
     }
     let sum = sum.ok_or_else(|| Error::option("add_attn_z_loss", "needs attention"))?;
-    sum.square()?.sum(&[1])?.mean(&[])?.affine(1e-4, 0.0)
+    sum.square()?.sum(&[1])?.mean(&[])?.affine(weight.unwrap_or(1e-4), 0.0)
 }
 
 /// Checks that the model has logits for each token.

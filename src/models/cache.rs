@@ -8,6 +8,7 @@ use super::{
 use crate::{
     DType, Error, Result, Tensor,
     collect::CollectVec,
+    config::Recurrence,
     error::{ErrorContext, ensure},
     nn::{ForwardOptions, LayersCache},
 };
@@ -176,6 +177,11 @@ impl TransformerWrapper {
     pub fn supports_kv_cache(&self, options: &ForwardOptions) -> std::result::Result<(), &'static str> {
         if self.plan().memory_tokens_every.is_some() {
             return Err("`memory_tokens_interspersed_every` fills up the last group of tokens");
+        }
+        match self.plan().recurrence {
+            Recurrence::Once => {}
+            Recurrence::Recycled(_) => return Err("`recycling` reads the output of a whole pass before"),
+            Recurrence::Looped(_) => return Err("`looped` has keys of its own in each pass"),
         }
         if self.plan().num_cls_tokens > 0 || self.plan().pool.as_ref().is_some_and(|pool| pool.used) {
             return Err("class tokens and pooled tokens read the whole sequence");

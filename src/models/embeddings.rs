@@ -21,9 +21,7 @@ impl TransformerWrapper {
     pub(super) fn embed(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Embedded> {
         self.check_tokens(tokens)?;
         let mut mask = options.mask.clone();
-        let x = self.with_numbers(self.token_embeddings(tokens)?, tokens, options)?;
-        let x = add_positions(x, self.pos_emb.as_ref(), options)?;
-        let x = prepend(self.summed(x, tokens, options)?, &mut mask, options)?;
+        let x = prepend(self.initial(tokens, options)?, &mut mask, options)?;
         let x = self.projected(x)?;
         let x = self.prepend_class_tokens(&x)?;
         let mask = with_real_tokens(mask.as_ref(), self.plan.num_cls_tokens)?;
@@ -34,6 +32,12 @@ impl TransformerWrapper {
                 mask: with_real_tokens(mask.as_ref(), self.plan.num_memory_tokens)?,
             }),
         }
+    }
+
+    /// Embeds tokens, with positions and other embeddings: `[b, n] → [b, n, emb_dim]`.
+    pub(super) fn initial(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
+        let x = self.with_numbers(self.token_embeddings(tokens)?, tokens, options)?;
+        self.summed(add_positions(x, self.pos_emb.as_ref(), options)?, tokens, options)
     }
 
     /// Looks up tokens: `[b, n] → [b, n, emb_dim]`.

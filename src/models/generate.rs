@@ -55,6 +55,9 @@ pub struct GenerateOptions {
     pub prefill_chunk: usize,
     /// If `true`, computes the whole sequence for each token, without a cache. For comparisons.
     pub recompute: bool,
+    /// If `true`, the context is the last `max_seq_len` tokens, otherwise all, which a table of positions limits and no
+    /// cache holds. Default `true`.
+    pub restrict_to_max_seq_len: bool,
     /// Mask of the prompt, context and its mask, and memories, for every step. The mask does not change positions; for
     /// prompts of different lengths see `prompt_lengths`.
     pub forward: ForwardOptions,
@@ -74,6 +77,7 @@ impl Default for GenerateOptions {
             repetition_penalty: 1.0,
             prefill_chunk: 512,
             recompute: false,
+            restrict_to_max_seq_len: true,
             forward: ForwardOptions::default(),
         }
     }

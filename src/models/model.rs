@@ -1,18 +1,21 @@
 //! Models of any class, run on named tensors.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
-    AttentionPool, AutoregressiveWrapper, BeamOptions, ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper,
-    GenerateOptions, NonAutoregressiveWrapper, Output, TransformerWrapper, ViTransformerWrapper, XTransformer,
+    AttentionPool, AutoregressiveWrapper, BeamOptions, BeliefStateWrapper, ContinuousAutoregressiveWrapper,
+    ContinuousTransformerWrapper, GenerateOptions, GptVae, NeoMlp, NonAutoregressiveWrapper, Output,
+    TransformerWrapper, ViTransformerWrapper, XTransformer,
     around::{Dpo, Preference, XValAutoregressiveWrapper, XlAutoregressiveWrapper},
+    autoregressive::z_loss,
     model_inputs::{Ends, Inputs},
+    named::NamedModel,
     sampling::filter_probabilities,
 };
 use crate::{
     DType, Device, Error, Gradients, Param, ParamMap, ParamStore, Result, Tape, Tensor,
     collect::CollectVec,
-    config::{AroundPlan, BeamCall, Call, Config, GenerateCall, MemoryPlan, ModelPlan, SamplingConfig},
+    config::{AroundPlan, BeamCall, Call, Config, GenerateCall, MemoryPlan, ModelPlan, Recurrence, SamplingConfig},
     error::{ErrorContext, ensure},
     nn::{AttentionLayers, ForwardOptions},
     ordered::{ordered, try_ordered},
@@ -61,6 +64,7 @@ enum Kind {
     Xl(XlAutoregressiveWrapper),
     Dpo(Box<Dpo>),
     Masked(Box<NonAutoregressiveWrapper>),
+    Named(Arc<dyn NamedModel>),
 }
 
 /// Options of [`Model::run`].
@@ -87,16 +91,18 @@ impl Forward {
         Self { outputs: vec![(name.to_string(), value)], extras: Vec::new() }
     }
 
-    fn output(output: Output) -> Self {
+    /// Names an output; attached memories have gradients.
+    fn output(output: Output, attached: bool) -> Self {
         let name = |kind: &'static str| move |(index, tensor)| (format!("{kind}.{index}"), tensor);
         let mems = output.mems.into_iter().enumerate().map(name("mems"));
         let attn = output.attn.into_iter().enumerate().map(name("attn"));
-        let extras = mems.chain(attn).collect_vec();
+        let (mut of_mems, mut extras) = (mems.collect_vec(), attn.collect_vec());
         let mut outputs: Vec<(String, Tensor)> = match output.others.is_empty() {
             true => vec![("out".to_string(), output.out)],
             false => std::iter::once(output.out).chain(output.others).enumerate().map(name("out")).collect_vec(),
         };
         outputs.extend(output.embeddings.map(|embeddings| ("embeddings".to_string(), embeddings)));
+        if attached { &mut outputs } else { &mut extras }.append(&mut of_mems);
         Self { outputs, extras }
     }
 
@@ -165,6 +171,7 @@ impl Model {
             ModelPlan::Layers(plan) => Kind::Layers(AttentionLayers::new(&plan, store)?),
             ModelPlan::Pool(plan) => Kind::Pool(AttentionPool::new(&plan, store)?),
             ModelPlan::Filter(config) => Kind::Filter(config),
+            ModelPlan::NeoMlp(plan) => Kind::Named(Arc::new(NeoMlp::new(&plan, store)?)),
             ModelPlan::Around(plan) => match *plan {
                 AroundPlan::MultiInput(plan, names) => {
                     Kind::MultiInput(TransformerWrapper::from_plan(plan, store)?, names)
@@ -177,6 +184,8 @@ impl Model {
                 AroundPlan::Masked(net, plan) => {
                     Kind::Masked(Box::new(NonAutoregressiveWrapper::new(net, *plan, store)?))
                 }
+                AroundPlan::Belief(plan) => Kind::Named(Arc::new(BeliefStateWrapper::new(*plan, store)?)),
+                AroundPlan::Vae(plan) => Kind::Named(Arc::new(GptVae::new(*plan, store)?)),
                 AroundPlan::Dpo(plan, beta, pad) => Kind::Dpo(Box::new(Dpo::new(plan, beta, pad, store)?)),
             },
         };
@@ -194,10 +203,10 @@ impl Model {
     /// moved to the model's device, and floats are converted to its dtype. With gradients, an output that is not a loss
     /// requires a `cotangent` of its shape.
     ///
-    /// Outputs: `out` (or `loss`, `[1]`), `out.N` of several heads, `embeddings`, `scores`, `mems.N`, `attn.N`,
+    /// Outputs: `out` (or `loss`, `[1]`), `out.N` of several heads, `embeddings`, `attn_z_loss`, `scores`, `mems.N`, `attn.N`,
     /// `grad.<parameter>`, and `grad.input.<name>` for every float input except memories. With several outputs the
     /// gradient is that of the sum of all times their cotangents, `cotangent.N`. Gradients that are zero everywhere are
-    /// omitted. A tied parameter has one entry, in an encoder-decoder under the encoder's name.
+    /// omitted; memories have gradients if they are attached. A tied parameter has one entry, in an encoder-decoder under the encoder's name.
     ///
     /// Errors: inputs that are missing, not used by this call, or do not fit.
     pub fn run(
@@ -302,11 +311,19 @@ impl Model {
             ("return_attn", call.return_attn),
             ("return_logits_and_embeddings", call.return_logits_and_embeddings),
             ("return_outputs", call.return_outputs),
+            ("return_attn_z_loss", call.return_attn_z_loss),
         ];
         let taken: &[&str] = match &self.kind {
-            Kind::Transformer(_) | Kind::MultiInput(..) => {
+            Kind::MultiInput(..) => {
                 &["return_embeddings", "return_logits_and_embeddings", "return_mems", "return_attn"]
             }
+            Kind::Transformer(_) => &[
+                "return_embeddings",
+                "return_logits_and_embeddings",
+                "return_mems",
+                "return_attn",
+                "return_attn_z_loss",
+            ],
             Kind::Continuous(model) if model.plan().memories == MemoryPlan::None => {
                 &["return_embeddings", "return_attn"]
             }
@@ -321,6 +338,7 @@ impl Model {
             | Kind::Xl(_)
             | Kind::Dpo(_)
             | Kind::Masked(_)
+            | Kind::Named(_)
             | Kind::Filter(_) => &[],
         };
         if let Some((name, _)) = asks.into_iter().find(|(name, on)| *on && !taken.contains(name)) {
@@ -329,23 +347,23 @@ impl Model {
         Ok(match &self.kind {
             Kind::Transformer(model) => {
                 let x = inputs.need("x")?;
-                Forward::output(model.forward(&x, &inputs.forward_options(call, run)?)?)
+                let output = model.forward(&x, &inputs.forward_options(call, run)?)?;
+                let z_loss = || z_loss(&output.scores, call.attn_z_loss_weight);
+                let z_loss = call.return_attn_z_loss.then(z_loss).transpose()?;
+                let mut forward = Forward::output(output, call.attached_mems);
+                forward.outputs.extend(z_loss.map(|loss| ("attn_z_loss".to_string(), loss)));
+                forward
             }
             Kind::Continuous(model) => {
                 let x = inputs.need("x")?;
-                Forward::output(model.forward(&x, &inputs.forward_options(call, run)?)?)
+                Forward::output(model.forward(&x, &inputs.forward_options(call, run)?)?, call.attached_mems)
             }
             Kind::Layers(model) => {
                 let x = inputs.need("x")?;
                 let output = model.forward(&x, &inputs.forward_options(call, run)?)?;
-                Forward::output(Output {
-                    out: output.out,
-                    others: Vec::new(),
-                    embeddings: None,
-                    mems: Vec::new(),
-                    attn: output.attn,
-                    scores: Vec::new(),
-                })
+                let (out, attn) = (output.out, output.attn);
+                let (others, mems, scores) = (Vec::new(), Vec::new(), Vec::new());
+                Forward::output(Output { out, others, embeddings: None, mems, attn, scores }, false)
             }
             Kind::Vision(model) => {
                 let embeddings = model.embeddings(&inputs.need("img")?)?;
@@ -387,7 +405,7 @@ impl Model {
                 let missing = || Error::argument("inputs", "`x.NAME` is missing");
                 let first = names.first().and_then(|first| tokens.remove(first)).ok_or_else(missing)?;
                 let options = ForwardOptions { embed_ids: tokens, ..inputs.forward_options(call, run)? };
-                let mut forward = Forward::output(model.forward(&first, &options)?);
+                let mut forward = Forward::output(model.forward(&first, &options)?, call.attached_mems);
                 for (index, name) in names.iter().enumerate() {
                     let numbered = if names.len() == 1 { "out".to_string() } else { format!("out.{index}") };
                     let named = forward.outputs.iter_mut().filter(|(output, _)| *output == numbered);
@@ -425,6 +443,10 @@ impl Model {
                 ensure!(fits, Error::shape("order", "expected `times` [batch] and `order` [batch, n]"));
                 Forward::new("loss", model.loss_for(&x, draws, run.seed, &inputs.forward_options(call, run)?)?)
             }
+            Kind::Named(model) => {
+                let (name, value) = model.pass(inputs, call, run)?;
+                Forward::new(name, value)
+            }
             Kind::Filter(config) => Forward::new("out", filter(&inputs.need("logits")?, config)?),
         })
     }
@@ -435,20 +457,34 @@ impl Model {
             sampling: generate.sampling.clone(),
             seed: run.seed,
             recompute: !generate.cache_kv,
+            restrict_to_max_seq_len: generate.restrict_to_max_seq_len,
             ..GenerateOptions::default()
         };
         let ends = |start: &Tensor, decoder: &AutoregressiveWrapper| {
             Ends::new(generate, start, decoder.net.plan().num_tokens, decoder.pad_value())
         };
+        if let Kind::Named(model) = &self.kind {
+            return Ok(Forward::new("out", model.generate(inputs, call, generate, run)?));
+        }
         if let Kind::Masked(model) = &self.kind {
             let forward = inputs.forward_options(call, run)?;
             let rows = generate.masked.batch_size;
             let new = model.generate(rows.unwrap_or(1), &generate.masked, run.seed, &forward)?;
             return Ok(Forward::new("out", if rows.is_none() { new.squeeze(0)? } else { new }));
         }
+        ensure!(
+            generate.restrict_to_max_seq_len || matches!(self.kind, Kind::Autoregressive(_) | Kind::EncoderDecoder(..)),
+            Error::option("restrict_to_max_seq_len", "is for AutoregressiveWrapper and XTransformer").context("call")
+        );
         let seq_len = generate.seq_len.ok_or_else(|| Error::missing_option("seq_len").context("call"))?;
         let tokens = match &self.kind {
             Kind::Autoregressive(model) => {
+                let looped = matches!(model.net.plan().recurrence, Recurrence::Looped(_));
+                ensure!(
+                    !(looped && generate.cache_kv),
+                    Error::option("cache_kv", "must be false for a `looped` model, which runs all passes here")
+                        .context("call")
+                );
                 let (start, lengths) = inputs.prompts()?;
                 options.prompt_lengths = lengths;
                 options.forward = inputs.forward_options(call, run)?;
@@ -505,7 +541,9 @@ impl Model {
         };
         let (prompt, prompt_lengths) = inputs.prompts()?;
         let forward = inputs.forward_options(call, run)?;
-        let options = GenerateOptions { prompt_lengths, forward, ..GenerateOptions::default() };
+        let restrict_to_max_seq_len = beams.restrict_to_max_seq_len;
+        let options =
+            GenerateOptions { prompt_lengths, restrict_to_max_seq_len, forward, ..GenerateOptions::default() };
         let search = BeamOptions { beams: beams.beams, length_penalty: 0.0 };
         let found = model.beam_search(&prompt, beams.seq_len, &search, &options)?;
         let (rows, kept) = (found.len(), if beams.return_beams_and_scores { beams.beams } else { 1 });
@@ -523,11 +561,13 @@ impl Model {
     }
 }
 
-/// Returns each parameter once; a tied one by the encoder's name, which PyTorch has first, or else by the first.
+/// Returns each parameter once; a tied one by the name that PyTorch has first.
 fn names(params: &ParamMap) -> impl Iterator<Item = (&str, &Param)> {
     params.iter().filter(move |(name, param)| {
         let tied = params.iter().filter(|(_, other)| other.leaf() == param.leaf()).map(|(other, _)| other);
-        tied.min_by_key(|other| (!other.starts_with("encoder."), *other)) == Some(*name)
+        let order = ["encoder.", "forward_decoder.", "decoder."];
+        let rank = |name: &str| order.iter().position(|first| name.starts_with(first)).unwrap_or(order.len());
+        tied.min_by_key(|other| (rank(other), *other)) == Some(*name)
     })
 }
 

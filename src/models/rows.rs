@@ -23,6 +23,8 @@ pub(super) struct Rows<'m> {
     cache: Option<DecodeCache>,
     forward: ForwardOptions,
     prefill: usize,
+    /// Length of the longest row that fits the context.
+    window: usize,
     device: Device,
 }
 
@@ -62,18 +64,21 @@ impl<'m> Rows<'m> {
         let mask = prompt_mask(forward, b, t)?;
         ensure!(options.prefill_chunk > 0, Error::option("prefill_chunk", "expected at least 1, got 0"));
         let longest = tokens.iter().map(Vec::len).max().unwrap_or(0).saturating_add(more);
-        let cached = !options.recompute && net.supports_kv_cache(forward).is_ok();
+        // Without a limit rows may outgrow a cache.
+        let restricted = options.restrict_to_max_seq_len;
+        let cached = !options.recompute && restricted && net.supports_kv_cache(forward).is_ok();
         let cache = cached.then(|| net.cache(b, longest, forward).context("net")).transpose()?;
         let forward = ForwardOptions { mask: None, return_embeddings: true, ..forward.clone() };
         let device = start_tokens.device().clone();
         // A padded query attends to all keys equally, including later ones of the prompt.
         let prefill = if mask.is_some() { usize::MAX } else { options.prefill_chunk };
-        Ok(Self { net, tokens, mask, cache, forward, prefill, device })
+        let window = if restricted { net.plan().window() } else { usize::MAX };
+        Ok(Self { net, tokens, mask, cache, forward, prefill, window, device })
     }
 
     /// Returns the length of the longest row that fits the context.
     pub fn window(&self) -> usize {
-        self.net.plan().window()
+        self.window
     }
 
     /// Returns `true` if rows are in a cache while they fit.

@@ -8,10 +8,13 @@ use std::{
 use super::{AttentionPool, embeddings::Embedded, positions::Absolute};
 use crate::{
     DType, Error, Init, Param, ParamStore, QuantType, Result, Tensor,
+    autograd::dropout_stream,
     collect::CollectVec,
-    config::{AttentionPoolPlan, LayerPlan, MemoryPlan, NormPlan, TransformerPlan, TransformerWrapperConfig},
+    config::{
+        AttentionPoolPlan, LayerPlan, MemoryPlan, NormPlan, Recurrence, TransformerPlan, TransformerWrapperConfig,
+    },
     error::{ErrorContext, ensure},
-    nn::{AttentionLayers, Branch, Embedding, ForwardOptions, Linear, Norm, Packer, log_sigmoid},
+    nn::{AttentionLayers, Branch, Embedding, ForwardOptions, LayersOutput, Linear, Norm, Packer, log_sigmoid},
     ops::{Activation, PackedMatrix},
 };
 
@@ -80,6 +83,12 @@ pub struct TransformerWrapper {
     mixture: Option<[Linear; 2]>,
     mlm_head: Option<MaskedHead>,
     pooler: Option<Linear>,
+    /// Between passes: the projection of the output before.
+    recycled_proj: Option<Linear>,
+    /// After passes: the gate that says whether to stop.
+    pub(super) exit_gate: Option<Linear>,
+    /// From hidden states to the embeddings of the next tokens.
+    to_next_embed: Option<[Linear; 2]>,
 }
 
 /// BERT's masked-LM head, before the embedding table.
@@ -182,6 +191,12 @@ impl TransformerWrapper {
         let norm = |norm: Option<NormPlan>, name: &str, dim: usize| {
             norm.map(|norm| Norm::new(norm, dim, &store.at(name))).transpose()
         };
+        let next_embed = || -> Result<[Linear; 2]> {
+            let place = store.at("to_next_embed_pred");
+            Ok([Linear::without_bias(&place.at(0), dim, dim)?, Linear::without_bias(&place.at(2), dim, dim)?])
+        };
+        let recycled = || Linear::without_bias(&store.at("recycled_proj"), dim, dim);
+        let gate = || Linear::without_bias(&store.at("exit_gate"), dim, 1);
         let mlm_head = |(activation, norm)| MaskedHead::new(&plan, activation, norm, &store.at("mlm_head"));
         Ok(Self {
             token_emb,
@@ -199,6 +214,9 @@ impl TransformerWrapper {
             pooler: plan.pooler.then(|| Linear::new(&store.at("pooler"), dim, dim)).transpose()?,
             to_logits: heads.iter().map(head).try_collect_vec()?,
             mixture: plan.mixture.map(mixture).transpose()?,
+            recycled_proj: matches!(plan.recurrence, Recurrence::Recycled(_)).then(recycled).transpose()?,
+            exit_gate: matches!(plan.recurrence, Recurrence::Looped(_)).then(gate).transpose()?,
+            to_next_embed: plan.next_embed.then(next_embed).transpose()?,
             to_numbers: plan.numerical_token.map(|_| numbers()).transpose()?,
             plan,
         })
@@ -269,7 +287,7 @@ impl TransformerWrapper {
         let Embedded { x, mask } = self.embed(tokens, options)?;
         let pooled_mask = options.mask.clone();
         let layers_options = self.layers_options(ForwardOptions { mask: mask.clone(), ..options.clone() })?;
-        let layers = self.attn_layers.forward_normed(&x, &layers_options, self.norm.as_ref())?;
+        let layers = self.attend(&x, &layers_options, &mut |_| ())?;
         let mut x = self.without_memory_tokens(layers.out, tokens.dim(1)?, options)?;
         if self.plan.average_pool_embed {
             x = mean_over_tokens(&x, pooled_mask.as_ref())?;
@@ -306,6 +324,58 @@ impl TransformerWrapper {
         }
         output.embeddings = options.return_logits_and_embeddings.then_some(x);
         Ok(output)
+    }
+
+    /// Passes through the layers as often as the options say; `each` gets the output of every pass.
+    fn attend(&self, x: &Tensor, options: &ForwardOptions, each: &mut dyn FnMut(&Tensor)) -> Result<LayersOutput> {
+        for (name, given, on) in [
+            ("recycle_steps", options.recycle_steps, self.recycled_proj.is_some()),
+            ("looped_steps", options.looped_steps, self.exit_gate.is_some()),
+        ] {
+            let legal = given.is_none_or(|steps| on && steps > 0);
+            ensure!(legal, Error::argument(name, "expected at least 1, and a model with `recycling` or `looped`"));
+        }
+        let steps = match self.plan.recurrence {
+            Recurrence::Once => 1,
+            Recurrence::Looped(steps) => options.looped_steps.unwrap_or(steps),
+            Recurrence::Recycled(most) => {
+                let drawn = || dropout_stream().map(|draws| 1 + draws.below(0, most as u64) as usize);
+                let missing = || Error::argument("recycle_steps", "is missing: only training draws it");
+                options.recycle_steps.or_else(drawn).ok_or_else(missing)?
+            }
+        };
+        let pass = |x: &Tensor| self.attn_layers.forward_normed(x, options, self.norm.as_ref());
+        let mut output = pass(x)?;
+        each(&output.out);
+        for _ in 1..steps {
+            output = match &self.recycled_proj {
+                Some(project) => pass(&x.add(&project.forward(&output.out.detach()).context("recycled_proj")?)?)?,
+                None => pass(&output.out)?,
+            };
+            each(&output.out);
+        }
+        Ok(output)
+    }
+
+    /// Returns the outputs of all passes through the layers, `[b, n, dim]` each.
+    ///
+    /// Errors: memory tokens or embeddings before the tokens, which x-transformers does not leave out of them.
+    pub(super) fn passes(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Vec<Tensor>> {
+        ensure!(
+            self.plan.num_memory_tokens == 0 && options.prepend_embeds.is_none(),
+            Error::option("looped", "has no loss with `num_memory_tokens` or `prepend_embeds`, like in x-transformers")
+        );
+        let Embedded { x, mask } = self.embed(tokens, options)?;
+        let options = self.layers_options(ForwardOptions { mask, ..options.clone() })?;
+        let mut passes = Vec::new();
+        let _ = self.attend(&x, &options, &mut |out| passes.push(out.clone()))?;
+        Ok(passes)
+    }
+
+    /// Returns the predicted embeddings of the tokens after normed hidden states, `[b, n, dim]`, if the model has them.
+    pub(super) fn next_embeddings(&self, hidden: &Tensor) -> Result<Option<Tensor>> {
+        let Some([inner, outer]) = &self.to_next_embed else { return Ok(None) };
+        outer.forward(&inner.forward(hidden)?.silu()?).context("to_next_embed_pred").map(Some)
     }
 
     /// Computes the mean cross-entropy of the logits of normed hidden states, `[.., dim]` with targets `[..]`. Logits

@@ -62,6 +62,15 @@ pub struct ForwardOptions {
     pub lens: Option<Tensor>,
     /// Numbers of the numerical tokens, `[b, n]`; those of other tokens are ignored.
     pub numbers: Option<Tensor>,
+    /// Numbers of the sublayers in the order in which this call runs them, some several times. Default: that of the
+    /// plan.
+    pub layers_execute_order: Option<Vec<usize>>,
+    /// Number of passes through the layers of a model with `recycling`; drawn in training by default.
+    pub recycle_steps: Option<usize>,
+    /// Number of passes through the layers of a model with `looped`. Default: that of the plan.
+    pub looped_steps: Option<usize>,
+    /// Factor of the z-loss of the scores of attention. Default 1e-4.
+    pub attn_z_loss_weight: Option<f64>,
     /// If `true`, return the embeddings beside the logits.
     pub return_logits_and_embeddings: bool,
     /// If `true`, return the scores of all attentions after their masks.

@@ -159,6 +159,10 @@ impl AttentionLayers {
     ///
     /// Errors: a missing or unexpected context, or tensors whose shapes or dtypes do not match the options.
     pub fn forward(&self, x: &Tensor, options: &ForwardOptions) -> Result<LayersOutput> {
+        if let Some(order) = &options.layers_execute_order {
+            let options = ForwardOptions { layers_execute_order: None, ..options.clone() };
+            return self.in_order(order)?.forward(x, &options);
+        }
         options.check(x, &self.plan)?;
         let options = self.complete(x, options)?;
         let Walked { stream, hiddens, attn, scores } = self.walk(x, &options, None)?;
@@ -173,6 +177,10 @@ impl AttentionLayers {
         options: &ForwardOptions,
         norm: Option<&Norm>,
     ) -> Result<LayersOutput> {
+        if let Some(order) = &options.layers_execute_order {
+            let options = ForwardOptions { layers_execute_order: None, ..options.clone() };
+            return self.in_order(order).context("attn_layers")?.forward_normed(x, &options, norm);
+        }
         let walk = || {
             options.check(x, &self.plan)?;
             let options = self.complete(x, options)?;
@@ -180,6 +188,30 @@ impl AttentionLayers {
         };
         let (Walked { stream, hiddens, attn, scores }, options) = walk().context("attn_layers")?;
         Ok(LayersOutput { out: self.finish(stream, norm, &options)?, hiddens, attn, scores })
+    }
+
+    /// Returns the layers with the sublayers of these numbers, in this order.
+    ///
+    /// Errors: no sublayer, one that the plan does not run, or layers that read those before them.
+    fn in_order(&self, order: &[usize]) -> Result<Self> {
+        const NAME: &str = "layers_execute_order";
+        let links = &self.plan.links;
+        ensure!(
+            links.skips.is_empty() && links.integrate.is_none(),
+            Error::argument(NAME, "cannot be used with `unet_skips` or `integrate_layers`")
+        );
+        let modules = &self.plan.modules;
+        let missing = || {
+            Error::argument(NAME, format_args!("expected some of {modules:?}, which the config runs, got {order:?}"))
+        };
+        let place = |number: &usize| modules.iter().position(|module| module == number).ok_or_else(missing);
+        let places = order.iter().map(place).try_collect_vec()?;
+        ensure!(!places.is_empty(), missing());
+        let mut plan = LayersPlan::clone(&self.plan);
+        plan.layers = places.iter().map(|&at| self.plan.layers[at].clone()).collect_vec();
+        plan.modules = order.to_vec();
+        let layers = places.iter().map(|&at| self.layers[at].clone()).collect_vec();
+        Ok(Self { plan: Arc::new(plan), layers, ..self.clone() })
     }
 
     /// Applies what follows the last sublayer: the soft clamp, the sum of the streams, and the final norm, which may be
@@ -394,6 +426,9 @@ impl AttentionLayers {
         if cross().any(|plan| plan.inverted) {
             return Err("`cross_attn_inverted_attention` lets all queries compete for a key");
         }
+        if self.plan.layers.iter().any(|layer| layer.residual.orthogonal) {
+            return Err("`orthog_residual` projects branches onto whole sequences");
+        }
         if self.plan.layers.iter().any(|layer| layer.residual.split) {
             return Err("`mv_split_residual` reads the mean of all tokens");
         }
@@ -414,6 +449,9 @@ impl AttentionLayers {
         let before = [&options.prepend_embeds, &options.seq_start_pos, &options.prefix_attn_len, &options.lens];
         if before.into_iter().any(Option::is_some) || options.mem_masks.is_some() || options.context_pos.is_some() {
             return Err("an input of the call is about all tokens at once");
+        }
+        if options.layers_execute_order.is_some() {
+            return Err("`layers_execute_order` of a call is that of whole sequences");
         }
         if options.attn_mask.is_some() {
             return Err("`attn_mask` is given for the whole sequence");

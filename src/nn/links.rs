@@ -2,7 +2,7 @@
 
 use super::{Linear, Norm, residual::Stream};
 use crate::{
-    ParamStore, Result, Tensor,
+    DType, Init, ParamStore, Result, Tensor,
     collect::CollectVec,
     config::{BranchPlan, Gain, LayersPlan, NormPlan},
     error::ErrorContext,
@@ -15,6 +15,8 @@ pub(super) struct Links {
     skips: Vec<Option<(usize, Linear)>>,
     /// For each module, the mixture of the hidden states up to its input.
     mixtures: Vec<Mixture>,
+    /// For each module, the attention to the hidden states up to its input.
+    pools: Vec<Pool>,
     /// Projection of the input of the layers, and its gate.
     reinject: Option<(Linear, Option<Linear>)>,
 }
@@ -27,6 +29,16 @@ struct Mixture {
     /// Number of mixtures: 3 for queries, keys and values.
     views: usize,
     softmax: bool,
+}
+
+/// Attention of a sublayer to the hidden states before it (<https://arxiv.org/abs/2601.21582>,
+/// <https://arxiv.org/abs/2603.15031>).
+#[derive(Clone, Debug)]
+struct Pool {
+    to_keys: Norm,
+    /// Norm and projection of low rank, whose output is added to the query.
+    to_query: (Norm, [Linear; 2]),
+    norm: Norm,
 }
 
 /// Tensors of a pass over the layers that later layers read.
@@ -63,6 +75,32 @@ impl Links {
             Some(softmax) => (0..plan.layers.len()).map(|index| mixture(index, softmax)).try_collect_vec()?,
             None => Vec::new(),
         };
+        let pool = |index: usize, rank: usize| -> Result<Pool> {
+            let place = store.at("layer_integrators").at(index);
+            // That of PyTorch: the smallest number that changes 1 in the type that it computes in.
+            let eps = if store.dtype() == DType::F64 { f64::EPSILON } else { f64::from(f32::EPSILON) };
+            let norm = |place: &ParamStore| {
+                let weight = place.param("weight", [dim], Init::Constant(1.0))?;
+                Ok(Norm::Rms { g: weight, eps })
+            };
+            let lora = place.at("to_query").at(1);
+            let up = Linear::with_init(&lora.at("up"), rank, dim, Init::Constant(0.0), None)?;
+            Ok(Pool {
+                to_keys: norm(&place.at("to_keys"))?,
+                to_query: (
+                    norm(&place.at("to_query").at(0))?,
+                    [Linear::without_bias(&lora.at("down"), dim, rank)?, up],
+                ),
+                norm: norm(&place.at("norm"))?,
+            })
+        };
+        // Repeated sublayers share a module.
+        let all = plan.modules.iter().chain(plan.idle.iter().map(|(module, _)| module));
+        let modules = all.max().map_or(0, |last| last + 1);
+        let pools = match plan.links.aggregate {
+            Some(rank) => (0..modules).map(|index| pool(index, rank)).try_collect_vec()?,
+            None => Vec::new(),
+        };
         let reinject = |gated: bool| -> Result<(Linear, Option<Linear>)> {
             let gate = || Linear::without_bias(&store.at("learned_reinject_input_gate"), dim, 1);
             let project = Linear::without_bias(&store.at("reinject_input_proj"), dim, dim)?;
@@ -71,6 +109,7 @@ impl Links {
         Ok(Self {
             skips: plan.links.skips.iter().enumerate().map(skip).try_collect_vec()?,
             mixtures,
+            pools,
             reinject: plan.links.reinject.map(reinject).transpose()?,
         })
     }
@@ -90,7 +129,8 @@ impl Links {
 
     /// Returns the stream before a sublayer, and the inputs of its branch before the norm if these are not the stream.
     pub fn join(&self, stream: Stream, linked: &mut Linked, module: usize) -> Result<(Stream, Vec<Tensor>)> {
-        if self.skips.is_empty() && self.mixtures.is_empty() && self.reinject.is_none() {
+        let reads = !self.mixtures.is_empty() || !self.pools.is_empty();
+        if self.skips.is_empty() && !reads && self.reinject.is_none() {
             return Ok((stream, Vec::new()));
         }
         let mut x = stream.whole()?;
@@ -102,8 +142,13 @@ impl Links {
             }
         }
         let mut inputs = Vec::new();
-        if let Some(mixture) = self.mixtures.get(module) {
+        if reads {
             linked.hiddens.push(x.clone());
+        }
+        if let Some(pool) = self.pools.get(module) {
+            inputs = vec![pool.forward(&x, &linked.hiddens).context(format_args!("layer_integrators.{module}"))?];
+        }
+        if let Some(mixture) = self.mixtures.get(module) {
             inputs = mixture.forward(&x, &linked.hiddens).context(format_args!("layer_integrators.{module}"))?;
         }
         if let Some(injected) = &linked.injected {
@@ -116,6 +161,25 @@ impl Links {
     }
 }
 
+impl Pool {
+    /// Returns the values of the hidden states `[b, n, dim]`, the last of which is `x`, by the weights of an attention.
+    fn forward(&self, x: &Tensor, hiddens: &[Tensor]) -> Result<Tensor> {
+        let (norm, [down, up]) = &self.to_query;
+        let change = up.forward(&down.forward(&norm.forward(x)?)?)?;
+        let scale = (x.dim(-1)? as f64).powf(-0.5);
+        let query = self.norm.forward(&x.add(&change)?)?.affine(scale, 0.0)?.unsqueeze(2)?;
+        let states = stacked(hiddens)?;
+        let weights = query.matmul(&self.to_keys.forward(&states)?.transpose(-1, -2)?)?.softmax()?;
+        weights.matmul(&states)?.squeeze(2)
+    }
+}
+
+/// Returns hidden states `[b, n, dim]` as one tensor, `[b, n, states, dim]`.
+fn stacked(hiddens: &[Tensor]) -> Result<Tensor> {
+    let states: Vec<Tensor> = hiddens.iter().map(|hidden| hidden.unsqueeze(2)).try_collect_vec()?;
+    Tensor::cat(&states.iter().collect_vec(), 2)
+}
+
 impl Mixture {
     /// Mixes hidden states `[b, n, dim]`, the last of which is `x`.
     fn forward(&self, x: &Tensor, hiddens: &[Tensor]) -> Result<Vec<Tensor>> {
@@ -123,8 +187,7 @@ impl Mixture {
         let (b, n, count) = (x.dim(0)?, x.dim(1)?, hiddens.len());
         let logits = logits.reshape([b, n, self.views, count])?;
         let weights = if self.softmax { logits.softmax()? } else { logits.relu()? };
-        let states: Vec<Tensor> = hiddens.iter().map(|hidden| hidden.unsqueeze(2)).try_collect_vec()?;
-        let states = Tensor::cat(&states.iter().collect_vec(), 2)?;
+        let states = stacked(hiddens)?;
         // [b, n, views, dim]
         let mixed = weights.matmul(&states)?;
         (0..self.views).map(|view| mixed.select(2, view)).try_collect_vec()

@@ -81,6 +81,19 @@ pub enum Norm {
         /// Added to the scale and to the weight.
         offsets: [f64; 2],
     },
+    /// `erf(x · alpha + s) ⊙ gamma + beta` (Chen et al., <https://arxiv.org/abs/2512.10938>).
+    Erf {
+        /// Scale, a scalar, initially `0.5 − offset`.
+        alpha: Param,
+        /// Shift, a scalar, initially 0.
+        s: Param,
+        /// Weight, `[dim]`, initially `1 − offset`.
+        gamma: Param,
+        /// Bias, `[dim]`, initially 0.
+        beta: Param,
+        /// Added to the scale and to the weight.
+        offset: f64,
+    },
     /// LayerNorm or `x √dim / |x|`, times `W condition + 1` (Peebles and Xie, <https://arxiv.org/abs/2212.09748>).
     Adaptive {
         /// Linear layer from the condition to a scale, initially 0.
@@ -130,6 +143,16 @@ impl Norm {
                     offsets,
                 }
             }
+            NormPlan::Erf { offset } => {
+                let (alpha, zero) = (Init::Constant(0.5 - offset), Init::Constant(0.0));
+                Self::Erf {
+                    alpha: store.param("alpha", (), alpha)?,
+                    s: store.param("s", (), zero)?,
+                    gamma: store.param("gamma", [dim], Init::Constant(1.0 - offset))?,
+                    beta: store.param("beta", [dim], zero)?,
+                    offset,
+                }
+            }
             NormPlan::Adaptive { layer, dim_condition } => {
                 let place = store.at("to_gamma");
                 let to_gamma = Linear::with_init(&place, dim_condition, dim, Init::Constant(0.0), None)?;
@@ -159,6 +182,10 @@ impl Norm {
             Self::Tanh { scale, gamma, beta, offsets } => {
                 let bounded = x.mul(&shifted(scale, offsets[0])?)?.tanh()?;
                 bounded.mul(&shifted(gamma, offsets[1])?)?.add(&beta.tensor())
+            }
+            Self::Erf { alpha, s, gamma, beta, offset } => {
+                let bounded = x.mul(&shifted(alpha, *offset)?)?.add(&s.tensor())?.erf()?;
+                bounded.mul(&shifted(gamma, *offset)?)?.add(&beta.tensor())
             }
             Self::Adaptive { .. } => Err(Error::argument("condition", "is missing: the norm is adaptive")),
         }
@@ -198,7 +225,7 @@ impl Norm {
                     None => x.add_clamped_rms_norm(residual, ones, floor),
                 }
             }
-            Self::Tanh { .. } => {
+            Self::Tanh { .. } | Self::Erf { .. } => {
                 let sum = x.add(residual)?;
                 let normed = self.forward(&sum)?;
                 Ok((sum, normed))

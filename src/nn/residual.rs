@@ -1,6 +1,6 @@
 //! Residual stream and residual connections.
 
-use super::{Norm, hyper::HyperConnection};
+use super::{Norm, hyper::HyperConnection, positions::unit_length};
 use crate::{Init, Param, ParamStore, Result, Tensor, config::ResidualPlan};
 
 /// Residual stream between sublayers, `[.., dim]`: a sum is fused into the norm that follows it.
@@ -43,6 +43,8 @@ pub struct Residual {
     hyper: Option<HyperConnection>,
     /// Factors of the difference of means, and of the centred branch, `[dim]`.
     split: Option<[Param; 2]>,
+    /// If `true`, adds what is orthogonal to the residual.
+    orthogonal: bool,
 }
 
 impl Residual {
@@ -55,7 +57,8 @@ impl Residual {
             let factor = |name: &str, start: f64| store.param(name, [dim], Init::Constant(start));
             Ok([factor("alpha", 0.0)?, factor("beta", 0.03)?])
         };
-        Ok(Self { scale, constant: plan.constant, gru, hyper, split: plan.split.then(split).transpose()? })
+        let split = plan.split.then(split).transpose()?;
+        Ok(Self { scale, constant: plan.constant, gru, hyper, split, orthogonal: plan.orthogonal })
     }
 
     /// Computes `branch + residual`, or the GRU cell's new state; both `[.., dim]`.
@@ -78,6 +81,7 @@ impl Residual {
             None => residual,
         };
         let residual = if self.constant == 1.0 { residual } else { residual.affine(self.constant, 0.0)? };
+        let branch = if self.orthogonal { orthogonal(&branch, &residual)? } else { branch };
         match &self.gru {
             Some(gru) => gru.forward(&branch, &residual).map(Stream::Whole),
             None => Ok(Stream::Sum(branch, residual)),
@@ -90,6 +94,15 @@ impl Residual {
     pub(super) fn hyper(&self) -> Option<&HyperConnection> {
         self.hyper.as_ref()
     }
+}
+
+/// Returns `x` less its projection onto `y`, each of whose rows is one vector over all tokens and features (Oh et al.,
+/// <https://arxiv.org/abs/2505.11881>).
+fn orthogonal(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let unit = unit_length(&y.flatten(1, 2)?)?;
+    let rows = x.flatten(1, 2)?;
+    let parallel = unit.mul(&rows.mul(&unit)?.sum(&[-1])?.unsqueeze(-1)?)?;
+    rows.sub(&parallel)?.reshape(*x.shape())
 }
 
 /// Returns the mean of the tokens that the mask keeps, `[b, 1, dim]`.

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use x_transformers::{
-    DType, Device, ParamStore, Result, Tensor,
+    DType, Device, ParamStore, Result, Tape, Tensor,
     config::{AroundPlan, Config, MaskedCall, v2},
     models::{ForwardOptions, Model, NonAutoregressiveWrapper, RunOptions},
 };
@@ -112,5 +112,115 @@ fn numbers_are_generated_with_their_tokens() -> Result<()> {
     for (token, number) in tokens.into_iter().zip(numbers) {
         assert_eq!(token == 3, number != 0.0);
     }
+    Ok(())
+}
+
+/// In training the hard weights of Gumbel noise are draws from the softmax of the scores; the same on every device.
+#[test]
+fn gumbel_noise_draws_from_the_softmax() -> Result<()> {
+    let config = |options: Value| {
+        let mut config =
+            json!({"version": "2", "model": "Encoder", "dim": 16, "depth": 1, "heads": 1, "attn_dim_head": 16});
+        config.as_object_mut().unwrap().extend(options.as_object().unwrap().clone());
+        config
+    };
+    let x = Tensor::generate([1, 5, 16], DType::F64, &Device::Cpu, |i| 2.0 * ((i * 7) as f64).sin())?;
+    let inputs = [("x".to_string(), x)].into();
+    let (_, call) = Config::with_call(&config(json!({"call": {"return_attn": true}})).to_string())?;
+    let map = |model: &Model| model.run(&inputs, &call, &RunOptions::default())?["attn.0"].to_f64_vec();
+    let expected = map(&model(config(json!({})), &device())?)?;
+    let hard = model(config(json!({"attn_gumbel_softmax": true, "attn_gumbel_softmax_temp": 0.3})), &device())?;
+    let other = model(config(json!({"attn_gumbel_softmax": true, "attn_gumbel_softmax_temp": 0.3})), &Device::Cpu)?;
+    let mut counts = [0.0; 25];
+    const DRAWS: u64 = 300;
+    for seed in 0..DRAWS {
+        let drawn = {
+            let _tape = Tape::train(seed);
+            map(&hard)?
+        };
+        let again = {
+            let _tape = Tape::train(seed);
+            map(&other)?
+        };
+        assert!(drawn.iter().zip(again).all(|(a, b)| (a - b).abs() < 1e-9));
+        assert!(drawn.chunks(5).all(|row| row.iter().filter(|&&weight| (weight - 1.0).abs() < 1e-9).count() == 1));
+        counts.iter_mut().zip(drawn).for_each(|(count, weight)| *count += weight);
+    }
+    for (count, p) in counts.into_iter().zip(&expected) {
+        let deviation = (DRAWS as f64 * p * (1.0 - p)).sqrt();
+        assert!((count - DRAWS as f64 * p).abs() <= 4.5 * deviation + 1.0, "{count} of {DRAWS} draws, expected {p}");
+    }
+    // Outside of training all weight is on the highest score.
+    let best = |row: &[f64]| row.iter().copied().fold(0.0, f64::max);
+    for (weights, scores) in map(&hard)?.chunks(5).zip(expected.chunks(5)) {
+        assert!(weights.iter().zip(scores).all(|(weight, score)| (*weight > 0.5) == (*score == best(scores))));
+    }
+    // Soft weights are no draws, and sum to 1.
+    let soft = model(config(json!({"attn_gumbel_softmax": true, "attn_gumbel_softmax_hard": false})), &device())?;
+    let _tape = Tape::train(1);
+    let weights = map(&soft)?;
+    assert!(weights.chunks(5).all(|row| (row.iter().sum::<f64>() - 1.0).abs() < 1e-9 && best(row) < 1.0));
+    Ok(())
+}
+
+/// Training draws how often the layers run, from 1 to the most; recycled outputs have no gradient.
+#[test]
+fn recycled_passes_are_drawn() -> Result<()> {
+    let mut net = net("Decoder");
+    net["recycling"] = json!(true);
+    net["train_max_recycle_steps"] = json!(3);
+    net["version"] = json!("2");
+    net["model"] = json!("TransformerWrapper");
+    let model = model(net, &device())?;
+    let tokens = Tensor::from_vec(vec![1i64, 2, 3, 4], [1, 4], &Device::Cpu)?;
+    let inputs = [("x".to_string(), tokens)].into();
+    let run = |steps: Option<usize>| {
+        let call = x_transformers::config::Call { recycle_steps: steps, ..Default::default() };
+        model.run(&inputs, &call, &RunOptions::default())?["out"].to_f64_vec()
+    };
+    assert!(run(None).unwrap_err().to_string().contains("recycle_steps"));
+    let known = (1..=3).map(|steps| run(Some(steps))).collect::<Result<Vec<_>>>()?;
+    let mut counts = [0; 3];
+    for seed in 0..90 {
+        let _tape = Tape::train(seed);
+        let drawn = run(None)?;
+        let at = known.iter().position(|known| known.iter().zip(&drawn).all(|(a, b)| (a - b).abs() < 1e-12));
+        counts[at.unwrap()] += 1;
+    }
+    assert!(counts.iter().all(|count| (12..=48).contains(count)), "{counts:?}");
+    Ok(())
+}
+
+/// Training leaves out half of the styles; styles are normal draws of the seed.
+#[test]
+fn styles_are_drawn_and_left_out() -> Result<()> {
+    let config = |dropped: f64| {
+        json!({"version": "2", "model": "GPTVAE", "num_tokens": 9, "dim": 16, "depth": 1, "enc_depth": 1, "max_seq_len": 8,
+            "heads": 2, "attn_dim_head": 8, "dim_latent": 4, "pad_id": 0, "latents_dropout_prob": dropped,
+            "vae_kl_loss_weight": 0.0})
+    };
+    let tokens = Tensor::from_vec(vec![1i64, 2, 3, 4, 5], [1, 5], &Device::Cpu)?;
+    let mut inputs = std::collections::BTreeMap::from([("seq".to_string(), tokens)]);
+    let loss = |model: &Model, inputs: &std::collections::BTreeMap<String, Tensor>, seed: u64| {
+        let options = RunOptions { seed, ..RunOptions::default() };
+        Ok(model.run(inputs, &Default::default(), &options)?["loss"].to_f64_vec()?[0])
+    };
+    let (half, none, all) =
+        (model(config(0.5), &device())?, model(config(0.0), &device())?, model(config(1.0), &device())?);
+    let drawn = (0..4).map(|seed| loss(&half, &inputs, seed)).collect::<Result<Vec<f64>>>()?;
+    assert!(drawn.windows(2).all(|pair| (pair[0] - pair[1]).abs() > 1e-9), "{drawn:?}");
+    inputs.insert("noise".to_string(), Tensor::zeros([1, 4], DType::F64, &Device::Cpu)?);
+    let mut counts = [0; 2];
+    for seed in 0..64 {
+        let trained = |model: &Model| {
+            let _tape = Tape::train(seed);
+            loss(model, &inputs, 0)
+        };
+        let (half, none, all) = (trained(&half)?, trained(&none)?, trained(&all)?);
+        assert!((none - all).abs() > 1e-9);
+        counts[if (half - none).abs() < 1e-12 { 0 } else { 1 }] += 1;
+        assert!((half - none).abs() < 1e-12 || (half - all).abs() < 1e-12, "{half}, {none}, {all}");
+    }
+    assert!(counts.iter().all(|&count| count >= 16), "{counts:?}");
     Ok(())
 }

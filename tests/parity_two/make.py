@@ -4,7 +4,7 @@
     python make.py --set public --out DIR
     python make.py --verify DIR      # re-check cases on disk, with finite differences
     python make.py --toggle DIR      # does every option and input of a case matter?
-    python make.py --pack DIR        # write cases.json and cases.safetensors here, for tests/parity_two.rs
+    python make.py --pack DIR        # put these cases into cases.json and cases.safetensors here, for tests/parity_two.rs
 
 One folder per case: config.json, weights.safetensors, inputs.safetensors, expected.safetensors, as
 tests/parity/README.md describes; `xt verify DIR` runs them. A case may have several outputs: `cotangent.0` belongs to
@@ -486,6 +486,49 @@ def public_cases():
     P("sigsoftmax_logits", tw(dec(depth=1), sigsoftmax_logits=True), x12)
     P("sigsoftmax_mixture_loss", ar(tw(dec(depth=1), sigsoftmax_logits=True, mixture_of_softmax=True)), x12)
 
+    P("attn_gumbel_softmax", tw(dec(depth=1, attn_gumbel_softmax=True, attn_gumbel_softmax_temp=0.7)), x12,
+      same=("attn_gumbel_softmax_temp",))
+    P("attn_gumbel_softmax_soft",
+      tw(enc(depth=1, attn_gumbel_softmax=True, attn_gumbel_softmax_hard=False, attn_gumbel_softmax_temp=1.7)),
+      dict(x=tok(2, 12, V), mask=lens(12, 12, 7)))
+    P("use_derf", tw(dec(depth=1, use_derf=True)), x12)
+    P("use_derf_without_offset", tw(enc(depth=1, use_derf=True, norm_add_unit_offset=False, pre_norm=False)), x12)
+    P("orthog_residual", tw(enc(depth=1, orthog_residual=True, scale_residual=True)), dict(x=tok(2, 9, V), mask=lens(9, 9, 5)))
+    P("attn_aggregated_residuals", tw(dec(depth=2, attn_aggregated_residuals=True, attn_aggregated_residual_kwargs={"lora_rank": 5})), x12)
+    P("attn_aggregated_residuals_order",
+      tw(enc(depth=1, attn_aggregated_residuals=True, layers_execute_order=[0, 1, 0], scale_residual=0.7, reinject_input=True,
+             attn_aggregated_residual_kwargs={"lora_rank": 3})), dict(x=tok(2, 7, V), mask=lens(7, 7, 4)))
+    P("recycling", tw(dec(depth=1), recycling=True, call=dict(recycle_steps=3)), x12)
+    P("recycling_loss", ar(tw(dec(depth=1), recycling=True, num_memory_tokens=2), call=dict(recycle_steps=2)), x12)
+    P("recycling_generate", ar(tw(dec(depth=1), recycling=True), call=dict(method="generate", temperature=0.0, seq_len=5,
+                                                                         recycle_steps=2)), dict(prompts=tok(2, 4, V)))
+    loop = lambda **kw: tw(dec(depth=1, pre_and_post_norm=True), looped=True, max_looped_steps=3, **kw)
+    P("looped", loop(), x12)
+    P("looped_steps", loop(call=dict(looped_steps=2)), dict(x=tok(2, 9, V)))
+    P("looped_loss", ar(loop(), looped_loss_threshold_exit=0.1, looped_loss_slope=3.0, looped_exit_loss_weight=0.7, ignore_index=3),
+      dict(x=tok(2, 12, V)))
+    P("looped_generate", ar(loop(), call=dict(method="generate", temperature=0.0, seq_len=5, cache_kv=False)), dict(prompts=tok(1, 4, V)))
+    P("add_continuous_pred_head", ar(tw(dec(depth=1), add_continuous_pred_head=True), next_embed_loss_weight=0.4),
+      dict(x=tok(2, 10, V), lens=ints(10, 6)))
+
+    belief = lambda **kw: dict(model="BeliefStateWrapper", forward_decoder=tw(dec(depth=1), num_tokens=9), **kw)
+    P("belief_state", belief(), dict(seq=tok(2, 6, 9)))
+    P("belief_state_backward_decoder",
+      belief(backward_decoder=tw(dec(depth=1, rotary_pos_emb=True, attn_dim_head=8), num_tokens=9), pred_distance=True,
+             pred_distance_loss_weight=0.4, max_pred_distance=4, backward_ar_loss_weight=0.7), dict(seq=tok(2, 6, 9)))
+    P("belief_state_generate", belief(call=dict(method="generate_with_suffix_cond", temperature=0.0, seq_len=5)),
+      dict(prompts=tok(2, 3, 9), suffix=tok(2, 4, 9)))
+    neo = dict(model="NeoMLP", dim_in=3, dim_hidden=4, dim_out=2, dim_model=D, depth=1)
+    P("neo_mlp", neo, dict(x=flt(2, 3)))
+    P("neo_mlp_one", {**neo, "encoder_kwargs": dict(heads=2, attn_dim_head=6, ff_mult=1, use_rmsnorm=True)}, dict(x=flt(3)))
+    vae = dict(model="GPTVAE", num_tokens=9, dim=D, depth=1, enc_depth=1, max_seq_len=12, attn_dim_head=6, heads=4, ff_mult=1,
+               dim_latent=5, pad_id=0, vae_kl_loss_weight=0.3, vae_kl_div_floor=0.05)
+    P("gpt_vae", {**vae, "dec_kwargs": dict(alibi_pos_bias=True)}, dict(seq=("padded", 9, (9, 6), 9), noise=flt(2, 5)))
+    P("gpt_vae_other_sequence", {**vae, "enc_kwargs": dict(use_rmsnorm=True)},
+      dict(seq=("padded", 9, (9, 6), 9), seq_for_latents=("padded", 7, (4, 7), 9), noise=flt(2, 5)))
+    P("gpt_vae_generate", {**vae, "call": dict(method="generate", temperature=0.0, seq_len=4, cache_kv=False)},
+      dict(prompts=tok(2, 3, 9), latents=flt(2, 5)))
+
     # --- combinations that were once off ------------------------------------------------------------------------------
     P("layers_execute_order_leaves_out", tw(dec(depth=2, layers_execute_order=[0, 3, 0, 3])), x12)
     P("pre_and_post_norm", tw(dec(depth=1, pre_and_post_norm=True)), x12)
@@ -517,6 +560,19 @@ def public_cases():
       tw(dec(depth=2, cross_attend=True, add_value_residual=True, cross_attn_learned_value_residual_mix=True)),
       dict(x=tok(2, 6, V), context=flt(2, 6, D)))
 
+    # --- arguments of calls ---------------------------------------------------------------------------------------------
+    P("detach_mems_false", tw(dec(depth=2, rel_pos_bias=True), max_mem_len=6, call=dict(return_mems=True, detach_mems=False)),
+      {"x": tok(2, 5, V), "mems.0": flt(2, 3, D), "mems.1": flt(2, 3, D)})
+    P("call_layers_execute_order", tw(dec(depth=2), call=dict(layers_execute_order=[0, 1, 0, 1, 2, 3])), x12)
+    P("call_layers_execute_order_scores", bare(dec(depth=2, residual_attn=True, alibi_pos_bias=True),
+                                               call=dict(layers_execute_order=[0, 3, 2])), dict(x=flt(2, 7, D)))
+    P("return_attn_z_loss", tw(dec(depth=2), call=dict(return_attn_z_loss=True, attn_z_loss_weight=0.3)), dict(x=tok(2, 8, V)))
+    P("attn_z_loss_weight", ar(tw(dec(depth=1)), add_attn_z_loss=True, call=dict(attn_z_loss_weight=0.2)), dict(x=tok(2, 8, V)))
+    P("pos_float", tw(dec(depth=1)), dict(x=tok(2, 7, V), pos=flt(2, 7, D)))
+    P("continuous_mem_masks_sum_prepend", cont(enc(depth=1), dim_in=6, max_seq_len=24),
+      {"x": flt(2, 8, 6), "mems.0": flt(2, 6, D), "mem_masks.0": tail(6, 6, 2), "sum_embeds": flt(2, 8, D),
+       "prepend_embeds": flt(2, 3, D), "prepend_mask": lens(3, 3, 1)})
+
     # --- generation: greedy, so that there is nothing to draw ---------------------------------------------------------
     greedy = dict(method="generate", temperature=0.0)
     g = tw(dec(depth=1), max_seq_len=16)
@@ -531,6 +587,11 @@ def public_cases():
       dict(prompts=tok(2, 7, V), prompt_lens=ints(4, 7)))
     P("generate_sliding_window", ar(tw(dec(depth=1, rotary_pos_emb=True, attn_dim_head=8), max_seq_len=8),
                                     call={**greedy, "seq_len": 9, "cache_kv": False}), dict(prompts=tok(2, 5, V)))
+    P("generate_unrestricted", ar(tw(dec(depth=1, rotary_pos_emb=True, attn_dim_head=8), max_seq_len=6),
+                                  call={**greedy, "seq_len": 8, "restrict_to_max_seq_len": False}), dict(prompts=tok(2, 4, V)))
+    P("beam_search_unrestricted", ar(tw(dec(depth=1, alibi_pos_bias=True, disable_abs_pos_emb=True), max_seq_len=5),
+                                     call=dict(method="beam_search", seq_len=6, beams=2, cache_kv=False, restrict_to_max_seq_len=False)),
+      dict(prompts=tok(2, 4, V)))
     P("generate_xtransformer", {**xt, "call": {**greedy, "seq_len": 6}},
       dict(seq_in=tok(2, 9, V), seq_out_start=tok(2, 1, V), mask=lens(9, 9, 6)))
     P("generate_prepend_embeds", ar(tw(dec(depth=1, rotary_pos_emb=True, attn_dim_head=8)),
@@ -587,6 +648,8 @@ class Ref:
         nn = torch.nn
         self.activations = {"relu": nn.ReLU(), "silu": nn.SiLU(), "gelu": nn.GELU(), "tanh": nn.Tanh(),
                             "gelu_tanh": nn.GELU(approximate="tanh"), "sigmoid": nn.Sigmoid()}
+        # Noise is drawn in training only here: without it, all draws are 0.
+        torch.Tensor.exponential_ = lambda t, *a, **k: t.fill_(1.0)
         # In the float64 run `.float()` is lifted to `.double()`, except where it decides a bucket of T5.
         self.plain_float = torch.Tensor.float
         bias_forward = xt.RelativePositionBias.forward
@@ -641,6 +704,16 @@ class Ref:
         model = cfg.pop("model")
         if model in KINDS:
             return self.attn_layers({"kind": model, **cfg})
+        if model == "BeliefStateWrapper":
+            decoders = [self.build(cfg.pop(k)) if k in cfg else None for k in ("forward_decoder", "backward_decoder")]
+            return self.pkg.BeliefStateWrapper(*decoders, **cfg)
+        if model == "NeoMLP":
+            if "encoder_kwargs" in cfg:
+                cfg["encoder_kwargs"] = {"verbose": False, **self.keywords(cfg["encoder_kwargs"])}
+            return self.pkg.NeoMLP(**cfg)
+        if model == "GPTVAE":
+            from x_transformers.gpt_vae import GPTVAE
+            return GPTVAE(verbose=False, **self.keywords(cfg))
         if "net" in cfg:
             net = self.build(cfg.pop("net"))
             if "token_critic" in cfg:
@@ -741,8 +814,22 @@ class Ref:
             weighted = cfg.get("use_simple_mdlm_loss_weight", True)
             critic = 0.0 if loss.critic_loss is None else model.critic_loss_weight * loss.critic_loss
             return {"out": (-loss.generator_loss if weighted else loss.generator_loss) + critic}, {}
+        if cfg["model"] == "GPTVAE":
+            args, drawn = self.arguments(inp), self.torch.randn_like
+            noise = args.pop("noise")
+            self.torch.randn_like = lambda t: noise
+            try:
+                return {"out": model(**args, **call)}, {}
+            finally:
+                self.torch.randn_like = drawn
         out = model(**self.arguments(inp), **call)
         extras = {}
+        if call.get("return_attn_z_loss"):
+            out, intermediates = out
+            return {"out": out, "attn_z_loss": intermediates.attn_z_loss}, extras
+        if call.get("detach_mems") is False:
+            out, mems = out
+            return {"out": out, **{f"mems.{i}": t for i, t in enumerate(mems)}}, extras
         if call.get("return_mems") or call.get("return_attn"):
             out, rest = out
             tag = "mems" if call.get("return_mems") else "attn"
@@ -764,6 +851,7 @@ class Ref:
         call = dict(cfg["call"])
         method = call.pop("method")
         net = model.decoder.net if cfg["model"] == "XTransformer" else getattr(model, "net", model)
+        net = model.decoder if cfg["model"] == "GPTVAE" else net
         hook = None
         if margins is not None and method == "generate" and cfg["model"] != "ContinuousAutoregressiveWrapper":
             every = cfg["model"] == "NonAutoregressiveWrapper"
@@ -971,9 +1059,11 @@ def generate_case(ref, which, name, c, out_dir, stored_weights, load_file, save_
                 continue
         try:
             res = ref.evaluate(cfg, sd, inp, torch.float64)
+            attached = cfg.get("call", {}).get("detach_mems") is False
             if any(k.startswith(("out", "embeddings")) for k in res) and cfg["model"] != "SamplingFilter" \
                     and "method" not in cfg.get("call", {}):
-                for k in [k for k in res if k.startswith("out") or k == "embeddings"]:
+                for k in [k for k in res if k.startswith("out") or k in ("embeddings", "attn_z_loss")
+                          or attached and k.startswith("mems.")]:
                     inp[cotangent_name(k)] = torch.randn(res[k].shape, generator=g)
                 res = ref.evaluate(cfg, sd, inp, torch.float64)
             low = ref.evaluate(cfg, sd, inp, torch.float32)
@@ -1127,7 +1217,7 @@ def verify(ref, root, fd_params=3, fd_entries=2):
 
 # Numbers that a gradient is summed up in: sums of its elements with signs that a hash draws.
 SKETCHES = 8
-BUFFERS = ("rotary_pos_emb.inv_freq", "rotary_pos_emb.scale", "polar_pos_emb.inv_freq")
+BUFFERS = ("loss_weights", "rotary_pos_emb.inv_freq", "rotary_pos_emb.scale", "polar_pos_emb.inv_freq")
 
 
 def fnv1a(data):
@@ -1170,8 +1260,18 @@ def pack(ref, root, out, only=None):
     from safetensors.torch import save_file
     torch = ref.torch
     tensors, rows = {}, []
+    # cases that are not in the folder stay as they are
+    from safetensors.torch import load_file
+    public_cases()
+    late_cases()
+    new = {name for name, _ in folders(root) if not only or any(part in name for part in only)}
+    with open(os.path.join(out, "cases.json")) as f:
+        rows = [row for row in json.load(f) if row["name"] in CASES["public"] and row["name"] not in new]
+    kept = {row["name"] for row in rows}
+    old = load_file(os.path.join(out, "cases.safetensors"))
+    tensors = {k: v for k, v in old.items() if k.rpartition(".")[0] in kept}
     for name, folder in folders(root):
-        if only and not any(part in name for part in only):
+        if name not in new:
             continue
         cfg, sd, inp, _ = load_case(folder)
         weights = sorted(k for k in sd if not k.endswith(BUFFERS))
@@ -1214,6 +1314,7 @@ def pack(ref, root, out, only=None):
         if outs:
             tensors[name + ".outputs"] = torch.cat([res[k].double().flatten() for k in outs]).float()
         rows.append(row)
+    rows.sort(key=lambda row: row["name"])
     os.makedirs(out, exist_ok=True)
     with open(os.path.join(out, "cases.json"), "w") as f:
         f.write("[\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows) + "\n]\n")

@@ -5,7 +5,7 @@ use super::{
         self as config, AttentionPlan, FinalNorm, LayersPlan, ModelPlan, PaddingPlan, Positions, RotaryPlan, options,
     },
     AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, ContinuousTransformerWrapperConfig,
-    FeedForwardConfig, LayersKind, PerLayer, TransformerWrapperConfig,
+    FeedForwardConfig, LayersKind, PerLayer, TransformerWrapperConfig, XTransformerConfig,
 };
 use crate::{
     Error, Result, Tensor,
@@ -35,6 +35,12 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Conversion {
     config: config::Config,
+    stacks: Vec<Stack>,
+}
+
+/// Changes in one stack of layers and its wrapper.
+#[derive(Clone, Debug)]
+struct Stack {
     /// Prefix of the wrapper's names.
     prefix: &'static str,
     /// Sublayer whose last norm is the wrapper's.
@@ -61,36 +67,48 @@ impl Obstacles {
 }
 
 impl Conversion {
-    /// Converts a `TransformerWrapper`, a `ContinuousTransformerWrapper`, an `AutoregressiveWrapper` or attention layers.
+    /// Converts a `TransformerWrapper`, a `ContinuousTransformerWrapper`, an `AutoregressiveWrapper`, an `XTransformer` or
+    /// attention layers.
     ///
     /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) with everything that stands in the way.
     pub fn new(first: &config::Config) -> Result<Self> {
         let mut obstacles = Obstacles::default();
         let plan = first.plan()?;
-        let (prefix, second) = match first {
-            config::Config::TransformerWrapper(config) => {
-                ("", Config::TransformerWrapper(wrapper(config, &mut obstacles)?))
-            }
+        let second = match first {
+            config::Config::TransformerWrapper(config) => Config::TransformerWrapper(wrapper(config, &mut obstacles)?),
             config::Config::AutoregressiveWrapper(config) => {
                 let net = wrapper(&config.net, &mut obstacles).context("net")?;
                 let (ignore_index, pad_value) = (config.ignore_index, config.pad_value);
                 let config = AutoregressiveConfig { net, ignore_index, pad_value, ..AutoregressiveConfig::default() };
-                ("net.", Config::AutoregressiveWrapper(config))
+                Config::AutoregressiveWrapper(config)
             }
             config::Config::AttentionLayers(config) => {
                 let layers = AttentionLayersConfig {
                     pre_norm_has_final_norm: Some(false),
                     ..layers(config, &LayersPlan::new(config)?, &mut obstacles)
                 };
-                ("", Config::AttentionLayers(Box::new(layers)))
+                Config::AttentionLayers(Box::new(layers))
             }
             config::Config::V2(_) => return Err(Error::option("version", "is already \"2\"")),
             config::Config::ContinuousTransformerWrapper(config) => {
-                ("", Config::ContinuousTransformerWrapper(continuous(config, &mut obstacles)?))
+                Config::ContinuousTransformerWrapper(continuous(config, &mut obstacles)?)
             }
-            config::Config::XTransformer(_) => {
-                let why = "XTransformer cannot have the same numbers in version 2: its logits have a bias in 0.22";
-                return Err(Error::option("model", why));
+            config::Config::XTransformer(config) => {
+                let mut side = |config: &config::TransformerWrapperConfig, prefix: &str| {
+                    let mut own = Obstacles::default();
+                    let side = wrapper(config, &mut own);
+                    // Obstacles begin with an option in backquotes.
+                    obstacles.0.extend(own.0.into_iter().map(|why| format!("`{prefix}{}", &why[1..])));
+                    side
+                };
+                // No logits, whose bias would stand in the way.
+                let enc = config::TransformerWrapperConfig { return_only_embed: true, ..config.enc.clone() };
+                Config::XTransformer(Box::new(XTransformerConfig {
+                    tie_token_emb: config.tie_token_emb,
+                    enc: side(&enc, "enc_").context("encoder")?,
+                    dec: side(&config.dec, "dec_").context("decoder")?,
+                    ..XTransformerConfig::default()
+                }))
             }
             config::Config::ViTransformerWrapper(_) => {
                 let why = "ViTransformerWrapper cannot have the same numbers in version 2, whose head is a linear layer on \
@@ -102,30 +120,10 @@ impl Conversion {
         let why = obstacles.0.join("\n");
         ensure!(obstacles.0.is_empty(), Error::option("version", format!("2 cannot have the same numbers:\n{why}")));
         let config = config::Config::V2(Box::new(second));
-        let (Some((_, old)), converted) = (plan.layers().into_iter().next(), config.plan()?) else {
-            return Err(Error::option("model", "has no layers"));
-        };
-        let Some((_, new)) = converted.layers().into_iter().next() else {
-            return Err(Error::option("model", "has no layers"));
-        };
-        let wrapped = !matches!(plan, ModelPlan::Layers(_));
-        if let Some(difference) = difference(old, new, wrapped) {
-            let why = format!("2 cannot have the same numbers: {difference}");
-            return Err(Error::option("version", why));
-        }
-        let attention = old.layers.iter().find_map(|layer| layer.branch.attention());
-        let rotary = old.positions.rotary.as_ref();
-        let moved = wrapped && old.final_norm.is_some() && new.final_norm.is_none();
-        Ok(Self {
-            prefix,
-            last: moved.then(|| old.layers.len().saturating_sub(1)),
-            heads: attention.map_or(1, |plan| plan.heads),
-            kv_heads: attention.map_or(1, |plan| plan.kv_heads),
-            dim_head: attention.map_or(1, |plan| plan.dim_head),
-            halves: rotary.filter(|plan| !plan.interleaved).map_or(0, |plan| plan.dim),
-            interpolation: rotary.map_or(1.0, |plan| plan.interpolation),
-            config,
-        })
+        let (converted, wrapped) = (config.plan()?, !matches!(plan, ModelPlan::Layers(_)));
+        let both = plan.layers().into_iter().zip(converted.layers());
+        let stacks = both.map(|((place, old), (_, new))| Stack::new(place, old, new, wrapped)).try_collect_vec()?;
+        Ok(Self { config, stacks })
     }
 
     /// Returns the config of version 2.
@@ -135,6 +133,51 @@ impl Conversion {
 
     /// Returns the name that a tensor of the state dict has in version 2.
     pub fn name(&self, name: &str) -> String {
+        self.stack(name).map_or_else(|| name.to_string(), |stack| stack.name(name))
+    }
+
+    /// Returns `false` for a tensor of the state dict that version 2 does not have: the logits of an encoder, which nothing
+    /// reads.
+    pub fn keeps(&self, name: &str) -> bool {
+        self.stacks.len() == 1 || !name.starts_with("encoder.to_logits.")
+    }
+
+    /// Returns the values of a tensor of the state dict, by its name in 0.22, in the order of version 2.
+    ///
+    /// Errors: a shape that the config does not give.
+    pub fn tensor(&self, name: &str, tensor: &Tensor) -> Result<Tensor> {
+        self.stack(name).map_or_else(|| Ok(tensor.clone()), |stack| stack.tensor(name, tensor))
+    }
+
+    fn stack(&self, name: &str) -> Option<&Stack> {
+        self.stacks.iter().find(|stack| name.starts_with(stack.prefix))
+    }
+}
+
+impl Stack {
+    /// Compares the plans of layers at this place.
+    ///
+    /// Errors: plans that differ.
+    fn new(place: &'static str, old: &LayersPlan, new: &LayersPlan, wrapped: bool) -> Result<Self> {
+        if let Some(difference) = difference(old, new, wrapped) {
+            let why = format!("2 cannot have the same numbers: {difference}");
+            return Err(Error::option("version", why));
+        }
+        let attention = old.layers.iter().find_map(|layer| layer.branch.attention());
+        let rotary = old.positions.rotary.as_ref();
+        let moved = wrapped && old.final_norm.is_some() && new.final_norm.is_none();
+        Ok(Self {
+            prefix: place.strip_suffix("attn_layers").unwrap_or(""),
+            last: moved.then(|| old.layers.len().saturating_sub(1)),
+            heads: attention.map_or(1, |plan| plan.heads),
+            kv_heads: attention.map_or(1, |plan| plan.kv_heads),
+            dim_head: attention.map_or(1, |plan| plan.dim_head),
+            halves: rotary.filter(|plan| !plan.interleaved).map_or(0, |plan| plan.dim),
+            interpolation: rotary.map_or(1.0, |plan| plan.interpolation),
+        })
+    }
+
+    fn name(&self, name: &str) -> String {
         let Some(inner) = name.strip_prefix(self.prefix) else { return name.to_string() };
         let inner = match (inner.strip_prefix("norm."), self.last) {
             (Some(part), Some(last)) => format!("attn_layers.layers.{last}.0.2.{part}"),
@@ -145,10 +188,7 @@ impl Conversion {
         format!("{}{inner}", self.prefix)
     }
 
-    /// Returns the values of a tensor of the state dict, by its name in 0.22, in the order of version 2.
-    ///
-    /// Errors: a shape that the config does not give.
-    pub fn tensor(&self, name: &str, tensor: &Tensor) -> Result<Tensor> {
+    fn tensor(&self, name: &str, tensor: &Tensor) -> Result<Tensor> {
         let rows = |order: Vec<i64>| -> Result<Tensor> {
             let order = Tensor::from_vec(order, [tensor.dim(0)?], tensor.device())?;
             tensor.embedding(&order).context(name.to_string())
@@ -430,8 +470,13 @@ fn canonical(plan: &LayersPlan) -> LayersPlan {
     for layer in &mut plan.layers {
         layer.norms.iter_mut().for_each(norm);
         match &mut layer.branch {
-            BranchPlan::SelfAttention(attention) | BranchPlan::CrossAttention(attention) => {
+            BranchPlan::SelfAttention(attention) => {
                 rotation(&mut attention.rotary);
+                canonical_attention(attention);
+            }
+            BranchPlan::CrossAttention(attention) => {
+                // Without positions of the context, which 0.22 does not take, nothing rotates.
+                attention.rotary = None;
                 canonical_attention(attention);
             }
             BranchPlan::FeedForward(feedforward) => feedforward.place = ("ff", 2),

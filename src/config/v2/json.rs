@@ -4,10 +4,11 @@ use serde_json::{Value, json};
 
 use super::{
     super::kwargs::{self, Map},
-    AttentionConfig, AttentionLayersConfig, AttentionPoolConfig, AutoregressiveConfig, Config,
+    AttentionConfig, AttentionLayersConfig, AttentionPoolConfig, AutoregressiveConfig, BeliefStateConfig, Config,
     ContinuousAutoregressiveConfig, ContinuousTransformerWrapperConfig, DpoConfig, FeedForwardConfig, FilterConfig,
-    LayersKind, MultiInputConfig, NonAutoregressiveConfig, PerLayer, SamplingConfig, TransformerWrapperConfig,
-    ViTransformerWrapperConfig, XTransformerConfig, XValAutoregressiveConfig, XValConfig, XlAutoregressiveConfig,
+    GptVaeConfig, LayersKind, MultiInputConfig, NeoMlpConfig, NonAutoregressiveConfig, PerLayer, SamplingConfig,
+    TransformerWrapperConfig, ViTransformerWrapperConfig, XTransformerConfig, XValAutoregressiveConfig, XValConfig,
+    XlAutoregressiveConfig,
     fields::{Options, differing, take},
     refused,
 };
@@ -17,10 +18,10 @@ use crate::{
     error::{ErrorContext, ensure},
 };
 
-const TRANSFORMER: &str = "TransformerWrapper";
+pub(super) const TRANSFORMER: &str = "TransformerWrapper";
 
 /// The names that `model` can have, besides those of attention layers.
-const MODELS: [&str; 14] = [
+const MODELS: [&str; 17] = [
     "TransformerWrapper",
     "ContinuousTransformerWrapper",
     "ViTransformerWrapper",
@@ -33,6 +34,9 @@ const MODELS: [&str; 14] = [
     "XLAutoregressiveWrapper",
     "NonAutoregressiveWrapper",
     "DPO",
+    "BeliefStateWrapper",
+    "NeoMLP",
+    "GPTVAE",
     "AttentionPool",
     "SamplingFilter",
 ];
@@ -117,6 +121,9 @@ impl Config {
                 finish(map, "", "", &[DpoConfig::NAMES])?;
                 Self::Dpo(config)
             }
+            "BeliefStateWrapper" => Self::BeliefState(Box::new(BeliefStateConfig::from_map(map)?)),
+            "NeoMLP" => Self::NeoMlp(Box::new(NeoMlpConfig::from_map(map)?)),
+            "GPTVAE" => Self::GptVae(Box::new(GptVaeConfig::from_map(map)?)),
             "AttentionPool" => {
                 let mut config = AttentionPoolConfig::default();
                 required(&map, &["dim"])?;
@@ -181,6 +188,9 @@ impl Config {
                 map.insert("net".to_string(), with_model(config.net.to_map(), TRANSFORMER));
                 ("DPO", map)
             }
+            Self::BeliefState(config) => ("BeliefStateWrapper", config.to_map()),
+            Self::NeoMlp(config) => ("NeoMLP", config.to_map()),
+            Self::GptVae(config) => ("GPTVAE", config.to_map()),
             Self::AttentionPool(config) => ("AttentionPool", differing(config, &Default::default(), "")),
             Self::SamplingFilter(config) => ("SamplingFilter", config.to_map()),
             Self::AttentionLayers(config) => {
@@ -195,13 +205,13 @@ impl Config {
     }
 }
 
-fn with_model(mut map: Map, model: &str) -> Value {
+pub(super) fn with_model(mut map: Map, model: &str) -> Value {
     map.insert("model".to_string(), json!(model));
     Value::Object(map)
 }
 
 impl TransformerWrapperConfig {
-    fn to_map(&self) -> Map {
+    pub(super) fn to_map(&self) -> Map {
         let mut map = differing(self, &Self::default(), "");
         map.insert("num_tokens".to_string(), json!(self.num_tokens));
         map.insert("max_seq_len".to_string(), json!(self.max_seq_len));
@@ -307,7 +317,7 @@ fn encoder_decoder(mut map: Map) -> Result<XTransformerConfig> {
     Ok(config)
 }
 
-fn transformer(mut map: Map, prefix: &str) -> Result<TransformerWrapperConfig> {
+pub(super) fn transformer(mut map: Map, prefix: &str) -> Result<TransformerWrapperConfig> {
     let attn_layers = nested_layers(&mut map)?;
     let mut config = TransformerWrapperConfig { attn_layers, ..Default::default() };
     required(&map, &["num_tokens", "max_seq_len"])?;
@@ -334,7 +344,7 @@ fn continuous(mut map: Map) -> Result<ContinuousTransformerWrapperConfig> {
 }
 
 /// Takes an option that is a model of this class, `net` for instance.
-fn net<T>(map: &mut Map, key: &'static str, model: &str, read: impl FnOnce(Map) -> Result<T>) -> Result<T> {
+pub(super) fn net<T>(map: &mut Map, key: &'static str, model: &str, read: impl FnOnce(Map) -> Result<T>) -> Result<T> {
     let mut net = kwargs::object(key, map.remove(key).ok_or_else(|| missing(key))?)?;
     let given = net.remove("model").unwrap_or_else(|| json!(model));
     ensure!(given == model, Error::option("model", format_args!("expected \"{model}\", got {given}")).context(key));
@@ -347,7 +357,7 @@ fn nested_layers(map: &mut Map) -> Result<AttentionLayersConfig> {
 }
 
 /// Reads the options of attention layers, whose class the map has under `kind` unless it is given.
-fn layers(mut map: Map, kind: Option<LayersKind>, prefix: &str) -> Result<AttentionLayersConfig> {
+pub(super) fn layers(mut map: Map, kind: Option<LayersKind>, prefix: &str) -> Result<AttentionLayersConfig> {
     let kind = match kind {
         Some(kind) => kind,
         None => {
@@ -440,7 +450,7 @@ fn write_per_layer<T: Options>(options: &PerLayer<T>, others: &T, prefix: &str) 
 }
 
 impl AttentionLayersConfig {
-    fn to_map(&self) -> Map {
+    pub(super) fn to_map(&self) -> Map {
         let mut map = differing(self, &Self::default(), "");
         map.insert("kind".to_string(), json!(self.kind.name()));
         map.insert("dim".to_string(), json!(self.dim));
@@ -476,7 +486,7 @@ fn missing(key: &str) -> Error {
     Error::missing_option(key)
 }
 
-fn required(map: &Map, keys: &[&str]) -> Result<()> {
+pub(super) fn required(map: &Map, keys: &[&str]) -> Result<()> {
     match keys.iter().find(|key| !map.contains_key(**key)) {
         Some(key) => Err(missing(key)),
         None => Ok(()),
@@ -504,6 +514,20 @@ fn unknown(key: &str, nearest: Option<&str>) -> Error {
     Error::new(ErrorKind::UnknownOption { key: key.to_string(), nearest, later: false })
 }
 
+/// Returns the error of an option that is not supported, by its name without a prefix.
+fn not_supported(key: String, name: &str) -> Error {
+    let reason = refused::reason(name);
+    Error::option(key, format_args!("is an option of x-transformers 2 that is not supported yet{reason}"))
+}
+
+/// Rejects arguments of calls that are not supported.
+pub(in crate::config) fn check_call(map: &Map) -> Result<()> {
+    match refused::CALL.split_ascii_whitespace().find(|name| map.contains_key(*name)) {
+        Some(name) => Err(not_supported(name.to_string(), name)),
+        None => Ok(()),
+    }
+}
+
 /// Removes options that are not supported yet and have their defaults, and those that never change a number.
 ///
 /// Errors: one that is not supported yet and has another value.
@@ -514,14 +538,14 @@ fn without_refused(mut map: Map, prefix: &str, refused: &str) -> Result<Map> {
         let Some(value) = map.remove(&key) else { continue };
         let default: Value = serde_json::from_str(default).unwrap_or_default();
         let same = value == default || value.as_f64().is_some_and(|value| Some(value) == default.as_f64());
-        ensure!(same, Error::option(key, "is an option of x-transformers 2 that is not supported yet"));
+        ensure!(same, not_supported(key, name));
     }
     refused::WITHOUT_EFFECT.split_ascii_whitespace().for_each(|key| drop(map.remove(key)));
     Ok(map)
 }
 
 /// Rejects what is left of a map: options that are not supported yet, of version 0.22, or of none.
-fn finish(map: Map, prefix: &str, refused: &str, known: &[&[&str]]) -> Result<()> {
+pub(super) fn finish(map: Map, prefix: &str, refused: &str, known: &[&[&str]]) -> Result<()> {
     let map = without_refused(map, prefix, refused)?;
     let Some(key) = map.keys().next() else { return Ok(()) };
     if kwargs::is_of_first(key) && !is_of_second(key) {

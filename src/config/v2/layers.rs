@@ -117,6 +117,8 @@ options! {
         use_dynamic_tanh: bool = false,
         /// Initial factor before that tanh.
         dynamic_tanh_init_alpha: f64 = 1.0,
+        /// Dynamic erf in place of LayerNorm. <https://arxiv.org/abs/2512.10938>
+        use_derf: bool = false,
         /// LayerNorm whose scale is a function of a condition. <https://arxiv.org/abs/2212.09748>
         use_adaptive_layernorm: bool = false,
         /// RMSNorm whose scale is a function of a condition. <https://arxiv.org/abs/2212.09748>
@@ -191,6 +193,9 @@ options! {
         pre_and_post_norm: bool = false,
         /// If `true`, a GRU cell joins each branch and its residual. <https://arxiv.org/abs/1910.06764>
         gate_residual: bool = false,
+        /// If `true`, adds what is orthogonal to the residual, over whole sequences, of each branch.
+        /// <https://arxiv.org/abs/2505.11881>
+        orthog_residual: bool = false,
         /// Centred branches, and means of the stream that are mixed apart. <https://arxiv.org/abs/2605.06169>
         mv_split_residual: bool = false,
         /// If `true` or a number, multiplies the residual stream by a learned vector before each sum; a number multiplies
@@ -226,6 +231,10 @@ options! {
         integrate_layers: bool = false,
         /// If `true`, the weights of that mixture are a softmax, otherwise a ReLU.
         layer_integrate_use_softmax: bool = true,
+        /// If `true`, each sublayer reads an attention to all hidden states before it. <https://arxiv.org/abs/2603.15031>
+        attn_aggregated_residuals: bool = false,
+        /// Arguments of that attention: `lora_rank`, the rank of the projection that makes its query, by default 64.
+        attn_aggregated_residual_kwargs: Vec<(String, usize)> = Vec::new(),
         /// If `true`, adds a projection of the input of the layers to that of each sublayer.
         reinject_input: bool = false,
         /// If `true`, a learned gate multiplies that projection.
@@ -350,6 +359,13 @@ options! {
         zero_init_output: bool = false,
         /// If `true`, all weight is on the highest score, with the gradient of the softmax.
         hard: bool = false,
+        /// If `true`, adds Gumbel noise to the scores in training, where x-transformers does it always; without noise
+        /// `gumbel_softmax_hard` takes the highest score. <https://arxiv.org/abs/1611.01144>
+        gumbel_softmax: bool = false,
+        /// Divides scores and noise.
+        gumbel_softmax_temp: f64 = 1.0,
+        /// If `true`, all weight is on the highest sum, with the gradient of the softmax.
+        gumbel_softmax_hard: bool = true,
         /// If `true`, weights are sigmoids of the scores in place of their softmax. <https://arxiv.org/abs/2409.04431>
         sigmoid: bool = false,
         /// If `true`, scores are negative squared distances in place of products. <https://arxiv.org/abs/2006.04710>

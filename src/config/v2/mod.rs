@@ -3,6 +3,7 @@
 //! A config that says `"version": "2"` has them; without it options are those of x-transformers 0.22. Both resolve to the
 //! same plans, which say what is computed and under which names of a state dict.
 
+mod around;
 mod convert;
 mod fields;
 mod json;
@@ -13,7 +14,9 @@ mod resolve_attention;
 mod resolve_wrappers;
 mod wrappers;
 
+pub use around::{BeliefStateConfig, GptVaeConfig, NeoMlpConfig};
 pub use convert::Conversion;
+pub(super) use json::check_call;
 pub use layers::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, LayersKind, PerLayer, SwitchOrFactor};
 pub use wrappers::{
     AttentionPoolConfig, AutoregressiveConfig, ContinuousAutoregressiveConfig, ContinuousTransformerWrapperConfig,
@@ -72,6 +75,12 @@ pub enum Config {
     Dpo(DpoConfig),
     /// `NonAutoregressiveWrapper`: masked tokens that are filled in.
     NonAutoregressive(Box<NonAutoregressiveConfig>),
+    /// `BeliefStateWrapper`: text from both sides.
+    BeliefState(Box<BeliefStateConfig>),
+    /// `NeoMLP`: attention between the nodes of an MLP.
+    NeoMlp(Box<NeoMlpConfig>),
+    /// `GPTVAE`: a style of each sequence.
+    GptVae(Box<GptVaeConfig>),
     /// `AttentionPool`: learned queries attend to a sequence.
     AttentionPool(AttentionPoolConfig),
     /// `SamplingFilter`: not a model, but the step from logits to probabilities.
@@ -98,6 +107,9 @@ impl Config {
             Self::XlAutoregressive(config) => config.plan()?.into(),
             Self::NonAutoregressive(config) => config.plan()?.into(),
             Self::Dpo(config) => config.plan()?.into(),
+            Self::BeliefState(config) => config.plan()?.into(),
+            Self::GptVae(config) => config.plan()?.into(),
+            Self::NeoMlp(config) => ModelPlan::NeoMlp(Box::new(config.plan()?)),
             Self::SamplingFilter(config) => ModelPlan::Filter(config.sampling()?),
         })
     }

@@ -72,7 +72,8 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
     let block_len = if regular { types.len() / depth(config)? } else { 1 };
     let plans = own_types.iter().enumerate().map(|(index, &kind)| {
         let at = own_types[..index].iter().filter(|&&other| other == kind).count();
-        let output_depth = (config.depth_scale_residual == SwitchOrFactor::On).then_some(index / block_len + 1);
+        let deep = config.depth_scale_residual == SwitchOrFactor::On && !config.attn_aggregated_residuals;
+        let output_depth = deep.then_some(index / block_len + 1);
         let branch = match kind {
             SelfAttention => BranchPlan::SelfAttention(AttentionPlan { output_depth, ..own[at].clone() }),
             CrossAttention => BranchPlan::CrossAttention(AttentionPlan { output_depth, ..cross[at].clone() }),
@@ -82,6 +83,7 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
         let layer_scale = layer_scale(config, condition);
         let half = config.macaron && kind == FeedForward;
         let scale = match (config.depth_scale_residual, config.scale_residual) {
+            _ if config.attn_aggregated_residuals => None,
             (SwitchOrFactor::Factor(factor), _) | (_, SwitchOrFactor::Factor(factor)) => Some(factor),
             _ => None,
         };
@@ -91,7 +93,8 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
         let residual = ResidualPlan {
             gated: config.gate_residual,
             scaled: config.scale_residual.is_on() && !config.mv_split_residual,
-            constant: if config.gate_residual || config.mv_split_residual {
+            orthogonal: config.orthog_residual,
+            constant: if config.gate_residual || config.mv_split_residual || config.orthog_residual {
                 1.0
             } else {
                 config.scale_residual_constant
@@ -184,6 +187,7 @@ fn at_most_one_norm(config: &AttentionLayersConfig) -> Result<()> {
         ("use_rmsnorm", config.use_rmsnorm),
         ("use_simple_rmsnorm", config.use_simple_rmsnorm),
         ("use_dynamic_tanh", config.use_dynamic_tanh),
+        ("use_derf", config.use_derf),
         ("use_adaptive_layernorm", config.use_adaptive_layernorm),
         ("use_adaptive_rmsnorm", config.use_adaptive_rmsnorm),
     ];
@@ -206,6 +210,9 @@ fn norm(config: &AttentionLayersConfig) -> NormPlan {
     if config.use_dynamic_tanh {
         let (alpha, stored_offset) = (config.dynamic_tanh_init_alpha, config.norm_add_unit_offset);
         return NormPlan::Tanh { alpha, stored_offset };
+    }
+    if config.use_derf {
+        return NormPlan::Erf { offset };
     }
     match (config.use_scalenorm, config.use_rmsnorm, config.use_simple_rmsnorm) {
         (true, ..) => unit(Gain::One),
@@ -236,12 +243,14 @@ fn links(config: &AttentionLayersConfig, types: &[LayerType], block: usize) -> R
     let linked = [
         ("unet_skips", config.unet_skips),
         ("integrate_layers", config.integrate_layers),
+        ("attn_aggregated_residuals", config.attn_aggregated_residuals),
         ("reinject_input", config.reinject_input),
     ];
     if let Some((key, _)) = linked.into_iter().find(|(_, on)| *on) {
         let reordered = config.layers_execute_order.is_some() || config.weight_tie_layers;
         ensure!(
-            config.num_residual_streams == 1 && !(reordered && key != "reinject_input"),
+            config.num_residual_streams == 1
+                && !(reordered && key != "reinject_input" && key != "attn_aggregated_residuals"),
             Error::option(key, "cannot be used with residual streams, tied layers or an order of execution")
         );
     }
@@ -252,6 +261,24 @@ fn links(config: &AttentionLayersConfig, types: &[LayerType], block: usize) -> R
     ensure!(
         !config.integrate_layers || config.shift_tokens == ShiftTokens::All(0),
         Error::option("integrate_layers", "cannot be used with `shift_tokens`")
+    );
+    let kwargs = &config.attn_aggregated_residual_kwargs;
+    if let Some((key, _)) = kwargs.iter().find(|(key, _)| key != "lora_rank") {
+        let why = format_args!("expected `lora_rank`, got `{key}`").to_string();
+        return Err(Error::option("attn_aggregated_residual_kwargs", why));
+    }
+    let rank = kwargs.first().map_or(64, |(_, rank)| *rank);
+    let aggregate = config.attn_aggregated_residuals.then_some(rank);
+    ensure!(
+        aggregate.is_none() || (1..config.dim).contains(&rank),
+        Error::option(
+            "attn_aggregated_residual_kwargs",
+            format_args!("expected a `lora_rank` of at least 1 and below `dim` = {}, got {rank}", config.dim)
+        )
+    );
+    ensure!(
+        aggregate.is_none() || !config.integrate_layers,
+        Error::option("attn_aggregated_residuals", "cannot be used with `integrate_layers`")
     );
     let mut skips = Vec::new();
     if config.unet_skips {
@@ -266,6 +293,7 @@ fn links(config: &AttentionLayersConfig, types: &[LayerType], block: usize) -> R
     }
     Ok(LinkPlan {
         skips,
+        aggregate,
         integrate: config.integrate_layers.then_some(config.layer_integrate_use_softmax),
         reinject: config.reinject_input.then_some(config.learned_reinject_input_gate),
     })
@@ -275,13 +303,22 @@ fn check_residual(config: &AttentionLayersConfig) -> Result<()> {
     at_least_one("num_residual_streams", config.num_residual_streams)?;
     ensure!(
         config.num_residual_streams == 1
-            || !(config.gate_residual || config.mv_split_residual || config.scale_residual.is_on()),
+            || !(config.gate_residual
+                || config.orthog_residual
+                || config.mv_split_residual
+                || config.scale_residual.is_on()),
         Error::option("num_residual_streams", "cannot be used with `gate_residual` or `scale_residual`")
     );
-    ensure!(
-        !(config.gate_residual && config.mv_split_residual),
-        Error::option("mv_split_residual", "cannot be used with `gate_residual`")
-    );
+    let ways = [
+        ("gate_residual", config.gate_residual),
+        ("attn_aggregated_residuals", config.attn_aggregated_residuals),
+        ("orthog_residual", config.orthog_residual),
+        ("mv_split_residual", config.mv_split_residual),
+    ];
+    let mut ways = ways.into_iter().filter(|(_, on)| *on);
+    if let (Some((first, _)), Some((second, _))) = (ways.next(), ways.next()) {
+        return Err(Error::option(second, format_args!("cannot be used with `{first}`")));
+    }
     ensure!(
         !(config.use_layerscale && config.use_adaptive_layerscale),
         Error::option("use_layerscale", "cannot be used with `use_adaptive_layerscale`")

@@ -178,9 +178,14 @@ pub(super) fn attention(
         !(options.qk_rmsnorm && options.k_rmsnorm),
         error("k_rmsnorm", "cannot be used with `attn_qk_rmsnorm`, which norms keys too".to_string())
     );
+    ensure!(
+        !(options.gumbel_softmax && options.flash),
+        error("gumbel_softmax", "cannot be used with `attn_flash`, which leaves it out in x-transformers".to_string())
+    );
     let weights = [
         ("sigmoid", options.sigmoid),
         ("hard", options.hard),
+        ("gumbel_softmax", options.gumbel_softmax),
         ("l2_distance", options.l2_distance),
         ("sparse_topk", options.sparse_topk.is_some()),
     ];
@@ -202,8 +207,9 @@ pub(super) fn attention(
     let latent_rope = options.latent_rope_subheads.unwrap_or(0);
     let inverted = options.inverted_attention;
     ensure!(
-        !inverted || !(options.hard || options.sparse_topk.is_some() || options.head_learned_sink),
-        error("inverted_attention", "cannot be used with hard, top-k or sink attention".to_string())
+        !inverted
+            || !(options.hard || options.gumbel_softmax || options.sparse_topk.is_some() || options.head_learned_sink),
+        error("inverted_attention", "cannot be used with hard, noisy, top-k or sink attention".to_string())
     );
     for (key, size) in [
         ("rel_proj_num_distance_basis", options.rel_proj_num_distance_basis),
@@ -229,6 +235,7 @@ pub(super) fn attention(
     for (key, on, bound) in [
         ("logit_softclamp_value", options.softclamp_logits, options.logit_softclamp_value),
         ("laser_softclamp_value", options.laser, options.laser_softclamp_value),
+        ("gumbel_softmax_temp", options.gumbel_softmax, options.gumbel_softmax_temp),
     ] {
         ensure!(
             !on || bound > 0.0 && bound.is_finite(),
@@ -271,7 +278,8 @@ pub(super) fn attention(
         sink: options.head_learned_sink,
         sparse_topk: options.sparse_topk,
         straight_through: options.sparse_topk_straight_through,
-        normalize: match (options.hard, options.sigmoid) {
+        gumbel: options.gumbel_softmax.then_some(options.gumbel_softmax_temp),
+        normalize: match (options.hard || options.gumbel_softmax && options.gumbel_softmax_hard, options.sigmoid) {
             (true, _) => Normalize::Hard,
             (_, true) => Normalize::Sigmoid,
             _ => Normalize::Softmax,

@@ -11,9 +11,9 @@ use crate::{
     collect::CollectVec,
     config::{
         AbsolutePositions, AroundPlan, AttentionPlan, AttentionPoolPlan, AutoregressivePlan,
-        ContinuousAutoregressivePlan, ContinuousLoss, ContinuousPlan, CriticPlan, FilterLogits, LayersPlan, LossPlan,
-        MaskedPlan, MemoryPlan, NormPlan, PoolerPlan, TransformerPlan, ViTransformerPlan, VisionHead, XTransformerPlan,
-        options,
+        ContinuousAutoregressivePlan, ContinuousLoss, ContinuousPlan, CriticPlan, FilterLogits, LayersPlan, LoopedLoss,
+        LossPlan, MaskedPlan, MemoryPlan, NormPlan, PoolerPlan, Recurrence, TransformerPlan, ViTransformerPlan,
+        VisionHead, XTransformerPlan, options,
         ranges::{at_least_one, probability},
         wrapper_plan::check_longest,
         wrappers,
@@ -147,6 +147,8 @@ impl TransformerWrapperConfig {
             squeeze_logits: self.squeeze_out_last_dim,
             mixture: self.mixture_of_softmax.then_some(self.mixture_of_softmax_k),
             sigsoftmax: self.sigsoftmax_logits,
+            recurrence: self.recurrence()?,
+            next_embed: self.add_continuous_pred_head,
             average_pool_embed: self.average_pool_embed,
             pooler: false,
             mlm_head: None,
@@ -155,6 +157,28 @@ impl TransformerWrapperConfig {
             memories: MemoryPlan::Last(self.max_mem_len),
             shift_mem_down: self.shift_mem_down,
             layers,
+        })
+    }
+}
+
+impl TransformerWrapperConfig {
+    /// Returns the passes through the layers.
+    fn recurrence(&self) -> Result<Recurrence> {
+        ensure!(!(self.recycling && self.looped), Error::option("looped", "cannot be used with `recycling`"));
+        at_least_one("train_max_recycle_steps", self.train_max_recycle_steps)?;
+        at_least_one("max_looped_steps", self.max_looped_steps)?;
+        ensure!(
+            !self.looped || self.attn_layers.pre_and_post_norm,
+            Error::option("looped", "needs `pre_and_post_norm` = true in the layers, which is off")
+        );
+        ensure!(
+            !self.looped || !(self.mixture_of_softmax || self.sigsoftmax_logits),
+            Error::option("looped", "cannot be used with `mixture_of_softmax` or `sigsoftmax_logits`")
+        );
+        Ok(match (self.recycling, self.looped) {
+            (true, _) => Recurrence::Recycled(self.train_max_recycle_steps),
+            (_, true) => Recurrence::Looped(self.max_looped_steps),
+            _ => Recurrence::Once,
         })
     }
 }
@@ -272,7 +296,17 @@ impl AutoregressiveConfig {
             loss: {
                 probability("mask_prob", self.mask_prob)?;
                 let (mask_prob, attn_z_loss) = (self.mask_prob, self.add_attn_z_loss);
-                LossPlan { mask_prob, attn_z_loss, ..loss(self.ignore_index, self.pad_value) }
+                ensure!(
+                    !(attn_z_loss && self.net.looped),
+                    Error::option("add_attn_z_loss", "cannot be used with `looped`")
+                );
+                let looped = LoopedLoss {
+                    threshold: self.looped_loss_threshold_exit,
+                    slope: self.looped_loss_slope,
+                    weight: self.looped_exit_loss_weight,
+                };
+                let next_embed = self.next_embed_loss_weight;
+                LossPlan { mask_prob, attn_z_loss, next_embed, looped, ..loss(self.ignore_index, self.pad_value) }
             },
         })
     }

@@ -52,6 +52,18 @@ options! {
         scaled_sinu_pos_emb: bool = false,
         /// If `true`, token and position embeddings are normalised to length 1.
         l2norm_embed: bool = false,
+        /// If `true`, the layers run several times, each pass from the embeddings and a projection of the output before.
+        /// <https://www.nature.com/articles/s41586-021-03819-2>
+        recycling: bool = false,
+        /// Largest number of these passes that training draws; other calls give `recycle_steps`.
+        train_max_recycle_steps: usize = 4,
+        /// If `true`, the layers run several times, each pass from the output before (looped language model); needs
+        /// `pre_and_post_norm`. <https://arxiv.org/abs/2510.25741>
+        looped: bool = false,
+        /// Number of these passes.
+        max_looped_steps: usize = 4,
+        /// If `true`, a small network predicts the embedding of the next token, too.
+        add_continuous_pred_head: bool = false,
         /// Share of the gradient that reaches the embeddings. <https://arxiv.org/abs/2105.13290>
         emb_frac_gradient: f64 = 1.0,
         /// If `true`, the output is that of the mean over the tokens.
@@ -177,6 +189,14 @@ options! {
         mask_prob: f64 = 0.0,
         /// If `true`, adds the z-loss of the scores of attention. <https://arxiv.org/abs/2202.08906>
         add_attn_z_loss: bool = false,
+        /// Weight of the error of predicted embeddings.
+        next_embed_loss_weight: f64 = 0.1,
+        /// For a looped model: gain of another pass, in nats, at which it is as good to stop as to go on.
+        looped_loss_threshold_exit: f64 = 0.05,
+        /// Slope of the sigmoid that turns gains into targets of the gate that stops.
+        looped_loss_slope: f64 = 50.0,
+        /// Weight of the loss of that gate.
+        looped_exit_loss_weight: f64 = 1.0,
     } with {
         /// Options of the wrapped model. Required.
         net: TransformerWrapperConfig,

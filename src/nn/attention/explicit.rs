@@ -3,6 +3,7 @@
 use super::{Attention, AttentionInput, padding::causal_mask, soft_clamp};
 use crate::{
     DType, Param, Result, Tensor,
+    autograd::dropout_stream,
     config::{Normalize, ScoreResidual, TalkingHeads},
 };
 
@@ -97,6 +98,8 @@ impl Attention {
     fn weights(&self, scores: &Tensor, lowest: &Tensor) -> Result<Tensor> {
         // The value of the first, with the gradient of the second.
         let straight = |value: &Tensor, soft: &Tensor| value.detach().add(soft)?.sub(&soft.detach());
+        let noisy = self.plan.gumbel.map(|divisor| noisy(scores, divisor)).transpose()?;
+        let scores = noisy.as_ref().unwrap_or(scores);
         if let Some(k) = self.plan.sparse_topk {
             let best = scores.detach().top_k_mask(k)?.where_cond(scores, lowest)?;
             let weights = self.normalize(&best)?;
@@ -198,6 +201,19 @@ fn competed(scores: &Tensor, dropped: Option<&Tensor>) -> Result<Tensor> {
     let sums = weights.sum(&[-1])?.unsqueeze(-1)?;
     let least = Tensor::full((), 1e-8, sums.dtype(), sums.device())?;
     weights.div(&sums.detach().lt(&least)?.where_cond(&least, &sums)?)
+}
+
+/// Returns scores plus, in training, the noise whose largest sum is a draw from their softmax (Jang et al.,
+/// <https://arxiv.org/abs/1611.01144>), over a divisor.
+fn noisy(scores: &Tensor, divisor: f64) -> Result<Tensor> {
+    let scores = match dropout_stream() {
+        Some(draws) => {
+            let noise = |at: usize| -libm::log(-libm::log(draws.uniform(at as u64).max(f64::MIN_POSITIVE)));
+            scores.add(&Tensor::generate(*scores.shape(), scores.dtype(), scores.device(), noise)?)?
+        }
+        None => scores.clone(),
+    };
+    scores.affine(1.0 / divisor, 0.0)
 }
 
 /// Returns the signs of scores, without a gradient.

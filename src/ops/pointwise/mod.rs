@@ -208,6 +208,11 @@ unary! {
     /// Computes the hyperbolic tangent; i64 and bool become f32 first. Saves the input, for the same reason as
     /// [`Tensor::sigmoid`].
     tanh Tanh Input promoted |x| x.fused_tanh::<FUSED>(), |g, x| g * (c::<R>(4.0) * sigmoid_slope::<R, FUSED>(x + x));
+    /// Computes the error function `2/√π ∫₀ˣ e^−t² dt`; i64 and bool become f32 first. Saves the input.
+    erf Erf Input promoted |x| c(libm::erf(x.to_f64())),
+        |g, x| g * (c::<R>(std::f64::consts::FRAC_2_SQRT_PI) * (-(x * x)).fused_exp::<FUSED>());
+    /// Computes the cosine; i64 and bool become f32 first. Saves the input.
+    cos Cos Input promoted |x| c(libm::cos(x.to_f64())), |g, x| -g * c(libm::sin(x.to_f64()));
     /// Computes `max(x, 0)`, also for i64; the derivative is 0 at 0 and 1 at NaN, as in PyTorch. Saves the output.
     relu Relu Output rectified ["ReLU", ff relu; closes] |x| relu(x), |g, y| if y <= R::ZERO { R::ZERO } else { g };
     /// Computes `max(x, 0)²` (So et al., Primer, <https://arxiv.org/abs/2109.08668>). Saves the input.

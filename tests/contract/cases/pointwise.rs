@@ -75,6 +75,8 @@ pub const UNARY: &[Unary] = &[
     unary("square", (-2.0, 2.0), |x| x * x),
     unary("sigmoid", (-6.0, 6.0), |x| 1.0 / (1.0 + (-x).exp())),
     unary("tanh", (-6.0, 6.0), f64::tanh),
+    unary("erf", (-2.5, 2.5), |x| 2.0 * normal_cdf(x * std::f64::consts::SQRT_2) - 1.0),
+    unary("cos", (-6.0, 6.0), f64::cos),
     unary("relu", (-2.0, 2.0), |x| x.max(0.0)).kink(),
     unary("relu_squared", (-2.0, 2.0), |x| x.max(0.0).powi(2)).kink().floats_only(),
     // Below, Φ cancels and a single element cannot hold a relative bound.

@@ -368,6 +368,8 @@ def pointwise(table):
         "sqrt": torch.sqrt,
         "square": torch.square,
         "tanh": torch.tanh,
+        "erf": torch.erf,
+        "cos": torch.cos,
         "affine": lambda x: x * 1.5 - 0.25,
         **ACTIVATIONS,
     }
