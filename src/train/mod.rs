@@ -1,5 +1,6 @@
 //! Training: data, optimizers, learning-rate schedule, moving averages, checkpoints, and the loop over all of them.
 
+mod captioner;
 mod checkpoint;
 mod classifier;
 mod data;
@@ -14,16 +15,20 @@ mod random;
 mod recorded;
 mod schedule;
 mod scores;
+mod seq2seq;
 mod trainer;
+mod vision;
 
 #[cfg(feature = "cuda")]
 pub use self::recorded::{RecordedInfo, RecordedStep};
 pub use self::{
+    captioner::{Captioner, CaptionerConfig},
     checkpoint::{Checkpoint, Losses, TrainingState},
     classifier::{Classifier, ClassifierConfig},
     data::{
-        Batch, BatchRequest, BatchSource, ByteText, DataPrint, Examples, Label, LabelledBatch, LabelledText,
-        LabelledTexts, Mixture, Sequence, Sequences, TokenBatch, TokenData, TokenFile, TokenFormat, TokenWriter,
+        Batch, BatchRequest, BatchSource, ByteText, Caption, CaptionBatch, CaptionedImages, DataPrint, Examples, Image,
+        ImageBatch, ImageTransform, Label, LabelledBatch, LabelledImages, LabelledText, LabelledTexts, Mixture, Pair,
+        PairBatch, Pairs, Sequence, Sequences, TokenBatch, TokenData, TokenFile, TokenFormat, TokenWriter,
     },
     ema::{Ema, Swapped},
     grad_scaler::GradScaler,
@@ -37,4 +42,5 @@ pub use self::{
     schedule::Schedule,
     scores::{accuracy, macro_f1, spearman},
     trainer::{StepReport, Trainer},
+    vision::{ImageClassifier, ImageClassifierConfig},
 };
