@@ -19,6 +19,7 @@ mod export;
 mod failure;
 mod files;
 mod generate;
+mod images;
 mod info;
 mod interrupt;
 #[cfg(feature = "cuda")]
@@ -37,6 +38,7 @@ mod sample;
 mod sampling;
 mod source;
 mod stored;
+mod tasks;
 mod text;
 mod tokenize;
 mod tokenizer;
@@ -78,7 +80,7 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Chat with a pretrained or tuned model
     Chat(chat::ChatArgs),
-    /// Classify texts with a tuned encoder
+    /// Classify texts with a tuned encoder, or images
     Classify(classify::ClassifyArgs),
     /// Export a trained model to transformers, PEFT or PyTorch x-transformers
     Export(export::ExportArgs),
