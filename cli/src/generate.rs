@@ -24,6 +24,8 @@ use crate::{
     unused::StrictArgs,
 };
 
+mod encoded;
+
 #[derive(Args)]
 #[command(group = ArgGroup::new("filter").multiple(false))]
 pub struct GenerateArgs {
@@ -40,10 +42,14 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
 
-    /// Text to continue; repeat it to continue several texts independently [default: a newline, or the start of a document
+    /// Text to continue, or the source of a run of --task seq2seq; repeat it to continue several texts independently [default: a newline, or the start of a document
     /// if `xt train` taught the model documents]
     #[arg(long, value_name = "TEXT", value_parser = some_text)]
     prompt: Vec<String>,
+
+    /// Images to write captions of, by a run of --task caption
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "prompt")]
+    image: Vec<PathBuf>,
 
     /// Format the prompt as a user message with the chat template of the pretrained model
     #[arg(long)]
@@ -127,6 +133,12 @@ struct Prompt {
 
 pub fn run(args: GenerateArgs) -> Result<()> {
     let device = Device::parse(&args.device)?;
+    if encoded::run(&args, &device)? {
+        return Ok(());
+    }
+    if !args.image.is_empty() {
+        return Err(Failure::new("is not a run of `xt train --task caption`").within(&args.checkpoint));
+    }
     let tokenizer = args.tokenizer.as_deref();
     let mut source = Source::open(&args.checkpoint, tokenizer, args.strict, args.types)?;
     if let Some(adapter) = &args.adapter {

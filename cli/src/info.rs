@@ -1,6 +1,9 @@
 //! `xt info`: what a model consists of and what it costs, without building it in memory.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use clap::{ArgGroup, Args, value_parser};
 use indicatif::HumanCount;
@@ -21,6 +24,7 @@ use crate::{
     keywords::KeywordArgs,
     progress::{bytes, operations},
     scaling::{ScalingArgs, Step},
+    tasks,
     unused::StrictArgs,
 };
 
@@ -55,9 +59,28 @@ pub struct InfoArgs {
 }
 
 pub fn run(args: InfoArgs) -> Result<()> {
-    let Some((path, config)) = read(&args)? else { return Ok(()) };
+    if let Some(dir) = args.checkpoint.as_deref().map(files::checkpoint)
+        && Checkpoint::is_in(&dir)
+        && !Pretrained::is_one(&dir)
+        && let Some((task, models)) = tasks::of(&dir)?
+    {
+        print(task)?;
+        for (name, config) in models {
+            print(if name.is_empty() { String::new() } else { format!("\n{name}\n") })?;
+            show(&args, &dir, config)?;
+        }
+        return Ok(());
+    }
+    match read(&args)? {
+        Some((path, config)) => show(&args, &path, config),
+        None => Ok(()),
+    }
+}
+
+/// Shows a model.
+fn show(args: &InfoArgs, path: &Path, config: Config) -> Result<()> {
     let config = args.keywords.apply(config)?;
-    let broken = |error: Error| Failure::from(error).within(&path);
+    let broken = |error: Error| Failure::from(error).within(path);
     let layers = config.layers().map_err(broken)?;
     let store = ParamStore::shapes(DType::F32, &Device::Cpu);
     let params = Model::new(&config, &store).map_err(broken)?.params().clone();

@@ -19,6 +19,7 @@ mod export;
 mod failure;
 mod files;
 mod generate;
+mod images;
 mod info;
 mod interrupt;
 #[cfg(feature = "cuda")]
@@ -39,6 +40,7 @@ mod sampling;
 mod scaling;
 mod source;
 mod stored;
+mod tasks;
 mod text;
 mod tokenize;
 mod tokenizer;
@@ -80,7 +82,7 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Chat with a pretrained or tuned model
     Chat(chat::ChatArgs),
-    /// Classify texts with a tuned encoder
+    /// Classify texts with a tuned encoder, or images
     Classify(classify::ClassifyArgs),
     /// Export a trained model to transformers, PEFT or PyTorch x-transformers
     Export(export::ExportArgs),

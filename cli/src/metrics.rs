@@ -51,6 +51,8 @@ pub enum Target {
     Class,
     /// The number of a text.
     Value,
+    /// The class of an image.
+    Image,
 }
 
 impl Unit {
@@ -65,6 +67,7 @@ impl Unit {
             Target::Token if self.bytes_per_token.is_some() => "bits per byte",
             Target::Token => "nats per token",
             Target::Class => "nats per text",
+            Target::Image => "nats per image",
             Target::Value => "mean square error",
         }
     }
@@ -83,6 +86,7 @@ impl Unit {
             Target::Token if self.bytes_per_token.is_some() => "bits/byte",
             Target::Token => "nats/token",
             Target::Class => "nats/text",
+            Target::Image => "nats/image",
             Target::Value => "mean square error",
         };
         format!("{value:.3} {unit}")
@@ -90,7 +94,11 @@ impl Unit {
 
     /// The unit of speeds.
     pub fn speed(self) -> &'static str {
-        if self.target == Target::Token { "tokens/s" } else { "texts/s" }
+        match self.target {
+            Target::Token => "tokens/s",
+            Target::Image => "images/s",
+            Target::Class | Target::Value => "texts/s",
+        }
     }
 
     /// The two columns of a loss.

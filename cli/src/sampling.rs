@@ -10,7 +10,8 @@ use crate::compute::{fraction, positive, positive_or_zero};
 
 #[derive(Args)]
 pub struct SamplingArgs {
-    /// Sampling temperature, which divides the logits; 0 always takes the most likely token [default: 1, for chat 0.7]
+    /// Sampling temperature, which divides the logits; 0 always takes the most likely token [default: 1, for chat 0.7, for
+    /// models with an encoder 0]
     #[arg(long, value_name = "T", value_parser = positive_or_zero)]
     temperature: Option<f64>,
 

@@ -64,6 +64,11 @@ impl WeightsArgs {
         self.dtype() == DType::F16
     }
 
+    /// Returns `true` unless a type was asked for.
+    pub fn are_stored(self) -> bool {
+        self.weights == Weights::Stored && self.activations.is_none()
+    }
+
     /// The type of activations, and of the weights that are not quantized.
     fn dtype(self) -> DType {
         match self.weights {
@@ -259,12 +264,12 @@ impl Source {
 }
 
 /// The language of a model of `xt train`: that of its tokenizer, or bytes.
-fn language(checkpoint: &Path, given: Option<&Path>, num_tokens: usize) -> Result<Language> {
+pub fn language(checkpoint: &Path, given: Option<&Path>, num_tokens: usize) -> Result<Language> {
     let training = Checkpoint::load_training(checkpoint).ok();
     let own = training.as_ref().and_then(|training| Some(checkpoint.join(training.tokenizer.as_ref()?)));
     let Some(path) = given.or(own.as_deref()) else {
         // A folder with only a config and weights is a model of bytes.
-        return match training.is_none_or(|training| training.data.kind == "text") {
+        return match training.is_none_or(|training| matches!(&*training.data.kind, "text" | "pairs" | "captions")) {
             true => Ok(Language::Bytes),
             false => {
                 let why = "is a model of tokens whose run had no tokenizer; name one with `--tokenizer`";

@@ -10,18 +10,22 @@ use clap::{Args, value_parser};
 use x_transformers::{
     Device, Error,
     config::{AutoregressiveConfig, Config, ModelPlan, TransformerWrapperConfig, v2},
-    models::AutoregressiveWrapper,
+    models::{AutoregressiveWrapper, XTransformer},
     train::{
-        ByteText, Checkpoint, Classifier, ClassifierConfig, LoraConfig, LoraModel, RankOptions, TrainModel,
-        TrainOptions, Trainer, TrainingState,
+        ByteText, Captioner, CaptionerConfig, Checkpoint, Classifier, ClassifierConfig, ImageClassifier,
+        ImageClassifierConfig, LoraConfig, LoraModel, RankOptions, TrainModel, TrainOptions, Trainer, TrainingState,
     },
 };
 
+mod captions;
 mod chats;
 mod data;
+mod encoder;
 mod fit;
+mod images;
 mod labels;
 mod options;
+mod pairs;
 mod preset;
 mod rehearsal;
 mod start;
@@ -66,13 +70,13 @@ pub struct TrainArgs {
     #[arg(long, value_name = "PATH", conflicts_with_all = ["config", "dim", "depth", "heads", "set", "resume"])]
     from: Option<PathBuf>,
 
-    /// Task that the model learns: lm (to continue texts), or with --from an encoder such as MiniLM and --jsonl classify or
-    /// regress, on records with `text` and `label`
+    /// Task that the model learns: lm (to continue texts); classify or regress, with --from an encoder such as MiniLM or
+    /// --preset bert-base, on --jsonl with `text` and `label`; image or caption, on --images; seq2seq, on --pairs
     #[arg(long, value_enum, default_value = "lm", conflicts_with = "resume")]
     task: Kind,
 
     /// Names of the classes of --task classify, in order [default: the labels that occur]
-    #[arg(long, value_name = "NAME", num_args = 2.., requires = "from", conflicts_with = "resume")]
+    #[arg(long, value_name = "NAME", num_args = 2.., requires = "jsonl", conflicts_with = "resume")]
     labels: Vec<String>,
 
     #[command(flatten)]
@@ -104,8 +108,9 @@ pub struct TrainArgs {
     tensorboard: bool,
 
     /// Folder of a run to resume, with its model, its tokenizer and all its options; requires the same data: --text,
-    /// --tokens with --validation, or --jsonl, with the same --field and --separator. --steps and --every override those of
-    /// the run; --device, --zero, --profile, --trace and --tensorboard are not saved with it
+    /// --tokens with --validation, --jsonl, with the same --field and --separator, --pairs, or --images with
+    /// --validation-images. --steps and --every override those of the run; --device, --zero, --profile, --trace and
+    /// --tensorboard are not saved with it
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
 
@@ -141,7 +146,7 @@ impl TrainArgs {
     /// The model to train, by default with a vocabulary of this size.
     fn config(&self, num_tokens: Option<usize>) -> Result<Config> {
         if let Some(preset) = self.preset {
-            let net = preset.config(num_tokens);
+            let net = preset.config(num_tokens)?;
             return self.changed(AutoregressiveConfig { net, ..Default::default() }.into());
         }
         let Some(path) = &self.config else {
@@ -173,6 +178,25 @@ impl TrainArgs {
         }
     }
 
+    /// Refuses options that a task cannot be used with.
+    fn refuse_beside(&self, task: &str, names: &[&str]) -> Result<()> {
+        let given = [
+            ("from", self.from.is_some()),
+            ("lora-rank", self.lora.options().is_some()),
+            ("labels", !self.labels.is_empty()),
+            ("tokenizer", self.data.tokenizer().is_some()),
+            ("seq-len", self.options.seq_len.is_some()),
+            ("preset", self.preset.is_some()),
+            ("config", self.config.is_some()),
+        ];
+        match given.into_iter().find(|(name, given)| *given && names.contains(name)) {
+            Some((name, _)) => {
+                Err(Failure::new(format_args!("`--{name}` cannot be used with `--task {task}`; omit it")))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// The config with the keywords of the command line.
     fn changed(&self, config: Config) -> Result<Config> {
         let config = self.keywords.apply(config)?;
@@ -185,10 +209,12 @@ impl TrainArgs {
 
 /// The longest window that a model of this config predicts; 0: no limit.
 fn longest(config: &Config) -> usize {
-    match AutoregressiveWrapper::max_seq_len(config) {
-        usize::MAX => 0,
-        longest => longest,
-    }
+    length(AutoregressiveWrapper::max_seq_len(config))
+}
+
+/// A longest window; 0: no limit.
+fn length(longest: usize) -> usize {
+    if longest == usize::MAX { 0 } else { longest }
 }
 
 /// Learning rate by default, for models with random weights, for trained ones and for adapters.
@@ -219,14 +245,28 @@ fn train(args: TrainArgs) -> Result<()> {
         if ClassifierConfig::read(run.checkpoint())?.is_some() {
             return resume::<Classifier>(&args, run, &training, &device);
         }
+        if CaptionerConfig::read(run.checkpoint())?.is_some() {
+            return resume::<Captioner>(&args, run, &training, &device);
+        }
+        if ImageClassifierConfig::read(run.checkpoint())?.is_some() {
+            return resume::<ImageClassifier>(&args, run, &training, &device);
+        }
+        let config = Checkpoint::load_config(run.checkpoint()).and_then(|config| config.plan());
+        if matches!(config, Ok(ModelPlan::EncoderDecoder(_))) {
+            return resume::<XTransformer>(&args, run, &training, &device);
+        }
         return resume::<AutoregressiveWrapper>(&args, run, &training, &device);
+    }
+    match args.task {
+        Kind::Image => return images::begin(&args, &device),
+        Kind::Seq2seq => return pairs::begin(&args, &device),
+        Kind::Caption => return captions::begin(&args, &device),
+        _ => {}
     }
     match &args.from {
         Some(from) if args.task == Kind::Lm => start::begin(&args, from, &device),
         Some(from) => start::labelled(&args, from, &device),
-        None if args.task != Kind::Lm => Err(Failure::new(
-            "`--task classify` and `--task regress` require `--from` a pretrained encoder, such as MiniLM",
-        )),
+        None if args.task != Kind::Lm => encoder::begin(&args, &device),
         None => {
             let Data { source, about } = args.data.open(None)?;
             let config = args.config(about.num_tokens)?;
@@ -363,6 +403,14 @@ mod tests {
             ("field", NotSaved("name")),
             ("separator", NotSaved("|")),
             ("tokenizer", Folder("file")),
+            ("images", NotSaved("folder")),
+            ("pairs", NotSaved("file")),
+            ("validation_images", NotSaved("folder")),
+            ("image_size", Folder("64")),
+            ("patch_size", Folder("8")),
+            ("mean", Folder("0.4")),
+            ("std", Folder("0.4")),
+            ("flip", Folder("")),
             ("shuffle", Saved("")),
             ("document_mask", Saved("")),
             ("recompute", Saved("")),
@@ -425,8 +473,9 @@ mod tests {
             let needs: &[&str] = match id {
                 "validation" => &["--tokens", "file"],
                 "field" => &["--jsonl", "file"],
+                "validation_images" | "image_size" | "patch_size" | "mean" | "std" | "flip" => &["--images", "folder"],
                 "lora_rank" => &["--from", "file"],
-                "labels" => &["--from", "file", "--labels", "bad"],
+                "labels" => &["--jsonl", "file", "--labels", "bad"],
                 id if id.starts_with("lora_") || id == "dora" => &["--from", "file", "--lora-rank", "4"],
                 _ => &[],
             };

@@ -79,6 +79,21 @@ impl XTransformer {
         self.decoder.loss(tgt, &decoder).context("decoder")
     }
 
+    /// Computes [`XTransformer::loss`] over those tokens of `tgt` alone that a mask marks with `true`, `[b, m]` Bool, like
+    /// [`AutoregressiveWrapper::masked_loss`].
+    ///
+    /// Errors: those of [`XTransformer::loss`]; a mask of another shape.
+    pub fn masked_loss(
+        &self,
+        src: &Tensor,
+        tgt: &Tensor,
+        targets: &Tensor,
+        options: &EncoderDecoderOptions,
+    ) -> Result<Tensor> {
+        let decoder = ForwardOptions { mask: options.tgt_mask.clone(), ..self.encode(src, options)? };
+        self.decoder.masked_loss(tgt, targets, &decoder).context("decoder")
+    }
+
     /// Continues `seq_out_start`, `[b, t]` or `[t]`, given `seq_in [b, n]`, like [`AutoregressiveWrapper::generate`].
     ///
     /// The source is encoded once. Of `options.forward` only the mask of the prompt is used.

@@ -122,6 +122,11 @@ impl ViTransformerWrapper {
     ///
     /// Errors: those of [`ViTransformerWrapper::forward`].
     pub fn embeddings(&self, image: &Tensor) -> Result<Tensor> {
+        self.embeddings_with(image, false)
+    }
+
+    /// Computes [`ViTransformerWrapper::embeddings`], with [`ForwardOptions::checkpoint_layers`].
+    pub(crate) fn embeddings_with(&self, image: &Tensor, checkpoint_layers: bool) -> Result<Tensor> {
         let mut patches = self.patches(image)?;
         let b = patches.dim(0)?;
         let place = "patch_to_embedding";
@@ -146,7 +151,8 @@ impl ViTransformerWrapper {
             let registers = registers.tensor();
             x = Tensor::cat(&[&x, &registers.expand([b, registers.dim(0)?, registers.dim(1)?])?], 1)?;
         }
-        let out = self.attn_layers.forward_normed(&x, &ForwardOptions::default(), self.norm.as_ref())?.out;
+        let options = ForwardOptions { checkpoint_layers, ..ForwardOptions::default() };
+        let out = self.attn_layers.forward_normed(&x, &options, self.norm.as_ref())?.out;
         if self.register_tokens.is_some() { out.narrow(1, 0, n) } else { Ok(out) }
     }
 

@@ -1,5 +1,6 @@
 //! Training: data, optimizers, learning-rate schedule, moving averages, checkpoints, and the loop over all of them.
 
+mod captioner;
 mod checkpoint;
 mod classifier;
 mod data;
@@ -15,17 +16,21 @@ mod random;
 mod recorded;
 mod schedule;
 mod scores;
+mod seq2seq;
 mod sharded;
 mod trainer;
+mod vision;
 
 #[cfg(feature = "cuda")]
 pub use self::recorded::{RecordedInfo, RecordedStep};
 pub use self::{
+    captioner::{Captioner, CaptionerConfig},
     checkpoint::{Checkpoint, Losses, TrainingState},
     classifier::{Classifier, ClassifierConfig},
     data::{
-        Batch, BatchRequest, BatchSource, ByteText, DataPrint, Examples, Label, LabelledBatch, LabelledText,
-        LabelledTexts, Mixture, Sequence, Sequences, TokenBatch, TokenData, TokenFile, TokenFormat, TokenWriter,
+        Batch, BatchRequest, BatchSource, ByteText, Caption, CaptionBatch, CaptionedImages, DataPrint, Examples, Image,
+        ImageBatch, ImageTransform, Label, LabelledBatch, LabelledImages, LabelledText, LabelledTexts, Mixture, Pair,
+        PairBatch, Pairs, Sequence, Sequences, TokenBatch, TokenData, TokenFile, TokenFormat, TokenWriter,
     },
     ema::{Ema, Swapped},
     grad_scaler::GradScaler,
@@ -40,4 +45,5 @@ pub use self::{
     scores::{accuracy, macro_f1, spearman},
     sharded::Sharded,
     trainer::{RankOptions, StepReport, Trainer},
+    vision::{ImageClassifier, ImageClassifierConfig},
 };

@@ -89,7 +89,7 @@ impl TrainModel for AutoregressiveWrapper {
     }
 
     /// Options that let a token see others except by attention, or count positions from the start of the row, cannot be
-    /// combined with [`document_mask`](TrainOptions::document_mask).
+    /// combined with [`document_mask`](TrainOptions::document_mask). Absolute positions begin anew with each document.
     fn check(config: &Config, options: &TrainOptions) -> Result<()> {
         if !options.document_mask {
             return Ok(());
@@ -100,7 +100,6 @@ impl TrainModel for AutoregressiveWrapper {
             |what: &dyn Fn(&AttentionPlan) -> bool| layers().any(|layer| layer.branch.attention().is_some_and(what));
         let positions = &net.layers.positions;
         let wrong = [
-            ("absolute positions; use rotary or relative ones", net.absolute_positions != AbsolutePositions::None),
             ("infused positions; use rotary or relative ones", positions.infused),
             ("polar positions; use rotary or relative ones", positions.polar.is_some()),
             (
@@ -149,6 +148,9 @@ fn loss_with(model: &AutoregressiveWrapper, batch: &TokenBatch, mut options: For
     if let Some(documents) = &batch.documents {
         let documents = documents.narrow(1, 0, n)?;
         options.attn_mask = Some(documents.unsqueeze(2)?.eq(&documents.unsqueeze(1)?)?.unsqueeze(1)?);
+        if model.net.plan().absolute_positions != AbsolutePositions::None {
+            options.pos = batch.positions().map(|positions| positions.narrow(1, 0, n)).transpose()?;
+        }
     }
     match &batch.loss_mask {
         None => model.loss(&batch.tokens, &options),

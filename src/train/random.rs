@@ -12,6 +12,8 @@ pub(super) enum Purpose {
     Tape = 2,
     /// Order of the rows of an epoch.
     Shuffle = 3,
+    /// Images that are mirrored.
+    Flip = 4,
 }
 
 /// Maximum number of micro-batches in a step.

@@ -3,13 +3,16 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod captions;
 mod checkpoint;
 mod classifier;
 mod folder;
 mod optimizers;
+mod seq2seq;
 mod sources;
 mod token_files;
 mod training;
 mod tuned;
+mod vision;
 
 use folder::Folder;

@@ -447,8 +447,16 @@ fn sources_that_fail_or_panic() -> Result<()> {
 /// With a document mask, a packed row has the losses of its documents by themselves.
 #[test]
 fn documents_do_not_see_each_other() -> Result<()> {
+    // Relative positions, and absolute ones, which begin anew with each document.
+    let mut absolute = config(0.0);
+    absolute.net.attn_layers = AttentionLayersConfig::decoder(32, 1);
+    packed_is_apart(&config(0.0))?;
+    packed_is_apart(&absolute)
+}
+
+fn packed_is_apart(config: &AutoregressiveConfig) -> Result<()> {
     let store = ParamStore::new(3, DType::F64, device());
-    let model = AutoregressiveWrapper::new(&config(0.0), &store)?;
+    let model = AutoregressiveWrapper::new(config, &store)?;
     let documents: [&[i64]; 3] = [&[0, 5, 6, 7, 8], &[0, 9, 10], &[0, 11, 12, 13, 14, 15, 16]];
     let row = documents.concat();
     let marks = documents.iter().zip(1i64..).flat_map(|(document, mark)| vec![mark; document.len()]).collect();
@@ -456,6 +464,8 @@ fn documents_do_not_see_each_other() -> Result<()> {
     let batch = TokenBatch::new(Tensor::from_vec(row.clone(), shape, device())?)?;
     let batch = batch.with_documents(Tensor::from_vec(marks, shape, device())?)?;
     let packed = TrainModel::loss(&model, &batch)?.item()?;
+    let twice = TrainModel::loss(&model, &TokenBatch::concat(&[batch.clone(), batch.clone()])?)?.item()?;
+    assert!((packed - twice).abs() < 1e-12, "{packed} {twice}");
     // The end of text that begins a document is predicted from the document before it.
     let mut sum = 0.0;
     for (document, next) in documents.iter().zip([Some(0i64), Some(0), None]) {
@@ -497,12 +507,6 @@ fn models_that_cannot_mask_documents_say_so() {
         check(&config).expect_err("a refusal")
     };
     for (part, message) in [
-        (
-            "absolute positions",
-            with(&|config| {
-                config.net.attn_layers = AttentionLayersConfig::decoder(32, 1);
-            }),
-        ),
         ("rotary_qk_only", with(&|config| config.net.attn_layers.rotary_qk_only = false)),
         ("memory tokens", with(&|config| config.net.num_memory_tokens = 2)),
         ("memory keys", with(&|config| config.net.attn_layers.attn.num_mem_kv = 2)),

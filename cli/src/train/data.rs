@@ -11,7 +11,9 @@ use x_transformers::{
 
 use super::{
     chats::{self, Chats},
+    images::ImageArgs,
     labels::{self, Labelled},
+    pairs::PairArgs,
     warn_of_skipped,
 };
 use crate::{
@@ -45,6 +47,12 @@ pub struct DataArgs {
 
     #[command(flatten)]
     records: RecordArgs,
+
+    #[command(flatten)]
+    pub images: ImageArgs,
+
+    #[command(flatten)]
+    pub pairs: PairArgs,
 
     /// Path of the tokenizer: its folder, or a .json, .model or .txt file in it; the checkpoint keeps it [default: for
     /// --tokens, the one beside the first file]
@@ -83,6 +91,22 @@ pub struct About {
 }
 
 impl About {
+    /// Data without tokens.
+    pub fn of_nothing() -> Self {
+        Self {
+            language: None,
+            num_tokens: None,
+            tokenizer: None,
+            baseline: None,
+            bytes_per_token: None,
+            target: Target::Token,
+            prompt: Vec::new(),
+            chats: false,
+            lengths: Vec::new(),
+            line: String::new(),
+        }
+    }
+
     pub fn unit(&self) -> Unit {
         Unit { bytes_per_token: self.bytes_per_token, target: self.target }
     }
@@ -109,13 +133,18 @@ impl Own {
         Ok(Self { language, stored: StoredTokenizer::of_pretrained(pretrained, given)?, path })
     }
 
+    /// Takes the parts that a run keeps.
+    pub fn into_parts(self) -> (Language, StoredTokenizer) {
+        (self.language, self.stored)
+    }
+
     /// The tokenizer.
-    fn tokenizer(&self) -> Result<&Tokenizer> {
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
         self.language.tokenizer().ok_or_else(|| Failure::new("expected a tokenizer").within(&self.path))
     }
 
     /// The token that begins each document.
-    fn begin(&self) -> Result<i64> {
+    pub fn begin(&self) -> Result<i64> {
         tokenize::begin(self.tokenizer()?).map_err(|failure| failure.within(&self.path))
     }
 }
@@ -123,6 +152,8 @@ impl Own {
 impl DataArgs {
     /// Opens the data of a new run, or those of one that goes on with a model whose tokenizer is `own`.
     pub fn open(&self, own: Option<Own>) -> Result<Data> {
+        self.images.refuse()?;
+        self.pairs.refuse()?;
         let own = match own {
             Some(own) => Some(own),
             None => self.tokenizer.as_deref().map(Own::open).transpose()?,
@@ -158,6 +189,8 @@ impl DataArgs {
     /// Opens texts with labels: of classes with these names, or those that occur if there are none; or, without classes, with
     /// numbers. Returns the names of the classes too.
     pub fn labelled(&self, own: Own, classes: Option<&[String]>) -> Result<(Data<LabelledBatch>, Vec<String>)> {
+        self.images.refuse()?;
+        self.pairs.refuse()?;
         let RecordArgs { jsonl, field, .. } = &self.records;
         if jsonl.is_empty() {
             return Err(Failure::new("texts with labels come from `--jsonl`, with the fields `text` and `label`"));

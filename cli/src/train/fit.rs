@@ -3,7 +3,7 @@
 use std::fs;
 
 use x_transformers::{
-    DType, Device, ParamStore,
+    DType, Device, ParamStore, Result as LibraryResult,
     config::Config,
     models::AutoregressiveWrapper,
     train::{OptimizerKind, TrainModel, TrainOptions},
@@ -17,8 +17,13 @@ use crate::{
 
 /// Refuses a run on the CPU whose weights, gradients, optimizer and activations do not fit into the memory that is left.
 pub fn check(config: &Config, options: &TrainOptions, device: &Device) -> Result<()> {
+    check_as(config, options, device, &|store| <AutoregressiveWrapper as TrainModel>::build(config, store).map(drop))
+}
+
+/// [`check`] of a model that `build` makes, whose steps cost as much as those of the config.
+pub fn check_as(config: &Config, options: &TrainOptions, device: &Device, build: Build) -> Result<()> {
     let (Device::Cpu, Some(available)) = (device, available()) else { return Ok(()) };
-    let needed = needed(config, options)?;
+    let needed = needed(config, options, build)?;
     if needed <= available as f64 {
         return Ok(());
     }
@@ -30,10 +35,13 @@ pub fn check(config: &Config, options: &TrainOptions, device: &Device) -> Result
     )))
 }
 
+/// Function that registers the parameters of a model.
+type Build<'b> = &'b dyn Fn(&ParamStore) -> LibraryResult<()>;
+
 /// Bytes of a step.
-fn needed(config: &Config, options: &TrainOptions) -> Result<f64> {
+fn needed(config: &Config, options: &TrainOptions, build: Build) -> Result<f64> {
     let store = ParamStore::shapes(DType::F32, &Device::Cpu);
-    <AutoregressiveWrapper as TrainModel>::build(config, &store)?;
+    build(&store)?;
     let float = if matches!(options.dtype, DType::BF16 | DType::F16) { 2.0 } else { 4.0 };
     let moments = match options.optimizer {
         OptimizerKind::AdamW => 8.0,

@@ -72,7 +72,7 @@ pub struct OptionArgs {
     #[arg(long, conflicts_with = "resume")]
     shuffle: bool,
 
-    /// Keep attention within documents; requires tokens, and a model with rotary or relative positions
+    /// Keep attention within documents, with which absolute positions begin anew; requires tokens
     #[arg(long, conflicts_with = "resume")]
     pub document_mask: bool,
 

@@ -2,9 +2,14 @@
 
 use clap::ValueEnum;
 use x_transformers::{
-    config::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, TransformerWrapperConfig},
+    config::{
+        AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, TransformerWrapperConfig,
+        ViTransformerWrapperConfig,
+    },
     ops::Activation,
 };
+
+use crate::failure::{Failure, Result};
 
 /// A model by name.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -17,12 +22,16 @@ pub enum Preset {
     Llama160m,
     /// A small Llama with grouped queries: 8 blocks of width 512, 2 of 8 heads for keys
     Modern,
+    /// BERT's smaller encoder, for --task classify and regress: 12 blocks of width 768, positions up to 512
+    BertBase,
+    /// ViT-S/16, for --task image: 12 blocks of width 384, images of 224 pixels in patches of 16
+    VitSmall,
 }
 
 impl Preset {
     /// The model, for a vocabulary of this size; by default that of the original.
-    pub fn config(self, num_tokens: Option<usize>) -> TransformerWrapperConfig {
-        match self {
+    pub fn config(self, num_tokens: Option<usize>) -> Result<TransformerWrapperConfig> {
+        Ok(match self {
             Self::Gpt2_124m => {
                 let layers = AttentionLayersConfig {
                     heads: 12,
@@ -35,7 +44,47 @@ impl Preset {
             }
             Self::Llama160m => llama([768, 12, 12, 12, 3072], num_tokens.unwrap_or(32000), false),
             Self::Modern => llama([512, 8, 8, 2, 1408], num_tokens.unwrap_or(32000), true),
+            Self::BertBase => return Err(Failure::new("`--preset bert-base` requires `--task classify` or `regress`")),
+            Self::VitSmall => return Err(Failure::new("`--preset vit-small` requires `--task image`")),
+        })
+    }
+
+    /// The encoder, for a vocabulary of this size, with a pooled vector.
+    pub fn encoder(self, num_tokens: Option<usize>) -> Result<TransformerWrapperConfig> {
+        if self != Self::BertBase {
+            return Err(Failure::new("this task requires a `--preset` for encoders: bert-base"));
         }
+        let layers = AttentionLayersConfig {
+            heads: 12,
+            pre_norm: false,
+            norm_eps: Some(1e-12),
+            attn: AttentionConfig { dim_head: 64, qkv_bias: true, dropout: 0.1, ..Default::default() },
+            ff: FeedForwardConfig { dropout: 0.1, ..Default::default() },
+            ..AttentionLayersConfig::encoder(768, 12)
+        };
+        let net = TransformerWrapperConfig::new(num_tokens.unwrap_or(30522), 512, layers);
+        Ok(TransformerWrapperConfig {
+            num_token_types: 2,
+            scale_pos_emb: false,
+            post_emb_norm: true,
+            pooler: true,
+            return_only_embed: true,
+            emb_dropout: 0.1,
+            ..net
+        })
+    }
+
+    /// The vision transformer, without its head.
+    pub fn vision(self) -> Result<ViTransformerWrapperConfig> {
+        if self != Self::VitSmall {
+            return Err(Failure::new("this task requires a `--preset` for images: vit-small"));
+        }
+        let layers = AttentionLayersConfig {
+            heads: 6,
+            attn: AttentionConfig { dim_head: 64, qkv_bias: true, ..Default::default() },
+            ..AttentionLayersConfig::encoder(384, 12)
+        };
+        Ok(ViTransformerWrapperConfig { image_size: 224, patch_size: 16, attn_layers: layers, ..Default::default() })
     }
 }
 
@@ -67,7 +116,10 @@ fn llama([dim, depth, heads, kv_heads, inner]: [usize; 5], num_tokens: usize, ti
 
 #[cfg(test)]
 mod tests {
-    use x_transformers::{DType, Device, ParamStore, models::TransformerWrapper};
+    use x_transformers::{
+        DType, Device, ParamStore,
+        models::{TransformerWrapper, ViTransformerWrapper},
+    };
 
     use super::*;
 
@@ -77,10 +129,19 @@ mod tests {
         for (preset, count) in
             [(Preset::Gpt2_124m, 124_439_808), (Preset::Llama160m, 162_417_408), (Preset::Modern, 38_937_088)]
         {
-            let config = preset.config(None);
+            let config = preset.config(None).expect("a language model");
             let store = ParamStore::shapes(DType::F32, &Device::Cpu);
             TransformerWrapper::new(&config, &store).expect("a model");
             assert_eq!(store.params().numel(), count, "{preset:?}");
         }
+        // BERT with its pooler.
+        let store = ParamStore::shapes(DType::F32, &Device::Cpu);
+        TransformerWrapper::new(&Preset::BertBase.encoder(None).expect("an encoder"), &store).expect("a model");
+        assert_eq!(store.params().numel(), 109_482_240);
+        // ViT-S/16 without a head.
+        let store = ParamStore::shapes(DType::F32, &Device::Cpu);
+        ViTransformerWrapper::new(&Preset::VitSmall.vision().expect("a vision transformer"), &store).expect("a model");
+        assert_eq!(store.params().numel(), 21_665_664);
+        assert!(Preset::VitSmall.config(None).is_err() && Preset::Modern.vision().is_err());
     }
 }

@@ -5,7 +5,8 @@ use std::path::Path;
 use clap::ValueEnum;
 use indicatif::HumanCount;
 use x_transformers::{
-    models::{AutoregressiveWrapper, TransformerWrapper},
+    config::LayersPlan,
+    models::AutoregressiveWrapper,
     train::{Classifier, ClassifierConfig, LoraModel, TokenBatch, TrainModel, Trainer, accuracy, macro_f1, spearman},
 };
 
@@ -21,6 +22,12 @@ pub enum Kind {
     Classify,
     /// Predict a number for a text
     Regress,
+    /// Predict the class of an image
+    Image,
+    /// Predict a text from another one
+    Seq2seq,
+    /// Predict the caption of an image
+    Caption,
 }
 
 /// Model that `xt train` trains.
@@ -29,7 +36,7 @@ pub trait Task: TrainModel + Sized {
     fn data(args: &DataArgs, own: Option<Own>, checkpoint: &Path) -> Result<Data<Self::Batch>>;
 
     /// The model's layers.
-    fn net(&self) -> &TransformerWrapper;
+    fn layers(&self) -> &LayersPlan;
 
     /// The model that generates text.
     fn generator(&self) -> Option<&AutoregressiveWrapper> {
@@ -39,6 +46,11 @@ pub trait Task: TrainModel + Sized {
     /// Describes what is trained.
     fn describe(trainer: &Trainer<Self>) -> String {
         format!("{} parameters", HumanCount(trainer.params().numel() as u64))
+    }
+
+    /// Arguments of the command that uses a run in this folder, if it is particular to the task.
+    fn hint(_dir: &str) -> Option<String> {
+        None
     }
 
     /// Scores of the validation set beside the loss.
@@ -52,8 +64,8 @@ impl Task for AutoregressiveWrapper {
         args.open(own)
     }
 
-    fn net(&self) -> &TransformerWrapper {
-        &self.net
+    fn layers(&self) -> &LayersPlan {
+        &self.net.plan().layers
     }
 
     fn generator(&self) -> Option<&AutoregressiveWrapper> {
@@ -66,8 +78,8 @@ impl Task for LoraModel {
         args.open(own)
     }
 
-    fn net(&self) -> &TransformerWrapper {
-        &self.net
+    fn layers(&self) -> &LayersPlan {
+        &self.net.plan().layers
     }
 
     fn generator(&self) -> Option<&AutoregressiveWrapper> {
@@ -91,8 +103,8 @@ impl Task for Classifier {
         Ok(args.labelled(own, classes)?.0)
     }
 
-    fn net(&self) -> &TransformerWrapper {
-        self.net()
+    fn layers(&self) -> &LayersPlan {
+        &self.net().plan().layers
     }
 
     fn scores(trainer: &Trainer<Self>) -> Result<Vec<(&'static str, f64)>> {

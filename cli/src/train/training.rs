@@ -51,7 +51,7 @@ pub struct Training<'a, T: Task> {
 impl<T: Task> Training<'_, T> {
     pub fn introduce(&mut self) {
         let options = self.trainer.options().clone();
-        let layers = &self.trainer.model().net().plan().layers;
+        let layers = self.trainer.model().layers();
         let attention = layers.layers.iter().find_map(|layer| layer.branch.attention());
         let attention = attention.map_or(String::new(), |plan| format!(", {plan}"));
         let (described, count, dim) = (T::describe(&self.trainer), layers.layers.len(), layers.dim);
@@ -74,6 +74,7 @@ impl<T: Task> Training<'_, T> {
         }
         let each = match self.about.target {
             Target::Token => format!("{batch} x {} {tokens}", options.seq_len),
+            Target::Image => format!("{batch} images"),
             Target::Class | Target::Value => format!("{batch} texts of at most {} tokens", options.seq_len),
         };
         self.progress.say(format_args!("steps       {}{done}, each {each}", options.steps));
@@ -285,7 +286,9 @@ impl<T: Task> Training<'_, T> {
             self.progress.say(format_args!("profile of the steps\n{report}"));
         }
         let (xt, dir) = (typed::program(), quoted(&self.run.dir));
-        if self.about.target != Target::Token {
+        if let Some(hint) = T::hint(&dir) {
+            self.progress.say(format_args!("try         {xt} {hint}"));
+        } else if self.about.target != Target::Token {
             self.progress.say(format_args!("try         {xt} classify --checkpoint {dir} --text \"…\""));
         } else if sample.is_some() {
             let hint = match self.about.chats {

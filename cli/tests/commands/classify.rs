@@ -140,3 +140,29 @@ fn labels_that_are_refused() {
     assert!(fails(&["train", "--task", "classify", "--out", &out]).contains("require `--from`"));
     refuses(&["train", "--task", "sort"]);
 }
+
+/// BERT's encoder, made smaller, from random weights; the same tokens are read when it classifies.
+#[test]
+fn an_encoder_with_random_weights() {
+    let temporary = tempfile::tempdir().expect("a temporary folder");
+    let at = |name: &str| path(temporary.path(), name);
+    let vocabulary = at("vocab.txt");
+    fs::write(&vocabulary, pieces()).expect("a file");
+    fs::write(at("tokenizer_config.json"), r#"{"tokenizer_class": "BertTokenizer"}"#).expect("a file");
+    let (data, out) = (at("texts.jsonl"), at("out"));
+    write_texts(&data, |good| if good { "good" } else { "bad" }.into());
+    let small = ["--preset", "bert-base", "--set", "dim=32", "--set", "depth=1", "--set", "heads=2"];
+    let train = ["train", "--task", "classify", "--jsonl", &data, "--out", &out];
+    let train = [&train[..], &small, &QUICK].concat();
+    let output = succeeds(&[&train[..], &["--tokenizer", &vocabulary]].concat());
+    assert!(output.contains("accuracy 1.0000"), "{output}");
+    let said = succeeds(&["classify", "--checkpoint", &out, "--device", "cpu", "--text", "the cat word11"]);
+    assert!(said.starts_with("good  "), "{said}");
+    assert!(succeeds(&["info", "--checkpoint", &out]).contains("classes of texts"));
+    assert!(fails(&train).contains("requires `--tokenizer`"));
+    let message = fails(&["train", "--preset", "bert-base", "--out", &at("lm")]);
+    assert!(message.contains("requires `--task classify`"), "{message}");
+    let message =
+        fails(&["train", "--task", "classify", "--preset", "modern", "--tokenizer", &vocabulary, "--jsonl", &data]);
+    assert!(message.contains("requires a `--preset` for encoders"), "{message}");
+}

@@ -4,12 +4,15 @@
 mod command;
 
 mod bench;
+mod captions;
 mod classify;
 mod convert;
 mod curves;
 mod embed;
 mod generate;
+mod images;
 mod info;
+mod pairs;
 mod pretrained;
 mod quantize;
 mod refusals;

@@ -181,6 +181,8 @@ pub struct TokenBatch {
     pub loss_mask: Option<Tensor>,
     /// Documents of the tokens, `[batch, n + 1]` I64: attention stays within tokens of one number.
     pub documents: Option<Tensor>,
+    /// Positions of the tokens in their documents, `[batch, n + 1]` I64, as far as the row has them.
+    positions: Option<Tensor>,
     targets: u64,
     /// Number of targets of a row whose weight is 1.
     row_targets: usize,
@@ -204,7 +206,7 @@ impl TokenBatch {
         );
         let row_targets = tokens.shape()[1] - 1;
         let targets = (tokens.shape()[0] * row_targets) as u64;
-        Ok(Self { tokens, loss_mask: None, documents: None, targets, row_targets })
+        Ok(Self { tokens, loss_mask: None, documents: None, positions: None, targets, row_targets })
     }
 
     /// Sets the mask of the targets, `[batch, n + 1]` Bool on the CPU.
@@ -228,8 +230,24 @@ impl TokenBatch {
             documents.dtype() == DType::I64,
             Error::dtype("documents", format_args!("expected i64, got {}", documents.dtype()))
         );
+        let (shape, width) = (*documents.shape(), documents.shape()[1]);
+        let mut positions = documents.to_vec::<i64>()?;
+        for row in positions.chunks_exact_mut(width) {
+            let (mut document, mut position) = (row[0], 0);
+            for value in row {
+                position = if *value == document { position } else { 0 };
+                document = std::mem::replace(value, position);
+                position += 1;
+            }
+        }
+        self.positions = Some(Tensor::from_vec(positions, shape, documents.device())?);
         self.documents = Some(documents);
         Ok(self)
+    }
+
+    /// Returns the positions of the tokens in their documents, `[batch, n + 1]` I64.
+    pub(in super::super) fn positions(&self) -> Option<&Tensor> {
+        self.positions.as_ref()
     }
 
     /// Sets the number of targets of a row whose weight is 1: the same for batches of different widths makes each of their
@@ -257,6 +275,7 @@ impl Batch for TokenBatch {
             tokens: self.tokens.to_device(device)?,
             loss_mask: moved(&self.loss_mask)?,
             documents: moved(&self.documents)?,
+            positions: moved(&self.positions)?,
             targets: self.targets,
             row_targets: self.row_targets,
         })
@@ -296,6 +315,10 @@ impl Batch for TokenBatch {
         let documents = joined(&|part| or_else(&part.documents, part, bordered, 0.0, DType::I64))?;
         let tokens = tokens.ok_or_else(|| Error::argument("batch", "expected at least one part, got none"))?;
         let (targets, row_targets) = (parts.iter().map(|part| part.targets).sum(), parts[0].row_targets);
-        Ok(Self { tokens, loss_mask, documents, targets, row_targets })
+        let joined = Self { tokens, loss_mask, documents: None, positions: None, targets, row_targets };
+        match documents {
+            Some(documents) => joined.with_documents(documents),
+            None => Ok(joined),
+        }
     }
 }
