@@ -51,6 +51,12 @@ pub enum Target {
     Class,
     /// The number of a text.
     Value,
+    /// The masked tokens of a text.
+    Masked,
+    /// A pair of texts, such as a preferred answer and a rejected one.
+    Pair,
+    /// The order of pairs of texts by their scores.
+    Score,
 }
 
 impl Unit {
@@ -66,6 +72,9 @@ impl Unit {
             Target::Token => "nats per token",
             Target::Class => "nats per text",
             Target::Value => "mean square error",
+            Target::Masked => "nats per masked token",
+            Target::Pair => "nats per pair",
+            Target::Score => "CoSENT loss",
         }
     }
 
@@ -84,13 +93,21 @@ impl Unit {
             Target::Token => "nats/token",
             Target::Class => "nats/text",
             Target::Value => "mean square error",
+            Target::Masked => "nats/masked token",
+            Target::Pair => "nats/pair",
+            Target::Score => "CoSENT loss",
         };
         format!("{value:.3} {unit}")
     }
 
     /// The unit of speeds.
     pub fn speed(self) -> &'static str {
-        if self.target == Target::Token { "tokens/s" } else { "texts/s" }
+        match self.target {
+            Target::Token => "tokens/s",
+            Target::Masked => "masked tokens/s",
+            Target::Pair | Target::Score => "pairs/s",
+            Target::Class | Target::Value => "texts/s",
+        }
     }
 
     /// The two columns of a loss.

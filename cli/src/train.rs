@@ -12,16 +12,19 @@ use x_transformers::{
     config::{AutoregressiveConfig, Config, ModelPlan, TransformerWrapperConfig, v2},
     models::AutoregressiveWrapper,
     train::{
-        ByteText, Checkpoint, Classifier, ClassifierConfig, LoraConfig, LoraModel, TrainModel, TrainOptions, Trainer,
-        TrainingState,
+        ByteText, Checkpoint, Classifier, ClassifierConfig, DpoConfig, DpoModel, Embedder, EmbedderConfig, LoraConfig,
+        LoraModel, MaskedLm, MaskedLmConfig, TrainModel, TrainOptions, Trainer, TrainingState,
     },
 };
 
 mod chats;
 mod data;
+pub mod embed;
 mod fit;
 mod labels;
+mod masked;
 mod options;
+mod preferences;
 mod preset;
 mod rehearsal;
 mod start;
@@ -66,13 +69,23 @@ pub struct TrainArgs {
     from: Option<PathBuf>,
 
     /// Task that the model learns: lm (to continue texts), or with --from an encoder such as MiniLM and --jsonl classify or
-    /// regress, on records with `text` and `label`
+    /// regress, on records with `text` and `label`; or embed, on records with `anchor` and `positive`, and `negative` if there
+    /// are hard ones, or with `sentence1`, `sentence2` and `score`; mlm (masked tokens), on texts, with a new encoder or --from a
+    /// BERT with its head; dpo, with --from a model that generates text and --jsonl with `prompt`, `chosen` and `rejected`
     #[arg(long, value_enum, default_value = "lm", conflicts_with = "resume")]
     task: Kind,
 
     /// Names of the classes of --task classify, in order [default: the labels that occur]
     #[arg(long, value_name = "NAME", num_args = 2.., requires = "from", conflicts_with = "resume")]
     labels: Vec<String>,
+
+    /// Strength of the pull of --task dpo to the model it begins with [default: 0.1]
+    #[arg(long, value_name = "X", requires = "from", conflicts_with = "resume")]
+    dpo_beta: Option<f64>,
+
+    /// Probability that --task mlm masks a token [default: 0.15]
+    #[arg(long, value_name = "P", conflicts_with = "resume")]
+    mask_prob: Option<f64>,
 
     #[command(flatten)]
     lora: LoraArgs,
@@ -196,6 +209,15 @@ pub fn run(args: TrainArgs) -> Result<()> {
             return Err(Failure::new(why).within(&run.dir));
         }
         let training = Checkpoint::load_training(run.checkpoint())?;
+        if DpoConfig::read(run.checkpoint())?.is_some() {
+            return resume::<DpoModel>(&args, run, &training, &device);
+        }
+        if EmbedderConfig::read(run.checkpoint())?.is_some() {
+            return resume::<Embedder>(&args, run, &training, &device);
+        }
+        if MaskedLmConfig::read(run.checkpoint())?.is_some() {
+            return resume::<MaskedLm>(&args, run, &training, &device);
+        }
         if LoraConfig::read(run.checkpoint())?.is_some() {
             return resume::<LoraModel>(&args, run, &training, &device);
         }
@@ -203,6 +225,22 @@ pub fn run(args: TrainArgs) -> Result<()> {
             return resume::<Classifier>(&args, run, &training, &device);
         }
         return resume::<AutoregressiveWrapper>(&args, run, &training, &device);
+    }
+    for (name, given, task) in
+        [("--dpo-beta", args.dpo_beta.is_some(), Kind::Dpo), ("--mask-prob", args.mask_prob.is_some(), Kind::Mlm)]
+    {
+        if given && args.task != task {
+            let task = if task == Kind::Dpo { "dpo" } else { "mlm" };
+            return Err(Failure::new(format_args!("`{name}` requires `--task {task}`")));
+        }
+    }
+    match (args.task, &args.from) {
+        (Kind::Mlm, _) => return masked::begin(&args, &device),
+        (Kind::Embed, Some(from)) => return embed::begin(&args, from, &device),
+        (Kind::Dpo, Some(from)) => return preferences::begin(&args, from, &device),
+        (Kind::Embed, None) => return Err(Failure::new("`--task embed` requires `--from` an encoder, such as MiniLM")),
+        (Kind::Dpo, None) => return Err(Failure::new("`--task dpo` requires `--from` a model that generates text")),
+        _ => {}
     }
     match &args.from {
         Some(from) if args.task == Kind::Lm => start::begin(&args, from, &device),
@@ -370,6 +408,8 @@ mod tests {
             ("from", Folder("file")),
             ("task", Folder("classify")),
             ("labels", Folder("good")),
+            ("dpo_beta", Folder("0.5")),
+            ("mask_prob", Folder("0.5")),
             ("lora_rank", Folder("4")),
             ("lora_alpha", Folder("4")),
             ("lora_dropout", Folder("0.5")),
@@ -405,6 +445,7 @@ mod tests {
                 "validation" => &["--tokens", "file"],
                 "field" => &["--jsonl", "file"],
                 "lora_rank" => &["--from", "file"],
+                "dpo_beta" => &["--from", "file"],
                 "labels" => &["--from", "file", "--labels", "bad"],
                 id if id.starts_with("lora_") || id == "dora" => &["--from", "file", "--lora-rank", "4"],
                 _ => &[],

@@ -3,9 +3,12 @@
 mod checkpoint;
 mod classifier;
 mod data;
+mod dpo;
 mod ema;
+mod embedder;
 mod grad_scaler;
 mod lora;
+mod masked_lm;
 mod model;
 mod optimizer;
 mod options;
@@ -22,12 +25,16 @@ pub use self::{
     checkpoint::{Checkpoint, Losses, TrainingState},
     classifier::{Classifier, ClassifierConfig},
     data::{
-        Batch, BatchRequest, BatchSource, ByteText, DataPrint, Examples, Label, LabelledBatch, LabelledText,
-        LabelledTexts, Mixture, Sequence, Sequences, TokenBatch, TokenData, TokenFile, TokenFormat, TokenWriter,
+        Batch, BatchRequest, BatchSource, ByteText, DataPrint, Examples, Group, GroupBatch, Groups, Label,
+        LabelledBatch, LabelledText, LabelledTexts, Masked, MaskedBatch, Mixture, Sequence, Sequences, TokenBatch,
+        TokenData, TokenFile, TokenFormat, TokenWriter,
     },
+    dpo::{DpoConfig, DpoModel},
     ema::{Ema, Swapped},
+    embedder::{Embedder, EmbedderConfig},
     grad_scaler::GradScaler,
     lora::{LoraConfig, LoraModel},
+    masked_lm::{MaskedLm, MaskedLmConfig},
     model::TrainModel,
     optimizer::{
         Adafactor, AdafactorOptions, AdamW, AdamWOptions, AdjustLr, Lion, LionOptions, Muon, MuonOptions, Optimizer,

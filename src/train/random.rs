@@ -12,6 +12,10 @@ pub(super) enum Purpose {
     Tape = 2,
     /// Order of the rows of an epoch.
     Shuffle = 3,
+    /// Masked tokens of a batch.
+    Mask = 4,
+    /// Masked tokens of a batch of the validation set.
+    ValidationMask = 5,
 }
 
 /// Maximum number of micro-batches in a step.

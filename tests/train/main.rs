@@ -5,7 +5,10 @@ mod common;
 
 mod checkpoint;
 mod classifier;
+mod dpo;
+mod embedder;
 mod folder;
+mod masked_lm;
 mod optimizers;
 mod sources;
 mod token_files;

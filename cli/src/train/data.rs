@@ -109,8 +109,13 @@ impl Own {
         Ok(Self { language, stored: StoredTokenizer::of_pretrained(pretrained, given)?, path })
     }
 
+    /// The meaning of the tokens, and the files.
+    pub fn into_parts(self) -> (Language, StoredTokenizer) {
+        (self.language, self.stored)
+    }
+
     /// The tokenizer.
-    fn tokenizer(&self) -> Result<&Tokenizer> {
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
         self.language.tokenizer().ok_or_else(|| Failure::new("expected a tokenizer").within(&self.path))
     }
 
@@ -182,6 +187,11 @@ impl DataArgs {
             language: Some(own.language),
         };
         Ok((Data { about, source: Box::new(texts) }, labels))
+    }
+
+    /// Paths of the JSONL files.
+    pub fn jsonl(&self) -> &[PathBuf] {
+        &self.records.jsonl
     }
 
     /// Returns `true` for token files.

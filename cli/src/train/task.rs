@@ -21,6 +21,12 @@ pub enum Kind {
     Classify,
     /// Predict a number for a text
     Regress,
+    /// Embed texts so that those that belong together are near
+    Embed,
+    /// Predict masked tokens of texts
+    Mlm,
+    /// Prefer one of two answers (direct preference optimization)
+    Dpo,
 }
 
 /// Model that `xt train` trains.
@@ -39,6 +45,11 @@ pub trait Task: TrainModel + Sized {
     /// Describes what is trained.
     fn describe(trainer: &Trainer<Self>) -> String {
         format!("{} parameters", HumanCount(trainer.params().numel() as u64))
+    }
+
+    /// The command after `xt` that uses a run in a folder, if it is particular to the task.
+    fn hint(_dir: &str) -> Option<String> {
+        None
     }
 
     /// Scores of the validation set beside the loss.

@@ -70,7 +70,8 @@ impl<T: Task> Training<'_, T> {
         }
         self.progress.say(format_args!("device      {}, {}", self.device, options.dtype));
         let each = match self.about.target {
-            Target::Token => format!("{batch} x {} {tokens}", options.seq_len),
+            Target::Token | Target::Masked => format!("{batch} x {} {tokens}", options.seq_len),
+            Target::Pair | Target::Score => format!("{batch} pairs of at most {} tokens a text", options.seq_len),
             Target::Class | Target::Value => format!("{batch} texts of at most {} tokens", options.seq_len),
         };
         self.progress.say(format_args!("steps       {}{done}, each {each}", options.steps));
@@ -279,7 +280,9 @@ impl<T: Task> Training<'_, T> {
             self.progress.say(format_args!("profile of the steps\n{report}"));
         }
         let (xt, dir) = (typed::program(), quoted(&self.run.dir));
-        if self.about.target != Target::Token {
+        if let Some(hint) = T::hint(&dir) {
+            self.progress.say(format_args!("try         {xt} {hint}"));
+        } else if matches!(self.about.target, Target::Class | Target::Value) {
             self.progress.say(format_args!("try         {xt} classify --checkpoint {dir} --text \"…\""));
         } else if sample.is_some() {
             let hint = match self.about.chats {

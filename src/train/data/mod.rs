@@ -4,7 +4,9 @@ mod ahead;
 mod batch;
 mod bytes;
 mod examples;
+mod groups;
 mod labelled;
+mod masked;
 mod mixture;
 mod sequences;
 mod shuffle;
@@ -18,7 +20,9 @@ pub use self::{
     batch::{Batch, BatchRequest, BatchSource, DataPrint, TokenBatch},
     bytes::ByteText,
     examples::Examples,
+    groups::{Group, GroupBatch, Groups},
     labelled::{Label, LabelledBatch, LabelledText, LabelledTexts},
+    masked::{Masked, MaskedBatch},
     mixture::Mixture,
     sequences::{Sequence, Sequences},
     token_data::TokenData,
