@@ -145,8 +145,14 @@ impl EmbedderConfig {
         let pools =
             |module: &Module| matches!(module, Module::Pooling { modes, .. } if modes.contains(&Pooling::Pooler));
         let pooler = modules.iter().any(pools);
-        let net =
-            TransformerWrapperConfig { pooler, mlm_head: false, tie_embedding: false, return_only_embed: true, ..net };
+        let net = TransformerWrapperConfig {
+            pooler,
+            mlm_head: false,
+            tie_embedding: false,
+            logits_bias: true,
+            return_only_embed: true,
+            ..net
+        };
         let net = Config::TransformerWrapper(net);
         net.plan()?;
         Ok(Self { model: Class::Embedder, net: net.to_value(), modules, options, scale: 20.0 })

@@ -169,7 +169,7 @@ fn masks_are_those_of_bert() -> Result<()> {
     assert_eq!(own, values(source()?.batch(&request)?));
     assert_ne!(own, values(source()?.batch(&options.request(4, 0, num_tokens))?));
     let validation = |request: &BatchRequest| {
-        Ok::<_, x_transformers::Error>(values(source()?.validation_batches(request)?.remove(1)))
+        Ok::<_, x_transformers::Error>(values(source()?.validation_batches(request)?.remove(0)))
     };
     assert_eq!(validation(&request)?, validation(&BatchRequest { seed: 9, step: 77, ..request })?);
     Ok(())

@@ -108,7 +108,12 @@ fn encoder(args: &TrainArgs, data: &Data, mask: i64) -> Result<TransformerWrappe
             let mut attn_layers = args.model.layers(false);
             attn_layers.kind = LayersKind::Encoder;
             let max_seq_len = args.options.seq_len.unwrap_or(TrainOptions::default().seq_len);
-            TransformerWrapperConfig { num_tokens, max_seq_len, attn_layers, ..Default::default() }.into()
+            Config::TransformerWrapper(TransformerWrapperConfig {
+                num_tokens,
+                max_seq_len,
+                attn_layers,
+                ..Default::default()
+            })
         }
     };
     match args.keywords.apply(config)? {

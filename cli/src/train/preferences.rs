@@ -77,8 +77,8 @@ fn open(args: &DataArgs, own: Option<Own>, seq_len: usize, warns: bool) -> Resul
     let Pairs { groups, prompt, chats } = read(paths, &language)?;
     let [train, validation] = groups.parts().map(|part| HumanCount(part.len() as u64));
     let left_out = groups.left_out(seq_len);
-    if warns && left_out > 0 {
-        let all: usize = groups.parts().iter().map(|part| part.len()).sum();
+    let all: usize = groups.parts().iter().map(|part| part.len()).sum();
+    if warns && left_out > 0 && left_out < all {
         warn(format_args!(
             "{left_out} of {all} pairs are left out: their prompts fill {seq_len} tokens; `--seq-len` changes it"
         ));

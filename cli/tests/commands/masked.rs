@@ -165,8 +165,5 @@ fn pretrained_encoders_learn_masked_tokens() {
     let unmasked = folder("masked", |_| (), ("tokenizer.json", &words()));
     assert!(refused(&["--from", &unmasked.path().to_string_lossy()]).contains("has no mask token, such as [MASK]"));
     assert!(refused(&["--from", &encoder, "--lora-rank", "2"]).contains("an encoder is trained in full"));
-    let chats = at("chats.jsonl");
-    let chat = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
-    fs::write(&chats, format!("{chat}\n{chat}\n")).expect("a file");
     refuses(&["train", "--task", "mlm", "--resume", &whole]);
 }
