@@ -10,7 +10,8 @@ use x_transformers::{
     models::TransformerWrapper,
     pretrained::{Family, Pretrained},
     train::{
-        Checkpoint, Embedder, EmbedderConfig, Group, GroupBatch, Groups, MaskedLmConfig, TrainModel, Trainer, spearman,
+        Checkpoint, Embedder, EmbedderConfig, Group, GroupBatch, Groups, MaskedLmConfig, Sequence, TrainModel, Trainer,
+        spearman,
     },
 };
 
@@ -177,7 +178,7 @@ fn read(paths: &[PathBuf], tokenizer: &Tokenizer) -> Result<(Columns, Groups)> {
             let wrong = |why: String| Failure::new(format_args!("line {line}: {why}")).within(path);
             let first = match &columns {
                 Some(columns) => columns,
-                None => columns.insert(Columns::of(&fields).map_err(wrong)?),
+                None => &*columns.insert(Columns::of(&fields).map_err(wrong)?),
             };
             let (texts, score) = values(&fields, first).map_err(wrong)?;
             records.push(Record { path, line, texts, score });
@@ -197,7 +198,11 @@ fn read(paths: &[PathBuf], tokenizer: &Tokenizer) -> Result<(Columns, Groups)> {
         let sequences = record.texts.iter().zip(&columns.texts).map(|(text, field)| {
             let wrong = |why: String| Failure::new(format_args!("line {}: {why}", record.line)).within(record.path);
             let tokens = tokenizer.encode(text).map_err(|why| wrong(why.to_string()))?;
-            if tokens.is_empty() { Err(wrong(format!("field `{field}` has no tokens"))) } else { Ok(tokens.into()) }
+            if tokens.is_empty() {
+                Err(wrong(format!("field `{field}` has no tokens")))
+            } else {
+                Ok(Sequence::from(tokens))
+            }
         });
         Ok(Group { sequences: sequences.collect::<Result<_>>()?, score: record.score })
     };

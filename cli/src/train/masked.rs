@@ -53,9 +53,9 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
     start(args, with_probability(config, args), Some(weights), args.data.open(own)?, RATES[0], device)
 }
 
-fn with_probability(config: MaskedLmConfig, args: &TrainArgs) -> MaskedLmConfig {
-    let mask_probability = args.mask_prob.unwrap_or(config.mask_probability);
-    MaskedLmConfig { mask_probability, ..config }
+fn with_probability(mut config: MaskedLmConfig, args: &TrainArgs) -> MaskedLmConfig {
+    config.mask_probability = args.mask_prob.unwrap_or(config.mask_probability);
+    config
 }
 
 fn start(
