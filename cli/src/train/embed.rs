@@ -67,7 +67,7 @@ pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
             Some(given) => given.to_path_buf(),
             None => kept(&folder)?,
         };
-        let tokenizer = tokenizer::for_sentences(&path, None, &config.options)?;
+        let tokenizer = tokenizer::for_sentences(&path, family(&path)?, &config.options)?;
         (config, weights, tokenizer, StoredTokenizer::read(&path)?)
     };
     let (Data { source, about }, negatives) = open(&args.data, &tokenizer, stored)?;

@@ -113,6 +113,7 @@ fn pretrained_encoders_learn_masked_tokens() {
     let at = |name: &str| path(temporary.path(), name);
     let encoder = folder("masked", |_| (), ("vocab.txt", &pieces()));
     let vocabulary = path(encoder.path(), "vocab.txt");
+    fs::write(encoder.path().join("tokenizer_config.json"), r#"{"tokenizer_class": "BertTokenizer"}"#).expect("a file");
     let encoder = encoder.path().to_string_lossy();
     let (records, whole, cut) = (at("texts.jsonl"), at("whole"), at("cut"));
     let record =
