@@ -4,12 +4,16 @@ use std::{collections::BTreeMap, path::Path};
 
 use serde_json::Value;
 use x_transformers::{
+    DType, Device, ParamStore,
     config::{AttentionLayersConfig, Config, TransformerWrapperConfig},
     io::{Format, Metadata, Stored, TensorFile, read_text},
     pretrained::Pretrained,
+    train::{
+        Checkpoint, ClassifierConfig, DpoConfig, Embedder, EmbedderConfig, LoraConfig, MaskedLmConfig, TrainModel,
+    },
 };
 
-use crate::{progress::bytes, unused::listed};
+use crate::{failure::Result, progress::bytes, unused::listed};
 
 /// Bytes of a file that describes a tokenizer.
 const MAX_JSON: u64 = 256 << 20;
@@ -69,6 +73,51 @@ pub fn own(config: &Config, file: &TensorFile) -> Lines {
     weights(&mut lines, file);
     lines.add("tokenizer", "bytes");
     lines
+}
+
+/// The checkpoint of a run of another task than continuing texts in full: what to say about it, and the options of its net.
+pub fn task(dir: &Path) -> Result<Option<(Lines, Config)>> {
+    let mut more = Vec::new();
+    let (task, config) = if let Some(config) = EmbedderConfig::read(dir)? {
+        let shapes = ParamStore::shapes(DType::F32, &Device::Cpu);
+        let encoder = <Embedder as TrainModel>::build(&config, &shapes)?.sentence_encoder()?;
+        let modules: Vec<String> = encoder.modules().iter().map(ToString::to_string).collect();
+        more.push(("modules", modules.join(", ")));
+        ("embed", Config::from_value(config.net)?)
+    } else if let Some(config) = MaskedLmConfig::read(dir)? {
+        more.push((
+            "masked",
+            format!("{} % of the tokens, by token {}", 100.0 * config.mask_probability, config.mask_token),
+        ));
+        ("mlm", Config::from_value(config.net)?)
+    } else if let Some(config) = ClassifierConfig::read(dir)? {
+        let task = if config.labels.is_empty() { "regress" } else { "classify" };
+        more.push(("classes", some((!config.labels.is_empty()).then(|| config.labels.join(", ")))));
+        (task, Config::from_value(config.net)?)
+    } else if let Some(config) = DpoConfig::read(dir)? {
+        more.push(("beta", config.beta().to_string()));
+        more.push((
+            "trained",
+            config.lora().map_or("all weights".to_string(), |lora| format!("an adapter of rank {}", lora.r)),
+        ));
+        ("dpo", config.base_config()?)
+    } else if let Some(config) = LoraConfig::read(dir)? {
+        more.push(("trained", format!("an adapter of rank {} of {}", config.lora.r, config.base.display())));
+        ("lm", config.base_config()?)
+    } else {
+        return Ok(None);
+    };
+    let mut lines = Lines::new(&format!("trained by `xt train --task {task}`"), &TensorFile::open(dir)?);
+    match &config {
+        Config::AutoregressiveWrapper(config) => architecture(&mut lines, &config.net),
+        Config::TransformerWrapper(net) => architecture(&mut lines, net),
+        _ => {}
+    }
+    weights(&mut lines, &TensorFile::open(dir)?);
+    let tokenizer = Checkpoint::load_training(dir)?.tokenizer;
+    lines.add("tokenizer", tokenizer.unwrap_or_else(|| "bytes".to_string()));
+    more.into_iter().for_each(|(name, value)| lines.add(name, value));
+    Ok(Some((lines, config)))
 }
 
 /// Weights of which no config says what they are.

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Write, stderr},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use clap::Args;
@@ -10,19 +10,21 @@ use x_transformers::{
     DType, Device,
     io::write_safetensors,
     pretrained::{Pretrained, Similarity},
-    train::Checkpoint,
+    train::{Checkpoint, Embedder, EmbedderConfig},
 };
 
 use crate::{
     failure::{Failure, Result, print},
     files,
-    tokenizer::{Prompt, SentencePipeline},
+    tokenizer::{self, Prompt, SentencePipeline},
+    train,
     unused::StrictArgs,
 };
 
 #[derive(Args)]
 pub struct EmbedArgs {
-    /// Path of the checkpoint: a `transformers` or sentence-transformers folder with an encoder such as MiniLM
+    /// Path of the checkpoint: a `transformers` or sentence-transformers folder with an encoder such as MiniLM, or a run of `xt
+    /// train --task embed`
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
 
@@ -64,9 +66,21 @@ pub fn run(args: EmbedArgs) -> Result<()> {
         let why = "contains a model of `xt train`, which generates text; use a transformers encoder, or `xt generate`";
         return Err(Failure::new(why).within(&args.checkpoint));
     }
-    let pretrained = Pretrained::open(&args.checkpoint)?;
-    args.strict.check(&pretrained, &args.checkpoint)?;
-    let pipeline = SentencePipeline::of(&pretrained, args.tokenizer.as_deref(), DType::F32, device)?;
+    let pipeline = match run_of(&args.checkpoint)? {
+        Some((folder, config)) => {
+            let tokenizer = match &args.tokenizer {
+                Some(path) => tokenizer::for_sentences(path, None, &config.options)?,
+                None => train::embed::of_run(&folder, &config)?,
+            };
+            let encoder = Embedder::load(&folder, DType::F32, device)?.sentence_encoder()?;
+            SentencePipeline::new(tokenizer, encoder, config.options, device)
+        }
+        None => {
+            let pretrained = Pretrained::open(&args.checkpoint)?;
+            args.strict.check(&pretrained, &args.checkpoint)?;
+            SentencePipeline::of(&pretrained, args.tokenizer.as_deref(), DType::F32, device)?
+        }
+    };
     let prompt = match (&args.prompt, &args.prompt_name) {
         (Some(text), _) => Prompt::Text(text),
         (None, Some(name)) => Prompt::Named(name),
@@ -97,6 +111,18 @@ pub fn run(args: EmbedArgs) -> Result<()> {
         }
         [_] => Ok(()),
         _ => print(similarities(pipeline.similarity(), texts, &values)),
+    }
+}
+
+/// The checkpoint of a run of `--task embed`, and its options; `None` for other paths.
+fn run_of(path: &Path) -> Result<Option<(PathBuf, EmbedderConfig)>> {
+    let folder = files::checkpoint(path);
+    if Pretrained::is_one(&folder) || !Checkpoint::is_in(&folder) {
+        return Ok(None);
+    }
+    match EmbedderConfig::read(&folder)? {
+        Some(config) => Ok(Some((folder, config))),
+        None => Err(Failure::new("is a run of another task than `xt train --task embed`").within(path)),
     }
 }
 

@@ -126,6 +126,10 @@ fn read(args: &InfoArgs) -> Result<Option<(PathBuf, Config)>> {
         }
         (None, Some(dir)) => {
             let dir = files::checkpoint(dir);
+            if let Some((lines, config)) = describe::task(&dir)? {
+                print(lines.text())?;
+                return Ok(Some((dir, config)));
+            }
             let config = Checkpoint::load_config(&dir)?;
             // The config says what is wanted, even where the weights are not there or damaged.
             if let Ok(file) = TensorFile::open(&dir) {

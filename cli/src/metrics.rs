@@ -51,6 +51,12 @@ pub enum Target {
     Class,
     /// The number of a text.
     Value,
+    /// The masked tokens of a text.
+    Masked,
+    /// A pair of texts, such as a preferred answer and a rejected one.
+    Pair,
+    /// The order of pairs of texts by their scores.
+    Score,
     /// The class of an image.
     Image,
 }
@@ -69,6 +75,9 @@ impl Unit {
             Target::Class => "nats per text",
             Target::Image => "nats per image",
             Target::Value => "mean square error",
+            Target::Masked => "nats per masked token",
+            Target::Pair => "nats per pair",
+            Target::Score => "CoSENT loss",
         }
     }
 
@@ -88,6 +97,9 @@ impl Unit {
             Target::Class => "nats/text",
             Target::Image => "nats/image",
             Target::Value => "mean square error",
+            Target::Masked => "nats/masked token",
+            Target::Pair => "nats/pair",
+            Target::Score => "CoSENT loss",
         };
         format!("{value:.3} {unit}")
     }
@@ -96,6 +108,8 @@ impl Unit {
     pub fn speed(self) -> &'static str {
         match self.target {
             Target::Token => "tokens/s",
+            Target::Masked => "masked tokens/s",
+            Target::Pair | Target::Score => "pairs/s",
             Target::Image => "images/s",
             Target::Class | Target::Value => "texts/s",
         }

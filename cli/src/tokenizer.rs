@@ -10,7 +10,10 @@ mod with {
         time::{Duration, UNIX_EPOCH},
     };
 
-    use x_transformers::{models::RowEnd, pretrained::Family};
+    use x_transformers::{
+        models::RowEnd,
+        pretrained::{Family, SentenceOptions},
+    };
     use x_transformers_tokenizers::{ChatOptions, ChatTurns, Message, Tokenizer, learn_byte_level_bpe};
 
     use crate::{failure::Result, language::Turn, stored::Origin};
@@ -31,6 +34,18 @@ mod with {
         let ChatTurns { tokens, answers } =
             tokenizer.chat_turns(&messages(turns), &ChatOptions { now, ..ChatOptions::default() })?;
         Ok((tokens, answers))
+    }
+
+    /// Tokens of a chat up to where an answer begins, or of a whole one; the same on every day.
+    pub fn chat_up_to(tokenizer: &Tokenizer, turns: &[Turn], add_generation_prompt: bool) -> Result<Vec<i64>> {
+        let now = Some(UNIX_EPOCH + Duration::from_secs(1_721_995_200));
+        let options = ChatOptions { now, add_generation_prompt, ..ChatOptions::default() };
+        Ok(tokenizer.chat(&messages(turns), &options)?)
+    }
+
+    /// The tokenizer in a folder or a file, of a sentence embedding model.
+    pub fn for_sentences(path: &Path, family: Option<Family>, options: &SentenceOptions) -> Result<Tokenizer> {
+        Ok(Tokenizer::for_sentences(path, family.unwrap_or(Family::Llama), options)?)
     }
 
     /// The tokenizer in a folder or a file, of a model of `xt train`.
@@ -55,7 +70,7 @@ mod with {
     }
 }
 #[cfg(feature = "tokenizers")]
-pub use with::{chat, chat_turns, learn, open, stop_end};
+pub use with::{chat, chat_turns, chat_up_to, for_sentences, learn, open, stop_end};
 
 #[cfg(not(feature = "tokenizers"))]
 mod without {
@@ -64,8 +79,8 @@ mod without {
     use x_transformers::{
         DType, Device, Tensor,
         io::{Format, Metadata},
-        models::RowEnd,
-        pretrained::{Pretrained, Similarity},
+        models::{RowEnd, SentenceEncoder},
+        pretrained::{Family, Pretrained, SentenceOptions, Similarity},
     };
 
     use crate::{
@@ -121,6 +136,10 @@ mod without {
             Err(missing())
         }
 
+        pub fn new(tokenizer: Tokenizer, _: SentenceEncoder, _: SentenceOptions, _: &Device) -> Self {
+            match tokenizer.0 {}
+        }
+
         pub fn embed_with(&self, _: &[&str], _: Prompt) -> Result<Embedded> {
             match self.0 {}
         }
@@ -157,6 +176,10 @@ mod without {
         }
 
         pub fn encode_plain(&self, _: &str) -> Result<Vec<i64>> {
+            match self.0 {}
+        }
+
+        pub fn special_tokens(&self) -> Vec<i64> {
             match self.0 {}
         }
 
@@ -201,9 +224,19 @@ mod without {
         match tokenizer.0 {}
     }
 
+    pub fn chat_up_to(tokenizer: &Tokenizer, _: &[Turn], _: bool) -> Result<Vec<i64>> {
+        match tokenizer.0 {}
+    }
+
+    pub fn for_sentences(_: &Path, _: Option<Family>, _: &SentenceOptions) -> Result<Tokenizer> {
+        Err(missing())
+    }
+
     pub fn stop_end(tokenizer: &Tokenizer, _: &[String], _: &[i64]) -> Result<Box<dyn RowEnd>> {
         match tokenizer.0 {}
     }
 }
 #[cfg(not(feature = "tokenizers"))]
-pub use without::{Prompt, SentencePipeline, TextStream, Tokenizer, chat, chat_turns, learn, open, stop_end};
+pub use without::{
+    Prompt, SentencePipeline, TextStream, Tokenizer, chat, chat_turns, chat_up_to, for_sentences, learn, open, stop_end,
+};

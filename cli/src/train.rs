@@ -12,20 +12,24 @@ use x_transformers::{
     config::{AutoregressiveConfig, Config, ModelPlan, TransformerWrapperConfig, v2},
     models::{AutoregressiveWrapper, XTransformer},
     train::{
-        ByteText, Captioner, CaptionerConfig, Checkpoint, Classifier, ClassifierConfig, ImageClassifier,
-        ImageClassifierConfig, LoraConfig, LoraModel, RankOptions, TrainModel, TrainOptions, Trainer, TrainingState,
+        ByteText, Captioner, CaptionerConfig, Checkpoint, Classifier, ClassifierConfig, DpoConfig, DpoModel, Embedder,
+        EmbedderConfig, ImageClassifier, ImageClassifierConfig, LoraConfig, LoraModel, MaskedLm, MaskedLmConfig,
+        RankOptions, TrainModel, TrainOptions, Trainer, TrainingState,
     },
 };
 
 mod captions;
 mod chats;
 mod data;
+pub mod embed;
 mod encoder;
 mod fit;
 mod images;
 mod labels;
+mod masked;
 mod options;
 mod pairs;
+mod preferences;
 mod preset;
 mod rehearsal;
 mod start;
@@ -71,13 +75,24 @@ pub struct TrainArgs {
     from: Option<PathBuf>,
 
     /// Task that the model learns: lm (to continue texts); classify or regress, with --from an encoder such as MiniLM or
-    /// --preset bert-base, on --jsonl with `text` and `label`; image or caption, on --images; seq2seq, on --pairs
+    /// --preset bert-base, on --jsonl with `text` and `label`; image or caption, on --images; seq2seq, on --pairs; embed,
+    /// with --from an encoder, on --jsonl with `anchor` and `positive`, and `negative` if there are hard ones, or with
+    /// `sentence1`, `sentence2` and `score`; mlm (masked tokens), on texts, with a new encoder or --from a BERT with its head;
+    /// dpo, with --from a model that generates text, on --jsonl with `prompt`, `chosen` and `rejected`
     #[arg(long, value_enum, default_value = "lm", conflicts_with = "resume")]
     task: Kind,
 
     /// Names of the classes of --task classify, in order [default: the labels that occur]
     #[arg(long, value_name = "NAME", num_args = 2.., requires = "jsonl", conflicts_with = "resume")]
     labels: Vec<String>,
+
+    /// Strength of the pull of --task dpo to the model it begins with [default: 0.1]
+    #[arg(long, value_name = "X", requires = "from", conflicts_with = "resume")]
+    dpo_beta: Option<f64>,
+
+    /// Probability that --task mlm masks a token [default: 0.15]
+    #[arg(long, value_name = "P", conflicts_with = "resume")]
+    mask_prob: Option<f64>,
 
     #[command(flatten)]
     lora: LoraArgs,
@@ -239,6 +254,15 @@ fn train(args: TrainArgs) -> Result<()> {
             return Err(Failure::new(why).within(&run.dir));
         }
         let training = Checkpoint::load_training(run.checkpoint())?;
+        if DpoConfig::read(run.checkpoint())?.is_some() {
+            return resume::<DpoModel>(&args, run, &training, &device);
+        }
+        if EmbedderConfig::read(run.checkpoint())?.is_some() {
+            return resume::<Embedder>(&args, run, &training, &device);
+        }
+        if MaskedLmConfig::read(run.checkpoint())?.is_some() {
+            return resume::<MaskedLm>(&args, run, &training, &device);
+        }
         if LoraConfig::read(run.checkpoint())?.is_some() {
             return resume::<LoraModel>(&args, run, &training, &device);
         }
@@ -257,10 +281,23 @@ fn train(args: TrainArgs) -> Result<()> {
         }
         return resume::<AutoregressiveWrapper>(&args, run, &training, &device);
     }
-    match args.task {
-        Kind::Image => return images::begin(&args, &device),
-        Kind::Seq2seq => return pairs::begin(&args, &device),
-        Kind::Caption => return captions::begin(&args, &device),
+    for (name, given, task) in
+        [("--dpo-beta", args.dpo_beta.is_some(), Kind::Dpo), ("--mask-prob", args.mask_prob.is_some(), Kind::Mlm)]
+    {
+        if given && args.task != task {
+            let task = if task == Kind::Dpo { "dpo" } else { "mlm" };
+            return Err(Failure::new(format_args!("`{name}` requires `--task {task}`")));
+        }
+    }
+    match (args.task, &args.from) {
+        (Kind::Image, _) => return images::begin(&args, &device),
+        (Kind::Seq2seq, _) => return pairs::begin(&args, &device),
+        (Kind::Caption, _) => return captions::begin(&args, &device),
+        (Kind::Mlm, _) => return masked::begin(&args, &device),
+        (Kind::Embed, Some(from)) => return embed::begin(&args, from, &device),
+        (Kind::Dpo, Some(from)) => return preferences::begin(&args, from, &device),
+        (Kind::Embed, None) => return Err(Failure::new("`--task embed` requires `--from` an encoder, such as MiniLM")),
+        (Kind::Dpo, None) => return Err(Failure::new("`--task dpo` requires `--from` a model that generates text")),
         _ => {}
     }
     match &args.from {
@@ -438,6 +475,8 @@ mod tests {
             ("from", Folder("file")),
             ("task", Folder("classify")),
             ("labels", Folder("good")),
+            ("dpo_beta", Folder("0.5")),
+            ("mask_prob", Folder("0.5")),
             ("lora_rank", Folder("4")),
             ("lora_alpha", Folder("4")),
             ("lora_dropout", Folder("0.5")),
@@ -475,6 +514,7 @@ mod tests {
                 "field" => &["--jsonl", "file"],
                 "validation_images" | "image_size" | "patch_size" | "mean" | "std" | "flip" => &["--images", "folder"],
                 "lora_rank" => &["--from", "file"],
+                "dpo_beta" => &["--from", "file"],
                 "labels" => &["--jsonl", "file", "--labels", "bad"],
                 id if id.starts_with("lora_") || id == "dora" => &["--from", "file", "--lora-rank", "4"],
                 _ => &[],

@@ -6,7 +6,7 @@ use crate::{
     collect::CollectVec,
     config::{LossPlan, SamplingConfig, TransformerPlan},
     error::{ErrorContext, ensure},
-    nn::ForwardOptions,
+    nn::{ForwardOptions, log_sigmoid},
 };
 
 /// Language model that reads long sequences in segments of `max_seq_len` tokens, each with the memories of those before
@@ -317,10 +317,7 @@ impl Dpo {
         let [preferred, other] = [&ratios[0], &ratios[1]];
         let [policy, reference] = [0, 1].map(|model| preferred[model].sub(&other[model]));
         let margin = policy?.sub(&reference?)?.affine(self.beta, 0.0)?;
-        // −ln sigmoid(margin)
-        let (positive, negative) = (margin.relu()?, margin.neg()?.relu()?);
-        let power = positive.add(&negative)?.neg()?.exp()?;
-        negative.add(&power.affine(1.0, 1.0)?.ln()?)?.mean(&[])
+        log_sigmoid(&margin)?.neg()?.mean(&[])
     }
 }
 

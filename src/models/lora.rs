@@ -229,6 +229,14 @@ impl TransformerWrapper {
         Ok(LoraAdapter { options: options.clone(), params: store.params(), places })
     }
 
+    /// Removes the adapter of this clone; its parameters stay in others.
+    pub(crate) fn without_lora(&mut self) -> Result<()> {
+        self.for_linears(&mut |linear| {
+            linear.set_lora(None);
+            Ok(())
+        })
+    }
+
     /// Adds the updates of an adapter to the weights, and removes it. The weights stay frozen.
     ///
     /// Errors: weights that are quantised; out of memory.

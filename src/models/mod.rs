@@ -54,6 +54,7 @@ pub use pool::AttentionPool;
 pub use recorded::RecordedDecode;
 pub use sampling::{filter_probabilities, sample, sample_tokens};
 pub use sentence::{DenseActivation, DenseLayer, DenseResidual, Features, Pooling, SentenceEncoder, SentenceModule};
+pub(crate) use sentence::{embed_by, normalized};
 pub use speculative::SpeculativeStats;
 pub use transformer::{Output, TransformerWrapper};
 pub use vision::ViTransformerWrapper;

@@ -2,11 +2,14 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use super::TransformerWrapper;
 use crate::{DType, Error, Result, Tensor, collect::CollectVec, error::ensure, nn::ForwardOptions};
 
 /// Reduction of token embeddings to one vector; padding is ignored.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Pooling {
     /// Mean over the tokens.
@@ -41,7 +44,8 @@ impl fmt::Display for Pooling {
 }
 
 /// Activation of a [`DenseLayer`], by the names of `torch.nn`, with their defaults there.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum DenseActivation {
     /// `x`.
@@ -135,7 +139,8 @@ impl DenseLayer {
 }
 
 /// Vectors that a module transforms.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Features {
     /// Token embeddings, `[b, n, dim]`.
@@ -273,64 +278,75 @@ impl SentenceEncoder {
     ///
     /// Errors: those of [`SentenceEncoder::embed`].
     pub fn embed_after(&self, tokens: &Tensor, mask: Option<&Tensor>, prompt_len: usize) -> Result<Tensor> {
-        ensure!(
-            tokens.rank() == 2 && tokens.shape()[1] > 0,
-            Error::shape(
-                "tokens",
-                format_args!("expected i64 [batch, n] with n of at least 1, got {:?}", tokens.shape())
-            )
-        );
-        let options = ForwardOptions { mask: mask.cloned(), return_embeddings: true, ..ForwardOptions::default() };
-        let mut hidden = self.model.forward(tokens, &options)?.out;
-        let mut text = None;
-        for module in &self.modules {
-            let pooled = || {
-                text.as_ref().ok_or_else(|| Error::argument("sentence modules", "expected at least one pooling module"))
-            };
-            match module {
-                SentenceModule::Pooling { modes, include_prompt } => {
-                    let kept = Kept::new(&hidden, mask, if *include_prompt { 0 } else { prompt_len })?;
-                    let parts = modes.iter().map(|&mode| self.pool(mode, &hidden, &kept)).try_collect_vec()?;
-                    text = Some(match &parts[..] {
-                        [one] => one.clone(),
-                        several => Tensor::cat(&several.iter().collect_vec(), -1)?,
-                    });
-                }
-                SentenceModule::Dense(layer, Features::Tokens) => hidden = layer.forward(&hidden)?,
-                SentenceModule::Dense(layer, Features::Texts) => text = Some(layer.forward(pooled()?)?),
-                SentenceModule::LayerNorm { weight, bias } => {
-                    text = Some(pooled()?.layer_norm(Some(weight), Some(bias), 1e-5)?);
-                }
-                SentenceModule::Normalize(Features::Tokens) => hidden = normalized(&hidden)?,
-                SentenceModule::Normalize(Features::Texts) => text = Some(normalized(pooled()?)?),
-                SentenceModule::Truncate(dim) => {
-                    let vectors = pooled()?;
-                    text = Some(vectors.narrow(-1, 0, vectors.dim(-1)?.min(*dim))?);
-                }
-            }
-        }
-        text.ok_or_else(|| Error::argument("sentence modules", "expected at least one pooling module"))
+        embed_by(&self.model, &self.modules, tokens, mask, prompt_len, false)
     }
+}
 
-    /// Pools token embeddings: `[b, n, dim] → [b, dim]`.
-    fn pool(&self, mode: Pooling, hidden: &Tensor, kept: &Kept) -> Result<Tensor> {
-        match mode {
-            Pooling::Pooler => self.model.pooled(hidden),
-            Pooling::FirstToken if kept.all => hidden.select(1, 0),
-            Pooling::Mean if kept.all => hidden.mean(&[1]),
-            Pooling::Max => {
-                let (b, n) = (hidden.dim(0)?, hidden.dim(1)?);
-                let left_out = kept.rows.iter().flatten().map(|&kept| !kept).collect_vec();
-                let left_out = Tensor::from_vec::<bool>(left_out, [b, n, 1], hidden.device())?;
-                hidden.masked_fill(&left_out, f64::NEG_INFINITY)?.max(1)
+/// Embeds tokens like [`SentenceEncoder::embed_after`], with a model and modules; with `checkpoint_layers`, layers are
+/// computed again in the backward pass.
+pub(crate) fn embed_by(
+    model: &TransformerWrapper,
+    modules: &[SentenceModule],
+    tokens: &Tensor,
+    mask: Option<&Tensor>,
+    prompt_len: usize,
+    checkpoint_layers: bool,
+) -> Result<Tensor> {
+    ensure!(
+        tokens.rank() == 2 && tokens.shape()[1] > 0,
+        Error::shape("tokens", format_args!("expected i64 [batch, n] with n of at least 1, got {:?}", tokens.shape()))
+    );
+    let mask_ = mask.cloned();
+    let options =
+        ForwardOptions { mask: mask_, return_embeddings: true, checkpoint_layers, ..ForwardOptions::default() };
+    let mut hidden = model.forward(tokens, &options)?.out;
+    let mut text = None;
+    for module in modules {
+        let pooled =
+            || text.as_ref().ok_or_else(|| Error::argument("sentence modules", "expected at least one pooling module"));
+        match module {
+            SentenceModule::Pooling { modes, include_prompt } => {
+                let kept = Kept::new(&hidden, mask, if *include_prompt { 0 } else { prompt_len })?;
+                let parts = modes.iter().map(|&mode| pool(model, mode, &hidden, &kept)).try_collect_vec()?;
+                text = Some(match &parts[..] {
+                    [one] => one.clone(),
+                    several => Tensor::cat(&several.iter().collect_vec(), -1)?,
+                });
             }
-            _ => kept.weighted(hidden, mode),
+            SentenceModule::Dense(layer, Features::Tokens) => hidden = layer.forward(&hidden)?,
+            SentenceModule::Dense(layer, Features::Texts) => text = Some(layer.forward(pooled()?)?),
+            SentenceModule::LayerNorm { weight, bias } => {
+                text = Some(pooled()?.layer_norm(Some(weight), Some(bias), 1e-5)?);
+            }
+            SentenceModule::Normalize(Features::Tokens) => hidden = normalized(&hidden)?,
+            SentenceModule::Normalize(Features::Texts) => text = Some(normalized(pooled()?)?),
+            SentenceModule::Truncate(dim) => {
+                let vectors = pooled()?;
+                text = Some(vectors.narrow(-1, 0, vectors.dim(-1)?.min(*dim))?);
+            }
         }
+    }
+    text.ok_or_else(|| Error::argument("sentence modules", "expected at least one pooling module"))
+}
+
+/// Pools token embeddings: `[b, n, dim] → [b, dim]`.
+fn pool(model: &TransformerWrapper, mode: Pooling, hidden: &Tensor, kept: &Kept) -> Result<Tensor> {
+    match mode {
+        Pooling::Pooler => model.pooled(hidden),
+        Pooling::FirstToken if kept.all => hidden.select(1, 0),
+        Pooling::Mean if kept.all => hidden.mean(&[1]),
+        Pooling::Max => {
+            let (b, n) = (hidden.dim(0)?, hidden.dim(1)?);
+            let left_out = kept.rows.iter().flatten().map(|&kept| !kept).collect_vec();
+            let left_out = Tensor::from_vec::<bool>(left_out, [b, n, 1], hidden.device())?;
+            hidden.masked_fill(&left_out, f64::NEG_INFINITY)?.max(1)
+        }
+        _ => kept.weighted(hidden, mode),
     }
 }
 
 /// Computes `x / max(|x|, 1e-12)` over the last dimension.
-fn normalized(x: &Tensor) -> Result<Tensor> {
+pub(crate) fn normalized(x: &Tensor) -> Result<Tensor> {
     // `ScaleNorm`'s norm takes the root mean square for the length, which differs by √dim.
     let scale = (x.dim(-1)? as f64).powf(-0.5);
     x.scale_norm(&Tensor::full([1], scale, x.dtype(), x.device())?, 1e-12 * scale)

@@ -6,6 +6,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
@@ -21,7 +22,8 @@ use crate::{
 };
 
 /// Similarity function of two text embeddings.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Similarity {
     /// Cosine similarity.
@@ -62,7 +64,8 @@ impl fmt::Display for Similarity {
 }
 
 /// Text settings of a sentence-transformers folder, without the weights.
-#[derive(Clone, PartialEq, Eq, Default, Debug)]
+#[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(default)]
 #[non_exhaustive]
 pub struct SentenceOptions {
     /// Number of tokens that a text is truncated to, `max_seq_length`; default that of the tokenizer and the model.
@@ -140,12 +143,7 @@ impl Pretrained {
     /// Errors: those of [`Pretrained::model`]; a family that generates text, unless the folder lists modules; an
     /// unknown module or option.
     pub fn sentence_encoder(&self, dtype: DType, device: &Device) -> Result<SentenceEncoder> {
-        let listed = self.root.as_deref().is_some_and(|root| root.join(MODULES).exists());
-        if self.family.is_causal() {
-            let why = format!("belongs to the {} family, which does not embed sentences", self.family);
-            ensure!(listed, Error::file(self.file.path(), format_args!("{why} without `{MODULES}` beside it")));
-            self.sees_later_tokens()?;
-        }
+        self.check_sentences()?;
         // Small files: errors come before the weights are read.
         let modules = self.sentence_modules(dtype, device)?;
         let encoder = SentenceEncoder::with_modules(self.model(dtype, device)?, modules);
@@ -153,6 +151,17 @@ impl Pretrained {
             Some(root) => Error::file(root.join(MODULES), why.to_string()),
             None => why,
         })
+    }
+
+    /// Checks that the model embeds sentences: an encoder, or a causal family whose folder lists modules.
+    pub(crate) fn check_sentences(&self) -> Result<()> {
+        if !self.family.is_causal() {
+            return Ok(());
+        }
+        let listed = self.root.as_deref().is_some_and(|root| root.join(MODULES).exists());
+        let why = format!("belongs to the {} family, which does not embed sentences", self.family);
+        ensure!(listed, Error::file(self.file.path(), format_args!("{why} without `{MODULES}` beside it")));
+        self.sees_later_tokens()
     }
 
     /// Rejects configs in which the tokens of a causal family attend to later ones.

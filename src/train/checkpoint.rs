@@ -199,7 +199,7 @@ impl Checkpoint {
     ///
     /// Errors: those of [`Checkpoint::load`].
     pub fn load_config(folder: impl AsRef<Path>) -> Result<Config> {
-        read_json(folder.as_ref(), CONFIG)
+        read_config(folder.as_ref())
     }
 
     /// Reads only the progress of the run.
@@ -286,7 +286,18 @@ fn files(folder: &Path) -> FileSet<'_> {
 
 fn model(folder: &Path) -> Result<(Config, BTreeMap<String, Tensor>)> {
     let (model, _) = files(folder).read(MODEL, read_with_metadata)?;
-    Ok((read_json(folder, CONFIG)?, model))
+    Ok((read_config(folder)?, model))
+}
+
+/// The class of models that learn preferences; their weights are those of the model whose options they have as `config`.
+pub(super) const DPO: &str = "DpoModel";
+
+fn read_config(folder: &Path) -> Result<Config> {
+    match config_of::<serde_json::Value>(folder, DPO)? {
+        Some(value) => Config::from_value(value.get("config").cloned().unwrap_or_default())
+            .map_err(|error| Error::file(folder.join(CONFIG), format_args!("is damaged: {error}"))),
+        None => read_json(folder, CONFIG),
+    }
 }
 
 /// Retries `read` if another process saved a checkpoint meanwhile: it may have read files of both.

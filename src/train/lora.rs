@@ -42,6 +42,9 @@ pub struct LoraConfig {
     pub packed: bool,
     /// Seed of the adapter's initial values.
     pub seed: u64,
+    /// `Some(β)` if the adapter learns preferences ([`DpoModel`](super::DpoModel)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dpo_beta: Option<f64>,
 }
 
 /// The value of `model` by which these options are known.
@@ -51,13 +54,13 @@ enum Class {
 }
 
 /// Base of an adapter.
-enum Base {
+pub(super) enum Base {
     Pretrained(Box<Pretrained>),
     Own(Box<Config>, BTreeMap<String, Tensor>),
 }
 
 impl Base {
-    fn open(path: &Path, packed: bool) -> Result<Self> {
+    pub(super) fn open(path: &Path, packed: bool) -> Result<Self> {
         if Pretrained::is_one(path) {
             let pretrained = Pretrained::open(path)?;
             return Ok(Self::Pretrained(Box::new(if packed { pretrained } else { pretrained.dequantized() })));
@@ -70,7 +73,7 @@ impl Base {
         Ok(Self::Own(Box::new(config), weights))
     }
 
-    fn config(&self) -> Config {
+    pub(super) fn config(&self) -> Config {
         match self {
             Self::Pretrained(pretrained) => {
                 AutoregressiveConfig { net: pretrained.config().clone(), ..Default::default() }.into()
@@ -79,7 +82,15 @@ impl Base {
         }
     }
 
-    fn fingerprint(&self) -> Result<String> {
+    /// The weights, dequantised.
+    pub(super) fn state_dict(&self) -> Result<BTreeMap<String, Tensor>> {
+        match self {
+            Self::Pretrained(pretrained) => Ok(pretrained.state_dict()?.1),
+            Self::Own(_, weights) => Ok(weights.clone()),
+        }
+    }
+
+    pub(super) fn fingerprint(&self) -> Result<String> {
         let mut hash = FNV1A_START;
         let mut add = |name: &str, shape: &[usize], bytes: &[u8]| {
             hash = fnv1a_from(hash, name.as_bytes());
@@ -145,7 +156,8 @@ impl LoraConfig {
             );
         }
         let (fingerprint, config) = (base.fingerprint()?, base.config().to_value());
-        Ok(Self { model: Class::LoraModel, base: path, fingerprint, config, lora, packed: true, seed })
+        let (model, dpo_beta) = (Class::LoraModel, None);
+        Ok(Self { model, base: path, fingerprint, config, lora, packed: true, seed, dpo_beta })
     }
 
     /// Reads the options of the checkpoint in a folder; `None` if its run does not train an adapter.
@@ -230,6 +242,15 @@ impl LoraModel {
     /// Returns the model with the adapter.
     pub fn into_inner(self) -> AutoregressiveWrapper {
         self.model
+    }
+
+    /// Returns the base, which shares its weights with this model.
+    ///
+    /// Errors: none that a model has which was built.
+    pub(super) fn without_adapter(&self) -> Result<AutoregressiveWrapper> {
+        let mut base = self.model.clone();
+        base.net.without_lora()?;
+        Ok(base)
     }
 
     /// Returns the model with the adapter's updates in its weights, and its parameters.

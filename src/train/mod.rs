@@ -5,9 +5,12 @@ mod checkpoint;
 mod classifier;
 mod data;
 mod divided;
+mod dpo;
 mod ema;
+mod embedder;
 mod grad_scaler;
 mod lora;
+mod masked_lm;
 mod model;
 mod optimizer;
 mod options;
@@ -28,13 +31,17 @@ pub use self::{
     checkpoint::{Checkpoint, Losses, TrainingState},
     classifier::{Classifier, ClassifierConfig},
     data::{
-        Batch, BatchRequest, BatchSource, ByteText, Caption, CaptionBatch, CaptionedImages, DataPrint, Examples, Image,
-        ImageBatch, ImageTransform, Label, LabelledBatch, LabelledImages, LabelledText, LabelledTexts, Mixture, Pair,
-        PairBatch, Pairs, Sequence, Sequences, TokenBatch, TokenData, TokenFile, TokenFormat, TokenWriter,
+        Batch, BatchRequest, BatchSource, ByteText, Caption, CaptionBatch, CaptionedImages, DataPrint, Examples, Group,
+        GroupBatch, Groups, Image, ImageBatch, ImageTransform, Label, LabelledBatch, LabelledImages, LabelledText,
+        LabelledTexts, Masked, MaskedBatch, Mixture, Pair, PairBatch, Pairs, Sequence, Sequences, TokenBatch,
+        TokenData, TokenFile, TokenFormat, TokenWriter,
     },
+    dpo::{DpoConfig, DpoModel},
     ema::{Ema, Swapped},
+    embedder::{Embedder, EmbedderConfig},
     grad_scaler::GradScaler,
     lora::{LoraConfig, LoraModel},
+    masked_lm::{MaskedLm, MaskedLmConfig},
     model::TrainModel,
     optimizer::{
         Adafactor, AdafactorOptions, AdamW, AdamWOptions, AdjustLr, Lion, LionOptions, Muon, MuonOptions, Optimizer,

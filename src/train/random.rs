@@ -12,8 +12,12 @@ pub(super) enum Purpose {
     Tape = 2,
     /// Order of the rows of an epoch.
     Shuffle = 3,
+    /// Masked tokens of a batch.
+    Mask = 4,
+    /// Masked tokens of a batch of the validation set.
+    ValidationMask = 5,
     /// Images that are mirrored.
-    Flip = 4,
+    Flip = 6,
 }
 
 /// Maximum number of micro-batches in a step.

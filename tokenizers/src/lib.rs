@@ -9,7 +9,7 @@ use std::{fmt, fmt::Display, path::Path, sync::Arc};
 
 use x_transformers::{
     Error, ErrorKind, Result,
-    pretrained::{Family, Pretrained},
+    pretrained::{Family, Pretrained, SentenceOptions},
 };
 
 mod byte_level;
@@ -121,11 +121,22 @@ impl Tokenizer {
     ///
     /// Errors: a file that cannot be read, is damaged, or requires an unsupported feature.
     pub fn open(path: impl AsRef<Path>, family: Family) -> Result<Self> {
-        let path = path.as_ref();
-        let (described, folder) = match path.is_dir() {
-            true => (known::of_folder(path, family, "")?, path),
-            false => (known::of_file(path, family, "")?, path.parent().unwrap_or(Path::new(""))),
+        Self::opened(path.as_ref(), family, "", false)
+    }
+
+    /// Reads the tokenizer like [`Tokenizer::open`], with the text settings of a sentence embedding model.
+    ///
+    /// Errors: those of [`Tokenizer::open`].
+    pub fn for_sentences(path: impl AsRef<Path>, family: Family, options: &SentenceOptions) -> Result<Self> {
+        Self::opened(path.as_ref(), family, &options.tokenizer, options.do_lower_case)
+    }
+
+    fn opened(path: &Path, family: Family, settings: &str, lowercase: bool) -> Result<Self> {
+        let (mut described, folder) = match path.is_dir() {
+            true => (known::of_folder(path, family, settings)?, path),
+            false => (known::of_file(path, family, settings)?, path.parent().unwrap_or(Path::new(""))),
         };
+        described.lowercase = lowercase;
         let (inner, decoder) = parsed(path, &described)?;
         let templates = Templates::of_folder(&inner, folder, family)?;
         Ok(Self { shared: Arc::new(Shared { inner, decoder }), templates: Arc::new(templates) })
@@ -169,6 +180,13 @@ impl Tokenizer {
     /// Returns the id of the token with this spelling in the vocabulary, for instance a special one such as `</s>`.
     pub fn token(&self, spelling: &str) -> Option<i64> {
         self.shared.inner.id(spelling).map(i64::from)
+    }
+
+    /// Returns the ids of the special tokens, which are not text, in ascending order.
+    #[doc(alias = "all_special_ids")]
+    pub fn special_tokens(&self) -> Vec<i64> {
+        let special = |&id: &u32| self.shared.inner.is_special(id);
+        (0..self.num_tokens() as u32).filter(special).map(i64::from).collect()
     }
 
     /// Returns the size of the vocabulary: the highest id of a token, plus 1.

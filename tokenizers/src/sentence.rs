@@ -97,15 +97,25 @@ impl SentencePipeline {
             return Err(file_error(pretrained.file().path(), why));
         }
         let tokenizer = Tokenizer::with_settings(pretrained, tokenizer, &options.tokenizer, options.do_lower_case)?;
-        let window = pretrained.config().max_seq_len;
+        let encoder = pretrained.sentence_encoder(dtype, device)?;
+        Ok(Self::new(tokenizer, encoder, options, device))
+    }
+
+    /// Creates the pipeline of an encoder on a device, such as one that was trained
+    /// ([`Embedder`](x_transformers::train::Embedder)), from its parts; the tokenizer is that of
+    /// [`Tokenizer::for_sentences`].
+    pub fn new(tokenizer: Tokenizer, encoder: SentenceEncoder, options: SentenceOptions, device: &Device) -> Self {
+        let window = match encoder.model.plan().max_seq_len {
+            0 => usize::MAX,
+            window => window,
+        };
         // Where the options have the tokenizer's own bound, it takes precedence.
         let most = match (options.max_seq_length, tokenizer.shared.inner.max_length()) {
             (Some(most), _) if !options.tokenizer.contains("\"model_max_length\"") => most,
             (_, own) if options.tokenizer.contains("\"model_max_length\"") => own.unwrap_or(usize::MAX),
             (_, own) => own.unwrap_or(usize::MAX).min(window),
         };
-        let encoder = pretrained.sentence_encoder(dtype, device)?;
-        Ok(Self { tokenizer, encoder, options, device: device.clone(), most, window })
+        Self { tokenizer, encoder, options, device: device.clone(), most, window }
     }
 
     /// Returns the tokenizer.

@@ -217,6 +217,11 @@ impl DataArgs {
         Ok((Data { about, source: Box::new(texts) }, labels))
     }
 
+    /// Paths of the JSONL files.
+    pub fn jsonl(&self) -> &[PathBuf] {
+        &self.records.jsonl
+    }
+
     /// Returns `true` for token files.
     pub fn are_tokens(&self) -> bool {
         !self.tokens.is_empty()

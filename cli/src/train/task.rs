@@ -22,6 +22,12 @@ pub enum Kind {
     Classify,
     /// Predict a number for a text
     Regress,
+    /// Embed texts so that those that belong together are near
+    Embed,
+    /// Predict masked tokens of texts
+    Mlm,
+    /// Prefer one of two answers (direct preference optimization)
+    Dpo,
     /// Predict the class of an image
     Image,
     /// Predict a text from another one

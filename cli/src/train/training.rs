@@ -73,7 +73,8 @@ impl<T: Task> Training<'_, T> {
             self.progress.say(format_args!("ranks       {}", ranks.size()));
         }
         let each = match self.about.target {
-            Target::Token => format!("{batch} x {} {tokens}", options.seq_len),
+            Target::Token | Target::Masked => format!("{batch} x {} {tokens}", options.seq_len),
+            Target::Pair | Target::Score => format!("{batch} pairs of at most {} tokens a text", options.seq_len),
             Target::Image => format!("{batch} images"),
             Target::Class | Target::Value => format!("{batch} texts of at most {} tokens", options.seq_len),
         };
@@ -288,7 +289,7 @@ impl<T: Task> Training<'_, T> {
         let (xt, dir) = (typed::program(), quoted(&self.run.dir));
         if let Some(hint) = T::hint(&dir) {
             self.progress.say(format_args!("try         {xt} {hint}"));
-        } else if self.about.target != Target::Token {
+        } else if matches!(self.about.target, Target::Class | Target::Value) {
             self.progress.say(format_args!("try         {xt} classify --checkpoint {dir} --text \"…\""));
         } else if sample.is_some() {
             let hint = match self.about.chats {

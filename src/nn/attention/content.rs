@@ -54,9 +54,10 @@ impl ContentBias {
 
 /// Computes `ln sigmoid(x)`.
 pub(crate) fn log_sigmoid(x: &Tensor) -> Result<Tensor> {
-    let below = x.neg()?.relu()?;
-    let power = x.relu()?.add(&below)?.neg()?.exp()?;
-    below.add(&power.affine(1.0, 1.0)?.ln()?)?.neg()
+    // x/2 − |x|/2 is min(x, 0), but has the slope of the sigmoid at 0, where relu has none.
+    let size = x.relu()?.add(&x.neg()?.relu()?)?;
+    let below = x.affine(0.5, 0.0)?.sub(&size.affine(0.5, 0.0)?)?;
+    below.sub(&size.neg()?.exp()?.affine(1.0, 1.0)?.ln()?)
 }
 
 /// Returns a matrix `[rows, columns]` of ones where the closure says so, and zeros.

@@ -5,9 +5,11 @@ mod batch;
 mod bytes;
 mod captions;
 mod examples;
+mod groups;
 mod image;
 mod labelled;
 mod labelled_images;
+mod masked;
 mod mixture;
 mod pairs;
 mod sequences;
@@ -23,9 +25,11 @@ pub use self::{
     bytes::ByteText,
     captions::{Caption, CaptionBatch, CaptionedImages},
     examples::Examples,
+    groups::{Group, GroupBatch, Groups},
     image::{Image, ImageTransform},
     labelled::{Label, LabelledBatch, LabelledText, LabelledTexts},
     labelled_images::{ImageBatch, LabelledImages},
+    masked::{Masked, MaskedBatch},
     mixture::Mixture,
     pairs::{Pair, PairBatch, Pairs},
     sequences::{Sequence, Sequences},

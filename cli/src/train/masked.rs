@@ -1,0 +1,174 @@
+//! `--task mlm`: encoders that predict masked tokens.
+
+use std::{collections::BTreeMap, path::Path};
+
+use x_transformers::{
+    Device, Tensor,
+    config::{Config, LayersKind, TransformerWrapperConfig},
+    models::TransformerWrapper,
+    pretrained::Pretrained,
+    train::{Checkpoint, Masked, MaskedBatch, MaskedLm, MaskedLmConfig, TrainModel, TrainOptions, Trainer},
+};
+
+use super::{
+    RATES, TrainArgs, begin as begin_run,
+    data::{Data, DataArgs, Own},
+    task::Task,
+};
+use crate::{
+    failure::{Failure, Result},
+    files,
+    metrics::Target,
+    tokenizer::Tokenizer,
+};
+
+/// Begins a run of a new encoder, or with the one at `--from`.
+pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
+    if args.lora.options().is_some() {
+        return Err(Failure::new("`--lora-rank` requires `--task lm` or `dpo`; an encoder is trained in full"));
+    }
+    let Some(from) = &args.from else {
+        let data = args.data.open(None)?;
+        let mask = mask_token(&data)?;
+        let config = with_probability(MaskedLmConfig::new(encoder(args, &data, mask)?, mask)?, args);
+        return start(args, config, None, data, RATES[0], device);
+    };
+    if Pretrained::is_one(from) {
+        let pretrained = Pretrained::open(from)?;
+        let own = Own::of_pretrained(&pretrained, args.data.tokenizer())?;
+        let missing = || Failure::new("has no mask token, such as [MASK]").within(from);
+        let mask = mask_of(own.tokenizer()?).ok_or_else(missing)?;
+        let (config, weights) = MaskedLmConfig::of_pretrained(&pretrained, mask)?;
+        let data = args.data.open(Some(own))?;
+        return start(args, with_probability(config, args), Some(weights), data, RATES[1], device);
+    }
+    let folder = files::checkpoint(from);
+    if MaskedLmConfig::read(&folder)?.is_none() {
+        let why = "is not a masked language model: expected a pretrained BERT with its head, or a run of `--task mlm`";
+        return Err(Failure::new(why).within(from));
+    }
+    let (config, weights) = MaskedLmConfig::load(&folder)?;
+    let kept = Checkpoint::load_training(&folder)?.tokenizer;
+    let own = kept.map(|name| Own::open(&folder.join(name))).transpose()?;
+    start(args, with_probability(config, args), Some(weights), args.data.open(own)?, RATES[0], device)
+}
+
+fn with_probability(mut config: MaskedLmConfig, args: &TrainArgs) -> MaskedLmConfig {
+    config.mask_probability = args.mask_prob.unwrap_or(config.mask_probability);
+    config
+}
+
+fn start(
+    args: &TrainArgs,
+    config: MaskedLmConfig,
+    weights: Option<BTreeMap<String, Tensor>>,
+    data: Data,
+    rate: f64,
+    device: &Device,
+) -> Result<()> {
+    let (longest, num_tokens) =
+        (<MaskedLm as TrainModel>::max_seq_len(&config), <MaskedLm as TrainModel>::num_tokens(&config));
+    let options = args.train_options(if longest == usize::MAX { 0 } else { longest }, rate);
+    if let Some(own) = data.about.num_tokens.filter(|&own| own > num_tokens) {
+        let why = format!("the data have a vocabulary of {own} tokens, but the model has {num_tokens}");
+        return Err(Failure::new(why));
+    }
+    let Data { source, about } = masked(data, &config)?;
+    let trainer = match &weights {
+        Some(weights) => Trainer::<MaskedLm>::start_from(config, weights, options, source, device)?,
+        None => Trainer::<MaskedLm>::start(config, options, source, device)?,
+    };
+    drop(weights);
+    begin_run(args, trainer, about, device)
+}
+
+/// The mask token of a tokenizer, by its usual names.
+fn mask_of(tokenizer: &Tokenizer) -> Option<i64> {
+    ["[MASK]", "<mask>", "<|mask|>"].iter().find_map(|name| tokenizer.token(name))
+}
+
+/// The mask token of the data: that of the tokenizer, or one after its vocabulary.
+fn mask_token(data: &Data) -> Result<i64> {
+    let own = data.about.language.as_ref().and_then(|language| mask_of(language.tokenizer()?));
+    let after = data.about.num_tokens.map(|count| count as i64);
+    own.or(after)
+        .ok_or_else(|| Failure::new("the token files do not say the size of their vocabulary; give `--tokenizer`"))
+}
+
+/// The options of a new encoder.
+fn encoder(args: &TrainArgs, data: &Data, mask: i64) -> Result<TransformerWrapperConfig> {
+    let num_tokens = data.about.num_tokens.unwrap_or_default().max(mask as usize + 1);
+    let config = match (&args.preset, &args.config) {
+        (Some(preset), _) => Config::TransformerWrapper(preset.config(Some(num_tokens))),
+        (None, Some(path)) => {
+            let broken = |error: x_transformers::Error| Failure::from(error).within(path);
+            Config::from_json(&files::config(path)?).map_err(broken)?
+        }
+        (None, None) => {
+            let mut attn_layers = args.model.layers(false);
+            attn_layers.kind = LayersKind::Encoder;
+            let max_seq_len = args.options.seq_len.unwrap_or(TrainOptions::default().seq_len);
+            Config::TransformerWrapper(TransformerWrapperConfig {
+                num_tokens,
+                max_seq_len,
+                attn_layers,
+                ..Default::default()
+            })
+        }
+    };
+    match args.keywords.apply(config)? {
+        Config::TransformerWrapper(net) if net.attn_layers.kind == LayersKind::Encoder => Ok(net),
+        _ => {
+            let why = "`--task mlm` trains a TransformerWrapper with an Encoder";
+            let failure = Failure::new(why);
+            Err(args.config.as_ref().map_or_else(|| Failure::new(why), |path| failure.within(path)))
+        }
+    }
+}
+
+/// The data with masks.
+fn masked(data: Data, config: &MaskedLmConfig) -> Result<Data<MaskedBatch>> {
+    let Data { source, mut about } = data;
+    if about.chats {
+        return Err(Failure::new("chats are for `--task lm` and `dpo`; masked tokens are predicted in texts"));
+    }
+    // Files of tokens may have no tokenizer; what ends their texts is special.
+    let special = match about.language.as_ref().map(|language| language.tokenizer()) {
+        Some(Some(tokenizer)) => tokenizer.special_tokens(),
+        Some(None) => Vec::new(),
+        None => about.prompt.clone(),
+    };
+    (about.target, about.baseline, about.bytes_per_token, about.prompt) = (Target::Masked, None, None, Vec::new());
+    let source = Masked::new(source, config.mask_token, special)?.with_probability(config.mask_probability)?;
+    Ok(Data { source: Box::new(source), about })
+}
+
+impl Task for MaskedLm {
+    fn data(args: &DataArgs, own: Option<Own>, checkpoint: &Path) -> Result<Data<MaskedBatch>> {
+        let missing = || Failure::new("is not a run of `--task mlm`").within(checkpoint);
+        masked(args.open(own)?, &MaskedLmConfig::read(checkpoint)?.ok_or_else(missing)?)
+    }
+
+    fn net(&self) -> &TransformerWrapper {
+        self.net()
+    }
+
+    fn hint(dir: &str) -> Option<String> {
+        Some(format!("train --task embed --from {dir} --jsonl …"))
+    }
+
+    fn scores(trainer: &Trainer<Self>) -> Result<Vec<(&'static str, f64)>> {
+        let batches = trainer.validation_batches()?;
+        let (mut right, mut all) = (0, 0);
+        trainer.evaluate(|model| {
+            for batch in batches.iter().filter(|batch| batch.labels.numel() > 0) {
+                let (predicted, labels) = (model.predict(batch)?.to_vec::<i64>()?, batch.labels.to_vec::<i64>()?);
+                right += predicted.iter().zip(&labels).filter(|(one, other)| one == other).count();
+                all += labels.len();
+            }
+            Ok(())
+        })?;
+        let loss = trainer.losses().last_validation.unwrap_or(f64::NAN);
+        Ok(vec![("perplexity", loss.exp()), ("accuracy", right as f64 / all.max(1) as f64)])
+    }
+}
