@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use serde_json::{Map, Value};
 use x_transformers::{
     Device,
-    models::TransformerWrapper,
+    config::LayersPlan,
     pretrained::{Family, Pretrained},
     train::{
         Checkpoint, Embedder, EmbedderConfig, Group, GroupBatch, Groups, MaskedLmConfig, Sequence, TrainModel, Trainer,
@@ -247,8 +247,8 @@ impl Task for Embedder {
         Ok(open(args, &of_run(checkpoint, &config)?, StoredTokenizer::read(&kept(checkpoint)?)?)?.0)
     }
 
-    fn net(&self) -> &TransformerWrapper {
-        self.net()
+    fn layers(&self) -> &LayersPlan {
+        &self.net().plan().layers
     }
 
     fn hint(dir: &str) -> Option<String> {

@@ -4,8 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use x_transformers::{
     Device, Tensor,
-    config::{Config, LayersKind, TransformerWrapperConfig},
-    models::TransformerWrapper,
+    config::{Config, LayersKind, LayersPlan, TransformerWrapperConfig},
     pretrained::Pretrained,
     train::{Checkpoint, Masked, MaskedBatch, MaskedLm, MaskedLmConfig, TrainModel, TrainOptions, Trainer},
 };
@@ -99,7 +98,17 @@ fn mask_token(data: &Data) -> Result<i64> {
 fn encoder(args: &TrainArgs, data: &Data, mask: i64) -> Result<TransformerWrapperConfig> {
     let num_tokens = data.about.num_tokens.unwrap_or_default().max(mask as usize + 1);
     let config = match (&args.preset, &args.config) {
-        (Some(preset), _) => Config::TransformerWrapper(preset.config(Some(num_tokens))),
+        (Some(preset), _) => {
+            let bert = preset.encoder(Some(num_tokens))?;
+            let head = TransformerWrapperConfig {
+                pooler: false,
+                return_only_embed: false,
+                tie_embedding: true,
+                mlm_head: true,
+                ..bert
+            };
+            Config::TransformerWrapper(head)
+        }
         (None, Some(path)) => {
             let broken = |error: x_transformers::Error| Failure::from(error).within(path);
             Config::from_json(&files::config(path)?).map_err(broken)?
@@ -149,8 +158,8 @@ impl Task for MaskedLm {
         masked(args.open(own)?, &MaskedLmConfig::read(checkpoint)?.ok_or_else(missing)?)
     }
 
-    fn net(&self) -> &TransformerWrapper {
-        self.net()
+    fn layers(&self) -> &LayersPlan {
+        &self.net().plan().layers
     }
 
     fn hint(dir: &str) -> Option<String> {

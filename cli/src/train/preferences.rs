@@ -7,7 +7,8 @@ use rayon::prelude::*;
 use serde_json::{Map, Value};
 use x_transformers::{
     Device,
-    models::{AutoregressiveWrapper, TransformerWrapper},
+    config::LayersPlan,
+    models::AutoregressiveWrapper,
     pretrained::Pretrained,
     train::{Checkpoint, DpoConfig, DpoModel, Group, GroupBatch, Groups, LoraConfig, Sequence, TrainModel, Trainer},
 };
@@ -238,8 +239,8 @@ impl Task for DpoModel {
         open(args, own, Checkpoint::load_training(checkpoint)?.options.seq_len, false)
     }
 
-    fn net(&self) -> &TransformerWrapper {
-        &self.net
+    fn layers(&self) -> &LayersPlan {
+        &self.net.plan().layers
     }
 
     fn generator(&self) -> Option<&AutoregressiveWrapper> {

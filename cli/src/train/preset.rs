@@ -22,7 +22,7 @@ pub enum Preset {
     Llama160m,
     /// A small Llama with grouped queries: 8 blocks of width 512, 2 of 8 heads for keys
     Modern,
-    /// BERT's smaller encoder, for --task classify and regress: 12 blocks of width 768, positions up to 512
+    /// BERT's smaller encoder, for --task classify, regress and mlm: 12 blocks of width 768, positions up to 512
     BertBase,
     /// ViT-S/16, for --task image: 12 blocks of width 384, images of 224 pixels in patches of 16
     VitSmall,
@@ -44,7 +44,7 @@ impl Preset {
             }
             Self::Llama160m => llama([768, 12, 12, 12, 3072], num_tokens.unwrap_or(32000), false),
             Self::Modern => llama([512, 8, 8, 2, 1408], num_tokens.unwrap_or(32000), true),
-            Self::BertBase => return Err(Failure::new("`--preset bert-base` requires `--task classify` or `regress`")),
+            Self::BertBase => return Err(Failure::new("`--preset bert-base` requires `--task classify`, `regress` or `mlm`")),
             Self::VitSmall => return Err(Failure::new("`--preset vit-small` requires `--task image`")),
         })
     }

@@ -114,8 +114,8 @@ impl<M: TrainModel> Trainer<M> {
     ///
     /// Validation is shared too, and [`Trainer::save`] writes on rank 0.
     ///
-    /// Errors: a stage of ZeRO that does not exist, or that the optimizer cannot have; ranks of other versions, options, data, checkpoints or weights, which are named; more ranks than
-    /// micro-batches in a step of a resumed run; a failed transfer.
+    /// Errors: a stage of ZeRO that does not exist, or that the optimizer cannot have; ranks of other versions, options, data,
+    /// checkpoints or weights, which are named; more ranks than micro-batches in a step of a resumed run; a failed transfer.
     pub fn with_ranks(mut self, ranks: Arc<dyn Communicator>, options: RankOptions) -> Result<Self> {
         const OP: &str = "ranks";
         let size = ranks.size();
