@@ -88,7 +88,8 @@ fn table() -> String {
         }
         text += "\n";
     }
-    text += "### Not supported yet\n\nEach is refused by name unless it has its default.\n\n";
+    text += "### Not supported yet\n\nAn option with another value than its default, and an argument of a call \
+             with any, is an error that names it.\n\n";
     let of = [
         ("LAYERS", "Attention layers"),
         ("ATTENTION", "`attn_*`"),

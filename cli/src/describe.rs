@@ -34,7 +34,7 @@ impl Lines {
         self.lines.push((name, value.into()));
     }
 
-    /// The text of all, and an empty line.
+    /// Returns the text of all, and an empty line.
     pub fn text(self) -> String {
         let width = self.lines.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
         let lines = self.lines.into_iter().map(|(name, value)| format!("{name:width$}  {value}\n"));
@@ -42,7 +42,7 @@ impl Lines {
     }
 }
 
-/// A pretrained model.
+/// Describes a pretrained model.
 pub fn pretrained(pretrained: &Pretrained) -> Lines {
     let (config, file) = (pretrained.config(), pretrained.file());
     let mut lines = Lines::new(&pretrained.family().to_string(), file);
@@ -75,7 +75,7 @@ pub fn own(config: &Config, file: &TensorFile) -> Lines {
     lines
 }
 
-/// The checkpoint of a run of another task than continuing texts in full: what to say about it, and the options of its net.
+/// Describes the checkpoint of a run of another task than continuing texts in full; returns the options of its net too.
 pub fn task(dir: &Path) -> Result<Option<(Lines, Config)>> {
     let mut more = Vec::new();
     let (task, config) = if let Some(config) = EmbedderConfig::read(dir)? {
@@ -152,12 +152,12 @@ fn architecture(lines: &mut Lines, config: &TransformerWrapperConfig) {
     lines.add("vocabulary", format!("{} tokens, a context {context}", config.num_tokens));
 }
 
-/// Number and types of the values.
+/// Adds the number and types of the values.
 fn weights(lines: &mut Lines, file: &TensorFile) {
     lines.add("weights", types(file));
 }
 
-/// Number of the values in a file, and the tensors and bytes of each type.
+/// Returns the number of the values in a file, and the tensors and bytes of each type.
 pub fn types(file: &TensorFile) -> String {
     let mut types: BTreeMap<String, (usize, usize, &str)> = BTreeMap::new();
     let mut elements = 0;
@@ -231,7 +231,7 @@ fn of_gguf(lines: &mut Lines, file: &TensorFile) {
     lines.add("chat template", if templates.is_empty() { "none".to_string() } else { templates.join(", ") });
 }
 
-/// The modules of sentence-transformers in a folder.
+/// Returns the modules of sentence-transformers in a folder.
 fn modules(folder: &Path) -> Option<String> {
     let json = |path: &Path| -> Option<Value> { serde_json::from_str(&read_text(path, MAX_JSON).ok()?).ok() };
     let modules = json(&folder.join("modules.json"))?;
@@ -249,7 +249,7 @@ fn modules(folder: &Path) -> Option<String> {
     Some(modules.join(", "))
 }
 
-/// The ways in which a `Pooling` makes one vector of many.
+/// Returns the ways in which a `Pooling` makes one vector of many.
 fn modes(config: &Value) -> String {
     match &config["pooling_mode"] {
         Value::String(mode) => mode.clone(),

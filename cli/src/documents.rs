@@ -54,7 +54,7 @@ impl Documents {
     }
 }
 
-/// The documents of a text file.
+/// Returns the documents of a text file.
 fn parts<'t>(
     path: &Path,
     bytes: &'t [u8],
@@ -76,7 +76,7 @@ fn parts<'t>(
     }
 }
 
-/// The records of a JSONL file as `parse` reads them, with their lines; an error names its line.
+/// Returns the records of a JSONL file as `parse` reads them, with their lines; an error names its line.
 pub fn lines<'r, T>(
     path: &'r Path,
     parse: impl Fn(&[u8]) -> std::result::Result<T, String> + Send + 'r,
@@ -111,7 +111,7 @@ pub fn lines<'r, T>(
     })
 }
 
-/// The text in a field of a record.
+/// Returns the text in a field of a record.
 fn text_of(line: &[u8], field: &str) -> std::result::Result<String, String> {
     let mut fields = fields_of(line)?;
     match fields.remove(field) {
@@ -125,7 +125,7 @@ fn text_of(line: &[u8], field: &str) -> std::result::Result<String, String> {
     }
 }
 
-/// The fields of a record.
+/// Returns the fields of a record.
 pub fn fields_of(line: &[u8]) -> std::result::Result<Map<String, Value>, String> {
     match serde_json::from_slice(line).map_err(|why| format!("is not JSON: {why}"))? {
         Value::Object(fields) => Ok(fields),

@@ -67,6 +67,10 @@ pub fn run(args: EmbedArgs) -> Result<()> {
         return Err(Failure::new(why).within(&args.checkpoint));
     }
     let pipeline = match run_of(&args.checkpoint)? {
+        Some(_) if args.strict.is_given() => {
+            let why = "is a run of `xt train`, whose weights are all used; omit `--strict`";
+            return Err(Failure::new(why).within(&args.checkpoint));
+        }
         Some((folder, config)) => {
             let tokenizer = match &args.tokenizer {
                 Some(path) => tokenizer::for_sentences(path, None, &config.options)?,
@@ -114,7 +118,7 @@ pub fn run(args: EmbedArgs) -> Result<()> {
     }
 }
 
-/// The checkpoint of a run of `--task embed`, and its options; `None` for other paths.
+/// Returns the checkpoint of a run of `--task embed`, and its options; `None` for other paths.
 fn run_of(path: &Path) -> Result<Option<(PathBuf, EmbedderConfig)>> {
     let folder = files::checkpoint(path);
     if Pretrained::is_one(&folder) || !Checkpoint::is_in(&folder) {
@@ -126,7 +130,7 @@ fn run_of(path: &Path) -> Result<Option<(PathBuf, EmbedderConfig)>> {
     }
 }
 
-/// A table of the similarities of all pairs.
+/// Returns a table of the similarities of all pairs.
 fn similarities(similarity: Similarity, texts: &[String], vectors: &[&[f64]]) -> String {
     let number = |a: &[f64], b: &[f64]| format!("{:.3}", similarity.of(a, b));
     let rows: Vec<Vec<String>> = vectors.iter().map(|a| vectors.iter().map(|b| number(a, b)).collect()).collect();

@@ -24,7 +24,7 @@ pub fn read(path: &Path) -> LibraryResult<Image> {
     decode(path, &read_limited(path, MAX_FILE)?)
 }
 
-/// The bytes of an image file.
+/// Returns the bytes of an image file.
 pub fn bytes(path: &Path) -> LibraryResult<Vec<u8>> {
     read_limited(path, MAX_FILE)
 }

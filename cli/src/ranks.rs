@@ -88,7 +88,7 @@ pub fn fail(failure: &Failure, say: impl FnOnce(&str)) {
     if *rank == 0 {
         say(&failure.to_string());
     } else {
-        // What all ranks found, rank 0 says, and this process ends meanwhile.
+        // Rank 0 reports errors common to all ranks, and ends this process meanwhile.
         sleep(Duration::from_secs(2));
         say(&format!("rank {rank} of {size}: {failure}"));
     }
@@ -132,19 +132,21 @@ mod transport {
     /// Time between two looks at a rank that waits.
     const TICK: Duration = Duration::from_millis(250);
 
-    /// Ranks, and whether this one waits for the others.
+    /// Ranks, with counts of calls that tell if this one waits for the others.
     #[derive(Debug)]
     struct Watched {
         mpi: Mpi,
-        /// Number of calls that have begun and that have ended: odd while one waits.
-        calls: AtomicU64,
+        /// Number of calls that have begun.
+        begun: AtomicU64,
+        /// Number of calls that have ended: below the former while one waits.
+        ended: AtomicU64,
     }
 
     impl Watched {
         fn wait<R>(&self, call: impl FnOnce(&Mpi) -> R) -> R {
-            self.calls.fetch_add(1, Ordering::Relaxed);
+            self.begun.fetch_add(1, Ordering::Relaxed);
             let result = call(&self.mpi);
-            self.calls.fetch_add(1, Ordering::Relaxed);
+            self.ended.fetch_add(1, Ordering::Relaxed);
             result
         }
     }
@@ -186,17 +188,18 @@ mod transport {
                 Failure::new(format_args!("{VARIABLE}: expected a number of seconds above 0, got `{text}`"))
             })?,
         };
-        let ranks = Arc::new(Watched { mpi: Mpi::new()?, calls: AtomicU64::new(0) });
+        let ranks = Arc::new(Watched { mpi: Mpi::new()?, begun: AtomicU64::new(0), ended: AtomicU64::new(0) });
         let watched = Arc::downgrade(&ranks);
         *lock() = Some(ranks);
         let watch = move || {
-            // Looks at the same call; a process that is stopped does not count the time.
+            // Looks while no call ends; a process that is stopped does not count the time.
             let (mut last, mut looks) = (0, 0);
             while let Some(ranks) = watched.upgrade() {
-                let (rank, call) = (ranks.rank(), ranks.calls.load(Ordering::Relaxed));
+                let (rank, ended) = (ranks.rank(), ranks.ended.load(Ordering::Relaxed));
+                let waits = ranks.begun.load(Ordering::Relaxed) > ended;
                 drop(ranks);
-                looks = if call == last && call % 2 == 1 { looks + 1 } else { 0 };
-                last = call;
+                looks = if ended == last && waits { looks + 1 } else { 0 };
+                last = ended;
                 if TICK * looks >= Duration::from_secs(patience) {
                     // Where even standard error is closed, the exit code has to do. The launcher ends the others.
                     let _ = writeln!(

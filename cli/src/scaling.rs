@@ -16,8 +16,8 @@ const BUCKET: f64 = (8 << 20) as f64;
 
 #[derive(Args)]
 pub struct ScalingArgs {
-    /// Numbers of cards of a run by several processes, whose memory and time of a step are estimated for each stage of ZeRO,
-    /// with AdamW in bf16; --batch-size is that of one card
+    /// Numbers of cards of a run by several processes, whose memory and time of a step are estimated for each stage of
+    /// ZeRO, with AdamW in bf16; --batch-size is that of one card
     #[arg(long, value_name = "N", num_args = 1.., value_parser = value_parser!(u32).range(1..))]
     cards: Vec<u32>,
 
@@ -50,8 +50,8 @@ impl Step {
         [self.dtype, self.dtype.accumulator()].map(|dtype| dtype.size() as f64)
     }
 
-    /// Bytes that a card holds at most: weights, gradients, the state of AdamW and activations. `bucket`: elements that are
-    /// summed together.
+    /// Bytes that a card holds at most: weights, gradients, the state of AdamW and activations. `bucket`: elements that
+    /// are summed together.
     pub fn memory(&self, cards: f64, stage: u8, bucket: f64) -> f64 {
         let [float, sum] = self.sizes();
         let master = if float < sum { sum } else { 0.0 };
@@ -72,7 +72,8 @@ impl Step {
         self.params * float + state + gradients + float * self.cost.saved
     }
 
-    /// Seconds of a step of one micro-batch for each card: sums of gradients beside the backward pass, then what is gathered.
+    /// Seconds of a step of one micro-batch for each card: sums of gradients beside the backward pass, then what is
+    /// gathered.
     fn seconds(&self, cards: f64, stage: u8, speed: f64, bandwidth: f64) -> f64 {
         let [float, sum] = self.sizes();
         let moved = |size: f64| size * self.params * (cards - 1.0) / cards / bandwidth;

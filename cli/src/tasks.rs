@@ -9,10 +9,10 @@ use x_transformers::{
 
 use crate::failure::Result;
 
-/// What a run trained: its description, and its models by their names.
+/// Description of what a run trained, and its models by their names.
 pub type Task = (String, Vec<(&'static str, Config)>);
 
-/// The task of the run in a folder; `None` if its config is that of a model.
+/// Returns the task of the run in a folder; `None` if its config is that of a model.
 pub fn of(folder: &Path) -> Result<Option<Task>> {
     if let Some(config) = ImageClassifierConfig::read(folder)? {
         let lines = format!("{}{}", line("task", "classes of images"), line("classes", config.labels.join(", ")));

@@ -1,9 +1,9 @@
 //! `xt train`: a language model from text or tokens, with checkpoints, curves and samples.
 
 use std::{
-    fmt,
+    fmt, fs,
     io::{Write, stderr},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use clap::{Args, value_parser};
@@ -148,7 +148,7 @@ pub struct TrainArgs {
 }
 
 impl TrainArgs {
-    /// The options of a new run, with this learning rate by default.
+    /// Returns the options of a new run, with this learning rate by default.
     fn train_options(&self, max_seq_len: usize, lr: f64) -> TrainOptions {
         let options = self.options.resolve(max_seq_len, lr);
         TrainOptions { every: self.every.unwrap_or(options.every), ..options }
@@ -158,7 +158,7 @@ impl TrainArgs {
         RankOptions { zero: self.zero, ..RankOptions::default() }
     }
 
-    /// The model to train, by default with a vocabulary of this size.
+    /// Returns the model to train, by default with a vocabulary of this size.
     fn config(&self, num_tokens: Option<usize>) -> Result<Config> {
         if let Some(preset) = self.preset {
             let net = preset.config(num_tokens)?;
@@ -203,6 +203,7 @@ impl TrainArgs {
             ("seq-len", self.options.seq_len.is_some()),
             ("preset", self.preset.is_some()),
             ("config", self.config.is_some()),
+            ("field", self.data.names_field()),
         ];
         match given.into_iter().find(|(name, given)| *given && names.contains(name)) {
             Some((name, _)) => {
@@ -212,7 +213,18 @@ impl TrainArgs {
         }
     }
 
-    /// The config with the keywords of the command line.
+    /// Refuses to replace the model at a path, which a run of `--task dpo` or of an adapter goes on reading.
+    fn keep_reference(&self, from: &Path) -> Result<()> {
+        let base = fs::canonicalize(files::checkpoint(from));
+        let replaced = [files::checkpoint(&self.out), Run::unlocked(&self.out).best()];
+        let is_it = |path: PathBuf| matches!((&base, fs::canonicalize(path)), (Ok(base), Ok(path)) if *base == path);
+        match replaced.into_iter().any(is_it) {
+            true => Err(Failure::new("`--out` must not be the run of `--from`, which stays the reference")),
+            false => Ok(()),
+        }
+    }
+
+    /// Returns the config with the keywords of the command line.
     fn changed(&self, config: Config) -> Result<Config> {
         let config = self.keywords.apply(config)?;
         match config.plan()? {
@@ -222,14 +234,24 @@ impl TrainArgs {
     }
 }
 
-/// The longest window that a model of this config predicts; 0: no limit.
+/// Returns the longest window that a model of this config predicts; 0: no limit.
 fn longest(config: &Config) -> usize {
     length(AutoregressiveWrapper::max_seq_len(config))
 }
 
-/// A longest window; 0: no limit.
+/// Returns a longest window; 0: no limit.
 fn length(longest: usize) -> usize {
     if longest == usize::MAX { 0 } else { longest }
+}
+
+/// Refuses data with a larger vocabulary than the model has.
+fn check_vocabulary(about: &About, model: usize) -> Result<()> {
+    match about.num_tokens.filter(|&own| own > model) {
+        Some(own) => {
+            Err(Failure::new(format_args!("the data has a vocabulary of {own} tokens, but the model has {model}")))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Learning rate by default, for models with random weights, for trained ones and for adapters.
@@ -387,7 +409,7 @@ pub fn warn_of_skipped(text: &ByteText) {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, fs};
+    use std::collections::BTreeMap;
 
     use clap::{CommandFactory, Parser, error::ErrorKind};
     use serde_json::json;

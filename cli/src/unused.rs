@@ -15,6 +15,11 @@ pub struct StrictArgs {
 }
 
 impl StrictArgs {
+    /// Returns `true` if the option was given.
+    pub fn is_given(self) -> bool {
+        self.strict
+    }
+
     /// Warns of weights that a model does not use, or refuses them.
     pub fn check(self, pretrained: &Pretrained, path: &Path) -> Result<()> {
         self.refuse(pretrained, path)?;

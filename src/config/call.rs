@@ -34,7 +34,8 @@ pub struct Call {
     pub return_attn_z_loss: bool,
     /// Factor of the z-loss. Default 1e-4.
     pub attn_z_loss_weight: Option<f64>,
-    /// Number of passes through the layers of a model with `recycling`.
+    /// Number of passes through the layers of a model with `recycling`. Default: drawn in training, else the config's
+    /// `train_max_recycle_steps`; `Model::run` requires it outside of training.
     pub recycle_steps: Option<usize>,
     /// Number of passes through the layers of a model with `looped`. Default `max_looped_steps` of the config.
     pub looped_steps: Option<usize>,
@@ -42,6 +43,9 @@ pub struct Call {
     pub generator_sample_temperature: Option<f64>,
     /// If `Some`, generates tokens instead: `"method": "generate"` with the arguments of `generate`.
     pub generate: Option<GenerateCall>,
+    /// If `true`, `generate` writes the tokens before a suffix, with a `BeliefStateWrapper`: `"method":
+    /// "generate_with_suffix_cond"`.
+    pub suffix_cond: bool,
     /// If `Some`, searches for the most likely continuations instead: `"method": "beam_search"`.
     pub beam_search: Option<BeamCall>,
 }
@@ -164,8 +168,8 @@ keywords! {
         options {
             return_embeddings, return_mems, return_attn, return_logits_and_embeddings, excise_prepend_embeds,
             return_outputs, detach_mems, prefix_attn_len, layers_execute_order, return_attn_z_loss, attn_z_loss_weight,
-            recycle_steps, looped_steps, method, seq_len, eos_token, cache_kv,
-            restrict_to_max_seq_len, beams, return_beams_and_scores, generator_sample_temperature, batch_size, start_temperature, filter_thres,
+            recycle_steps, looped_steps, method, seq_len, eos_token, cache_kv, restrict_to_max_seq_len, beams,
+            return_beams_and_scores, generator_sample_temperature, batch_size, start_temperature, filter_thres,
             noise_level_scale,
         }
     }
@@ -246,6 +250,7 @@ impl Call {
             Some(other) => return Err(Error::option("method", format_args!("expected \"generate\", got \"{other}\""))),
         }
         Ok(Self {
+            suffix_cond: keys.method.as_deref() == Some(GOAL),
             return_embeddings: keys.return_embeddings,
             return_mems: keys.return_mems,
             return_attn: keys.return_attn,

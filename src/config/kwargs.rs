@@ -54,8 +54,8 @@ impl<T: Serialize + DeserializeOwned> Json for T {
     }
 }
 
-/// Implements [`Keywords`], `Serialize` and `Deserialize` for a struct from all of its fields: required and other options,
-/// options of another struct with a prefix or as an object, and fields for which `special` visits.
+/// Implements [`Keywords`], `Serialize` and `Deserialize` for a struct from all of its fields: required and other
+/// options, options of another struct with a prefix or as an object, and fields for which `special` visits.
 macro_rules! keywords {
     (
         $Type:ident {

@@ -228,8 +228,8 @@ pub enum FilterLogits {
     MinP,
     /// The `⌈filter_thres · num_tokens⌉` most likely tokens.
     TopShare,
-    /// Tokens with a probability of at least `max p ^ min_p_pow · min_p_ratio`, where the maximum is the row's; they keep
-    /// their logits.
+    /// Tokens with a probability of at least `max p ^ min_p_pow · min_p_ratio`, where the maximum is the row's; they
+    /// keep their logits.
     RowTopA,
     /// All tokens.
     None,

@@ -12,7 +12,7 @@ pub(crate) struct Bucket {
     /// Dtype of the parameters; their gradients are summed in its accumulator.
     pub dtype: DType,
     pub device: Device,
-    /// What each rank has.
+    /// Pieces of each rank.
     pub parts: Vec<Vec<Piece>>,
     /// Elements of the largest part, to which the others are padded.
     pub len: usize,
@@ -64,8 +64,8 @@ impl Bucket {
         buckets
     }
 
-    /// Takes the gradients of the bucket out, as one tensor of all parts: `[ranks · len]`. Where there is none it has −0, to
-    /// which adding a number changes no bit of the number.
+    /// Takes the gradients of the bucket out, as one tensor of all parts: `[ranks · len]`. Where there is none it has
+    /// −0, to which adding a number changes no bit of the number.
     pub fn take(&self, grads: &mut Gradients) -> Result<Tensor> {
         let take = |(_, param): &(String, Param)| grads.take(param.leaf()).map(|grad| self.flat(&grad)).transpose();
         let flat = self.params.iter().map(take).try_collect_vec()?;

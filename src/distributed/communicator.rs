@@ -6,9 +6,10 @@ use crate::{Device, Error, Result, Tensor, error::ensure};
 
 /// The processes of a run, numbered by rank, and their collective operations.
 ///
-/// Every rank calls the same methods in the same order, with tensors of the same shape and dtype: each call waits for the
-/// others. A tensor of a GPU passes through the memory of the CPU, unless an implementation says otherwise. Sums are added in
-/// the order of ranks, in f32 or wider, so that all ranks get the same bits, those of one process that adds in this order.
+/// Every rank calls the same methods in the same order, with tensors of the same shape and dtype: each call waits for
+/// the others. A tensor of a GPU passes through the memory of the CPU, unless an implementation says otherwise. Sums
+/// are added in the order of ranks, in f32 or wider: all ranks get the same bits, those of one process that adds in
+/// this order.
 ///
 /// An implementation moves bytes; the methods on tensors are made of that.
 pub trait Communicator: fmt::Debug + Send + Sync {
@@ -18,8 +19,8 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     /// Returns the number of processes, at least 1.
     fn size(&self) -> usize;
 
-    /// Returns `true` if any thread may call the methods, one at a time: gradients are then summed while the backward pass
-    /// runs. Default `true`.
+    /// Returns `true` if any thread may call the methods, one at a time: gradients are then summed while the backward
+    /// pass runs. Default `true`.
     fn takes_any_thread(&self) -> bool {
         true
     }

@@ -15,7 +15,8 @@ use crate::{
     hash::{FNV1A_START, fnv1a_from},
 };
 
-/// A model whose copies on all ranks learn from parts of the same batches (Li et al., <https://arxiv.org/abs/2006.15704>).
+/// A model whose copies on all ranks learn from parts of the same batches (Li et al.,
+/// <https://arxiv.org/abs/2006.15704>).
 ///
 /// ```
 /// use std::sync::Arc;
@@ -76,11 +77,12 @@ impl DataParallel {
 
     /// Sums the gradients of the parameters over all ranks. Those of half types come back in f32.
     ///
-    /// For the mean of all losses each rank divides its own by the number of ranks, or the optimizer takes this factor. A
-    /// parameter that a rank's loss does not reach counts as 0 there, and has no gradient if none reaches it. With one
-    /// rank, gradients stay as they are.
+    /// For the mean of all losses each rank divides its own by the number of ranks, or the optimizer takes this factor.
+    /// A parameter that a rank's loss does not reach counts as 0 there, and has no gradient if none reaches it. With
+    /// one rank, gradients stay as they are.
     ///
-    /// N ranks that add the bits of one process that [accumulates](Gradients::accumulate) N batches in the order of ranks.
+    /// N ranks that add the bits of one process that [accumulates](Gradients::accumulate) N batches in the order of
+    /// ranks.
     ///
     /// Errors: a failed transfer; out of memory.
     pub fn reduce(&self, mut grads: Gradients) -> Result<Gradients> {
@@ -88,6 +90,7 @@ impl DataParallel {
             return Ok(grads);
         }
         let mut reducer = self.reducer.lock().unwrap_or_else(PoisonError::into_inner);
+        reducer.reset();
         reducer.round(&mut grads)?;
         let sums = reducer.finish()?;
         reducer.gather(sums, &mut grads)?;

@@ -58,8 +58,8 @@ pub struct Launch {
 impl Launch {
     /// Reads the environment.
     ///
-    /// The first launcher of [`Launcher`]'s list that has set a rank or a number of ranks counts: `mpirun` in an allocation
-    /// of Slurm finds variables of both.
+    /// The first launcher of [`Launcher`]'s list that has set a rank or a number of ranks counts: `mpirun` in an
+    /// allocation of Slurm finds variables of both.
     ///
     /// Errors: a rank without a number of ranks or the reverse; text that is no number; a rank that is not below the
     /// number; MPI and torchrun that contradict each other.

@@ -3,8 +3,9 @@
 use std::{
     fmt,
     process::exit,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError, TryLockError},
     thread::{self, ThreadId},
+    time::Duration,
 };
 
 use mpi::{
@@ -20,10 +21,13 @@ use crate::{Error, Result, error::ensure};
 /// Bytes that a call of MPI moves for a rank at most: it counts with 32 bits.
 const PIECE: usize = 1 << 28;
 
+/// Time that [`Mpi::abort`] waits for its turn.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// All ranks of an MPI program (`MPI_COMM_WORLD`), over the MPI library that the crate was built with.
 ///
-/// A rank that ends early ends the others: `mpirun` sees to that. The process may have one value at a time, and none after
-/// it has been dropped.
+/// A rank that ends early ends the others: `mpirun` sees to that. The process may have one value at a time, and none
+/// after it has been dropped.
 pub struct Mpi {
     rank: usize,
     size: usize,
@@ -70,11 +74,17 @@ impl Mpi {
 
     /// Ends all ranks at once: their launcher returns `code`.
     pub fn abort(&self, code: i32) -> ! {
-        // A thread that waits for another rank has the turn until then; launchers end the others of a process that exits.
-        match self.universe.try_lock() {
-            Ok(universe) => universe.world().abort(code),
-            Err(_) => exit(code),
+        // A thread that waits for another rank has the turn until then, which may be never.
+        const LOOKS: u32 = 100;
+        for _ in 0..LOOKS {
+            match self.universe.try_lock() {
+                Ok(universe) => universe.world().abort(code),
+                Err(TryLockError::Poisoned(universe)) => universe.into_inner().world().abort(code),
+                Err(TryLockError::WouldBlock) => thread::sleep(PATIENCE / LOOKS),
+            }
         }
+        // Launchers end the others of a process that exits.
+        exit(code)
     }
 
     /// Returns name and version of the MPI library.

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        mpsc::{Sender, channel},
+        mpsc::{Sender, SyncSender, channel, sync_channel},
     },
     thread::{Builder, JoinHandle},
 };
@@ -17,8 +17,8 @@ use crate::{
 /// Elements that are summed together unless told otherwise: 32 MB of f32.
 pub(crate) const BUCKET: usize = 8 << 20;
 
-/// Sums of gradients over ranks. Each rank adds its part of every bucket, to which all give theirs, in the order of ranks:
-/// N ranks that add M rounds have the bits of one process that adds N · M gradients.
+/// Sums of gradients over ranks. Each rank adds its part of every bucket, to which all give theirs, in the order of
+/// ranks: N ranks that add M rounds have the bits of one process that adds N · M gradients.
 pub(crate) struct Reducer {
     ranks: Arc<dyn Communicator>,
     buckets: Arc<Vec<Bucket>>,
@@ -43,7 +43,7 @@ pub(crate) struct Sums {
     pub reached: Vec<Vec<bool>>,
 }
 
-/// Who adds.
+/// Executor of the sums.
 enum Adding {
     Caller(Adder),
     Thread(Worker),
@@ -72,7 +72,8 @@ impl Reducer {
         Ok(Self { ranks, buckets, places, reached, missing, given: 0, eager, adding })
     }
 
-    /// Gives buckets away while the backward pass runs, even if the pass waits for their sums: gradients take less memory.
+    /// Gives buckets away while the backward pass runs, even if the pass waits for their sums: gradients take less
+    /// memory.
     pub fn eagerly(self) -> Self {
         Self { eager: true, ..self }
     }
@@ -118,16 +119,33 @@ impl Reducer {
         }
     }
 
-    /// Ends a round: adds the gradients that were not given away. Every rank does as many rounds, some without gradients.
+    /// Ends a round: adds the gradients that were not given away. Every rank does as many rounds, some without
+    /// gradients.
     pub fn round(&mut self, grads: &mut Gradients) -> Result<()> {
         while self.given < self.buckets.len() {
             self.give(grads)?;
         }
+        self.begin();
+        Ok(())
+    }
+
+    /// Begins a round: no gradient is complete, and no bucket given away.
+    fn begin(&mut self) {
         self.given = 0;
         for (missing, bucket) in self.missing.iter_mut().zip(&*self.buckets) {
             *missing = bucket.params.len();
         }
-        Ok(())
+    }
+
+    /// Drops the sums of a step that failed.
+    pub fn reset(&mut self) {
+        // Nothing else is lost: if the thread has ended, the next bucket says so.
+        drop(match &mut self.adding {
+            Adding::Caller(adder) => Ok(adder.take()),
+            Adding::Thread(worker) => worker.take(),
+        });
+        self.reached.iter_mut().for_each(|reached| reached.fill(0));
+        self.begin();
     }
 
     /// Returns the sums of all rounds since the last call.
@@ -193,7 +211,7 @@ impl Adder {
 /// A thread that adds in the order in which it is asked to.
 struct Worker {
     /// `None` once the thread is to end.
-    orders: Option<Sender<Order>>,
+    orders: Option<SyncSender<Order>>,
     thread: Option<JoinHandle<()>>,
     /// If `true`, the thread may wait for other ranks.
     busy: bool,
@@ -206,7 +224,8 @@ enum Order {
 
 impl Worker {
     fn start(mut adder: Adder) -> Result<Self> {
-        let (orders, asked) = channel();
+        // A pass that is faster than the transfers waits, instead of holding all of its gradients in the queue.
+        let (orders, asked) = sync_channel(2);
         let work = move || {
             let mut failed = None;
             while let Ok(order) = asked.recv() {
@@ -249,8 +268,8 @@ fn ended() -> Error {
 }
 
 impl Drop for Worker {
-    /// Waits for the thread, which holds the ranks: those of MPI end on the thread that began them. After an error in the
-    /// middle of a step other ranks may never answer it.
+    /// Waits for the thread, which holds the ranks: those of MPI end on the thread that began them. After an error in
+    /// the middle of a step other ranks may never answer it.
     fn drop(&mut self) {
         self.orders = None;
         if let Some(thread) = self.thread.take().filter(|_| !self.busy) {

@@ -102,7 +102,7 @@ impl AutoregressiveWrapper {
         Ok((loss, self.net.logits(&hidden).context("net")?))
     }
 
-    /// Computes [`AutoregressiveWrapper::loss`] over those tokens alone that a mask marks as targets with `true`,
+    /// Computes [`AutoregressiveWrapper::loss`] over the tokens that a mask marks as targets with `true`,
     /// `[b, n + 1]` Bool, whose first column does not matter: the answers of a chat, for instance.
     ///
     /// Errors: those of [`AutoregressiveWrapper::loss`]; a mask of another shape.
@@ -250,8 +250,8 @@ pub(super) fn mean_where(x: &Tensor, keep: &Tensor) -> Result<Tensor> {
     x.masked_fill(&keep.logical_not()?, 0.0)?.sum(&[])?.affine(1.0 / kept as f64, 0.0)
 }
 
-/// Computes the z-loss of the scores of all attentions: a weight, 1e-4 by default, times the mean over queries of the sum over heads of the
-/// squared sum over layers of `ln Σ exp(score)` (<https://arxiv.org/abs/2202.08906>).
+/// Computes the z-loss of the scores of all attentions: a weight, 1e-4 by default, times the mean over queries of the
+/// sum over heads of the squared sum over layers of `ln Σ exp(score)` (<https://arxiv.org/abs/2202.08906>).
 pub(super) fn z_loss(scores: &[Tensor], weight: Option<f64>) -> Result<Tensor> {
     let mut sum: Option<Tensor> = None;
     for scores in scores {

@@ -14,8 +14,8 @@ use crate::{
     nn::{ForwardOptions, Linear},
 };
 
-/// Belief State Transformer: a decoder reads the text before, another one the text after in reverse, and a head predicts
-/// the next token of the former and the one before the latter (Hu et al., <https://arxiv.org/abs/2410.23506>).
+/// Belief State Transformer: a decoder reads the text before, another one the text after in reverse, and a head
+/// predicts the next token of the former and the one before the latter (Hu et al., <https://arxiv.org/abs/2410.23506>).
 #[derive(Clone, Debug)]
 pub struct BeliefStateWrapper {
     /// Decoder of the text before.
@@ -126,8 +126,8 @@ impl BeliefStateWrapper {
         Ok(decoder.forward(tokens, &options)?.out)
     }
 
-    /// Continues a prompt, `[b, t]` I64, by `seq_len` tokens, and returns only those. `suffix`, `[n]` or `[b, n]`, is the
-    /// text after them.
+    /// Continues a prompt, `[b, t]` I64, by `seq_len` tokens, and returns only those. `suffix`, `[n]` or `[b, n]`, is
+    /// the text after them.
     ///
     /// Errors: an empty prompt, and those of [`TransformerWrapper::forward`].
     pub fn generate(
@@ -188,7 +188,17 @@ impl NamedModel for BeliefStateWrapper {
         Ok(("loss", self.loss(&inputs.need("seq")?)?))
     }
 
+    fn generates_to_suffix(&self) -> bool {
+        true
+    }
+
     fn generate(&self, inputs: &mut Inputs, _: &Call, generate: &GenerateCall, run: &RunOptions) -> Result<Tensor> {
+        for (name, given) in [
+            ("eos_token", generate.eos_token.is_some()),
+            ("restrict_to_max_seq_len", !generate.restrict_to_max_seq_len),
+        ] {
+            ensure!(!given, Error::option(name, "is not supported by BeliefStateWrapper").context("call"));
+        }
         let seq_len = generate.seq_len.ok_or_else(|| Error::missing_option("seq_len").context("call"))?;
         let (prompt, suffix) = (inputs.prompt()?, inputs.take("suffix"));
         self.generate(&prompt, suffix.as_ref(), seq_len, &generate.sampling, run.seed)

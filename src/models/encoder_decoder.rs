@@ -79,7 +79,7 @@ impl XTransformer {
         self.decoder.loss(tgt, &decoder).context("decoder")
     }
 
-    /// Computes [`XTransformer::loss`] over those tokens of `tgt` alone that a mask marks with `true`, `[b, m]` Bool, like
+    /// Computes [`XTransformer::loss`] over the tokens of `tgt` that a mask marks with `true`, `[b, m]` Bool, like
     /// [`AutoregressiveWrapper::masked_loss`].
     ///
     /// Errors: those of [`XTransformer::loss`]; a mask of another shape.

@@ -12,8 +12,8 @@ use crate::{
     nn::{ForwardOptions, Linear},
 };
 
-/// GPT-VAE: an encoder reads a sequence and gives a normal distribution of styles, one of which precedes the tokens of a
-/// language model (the conditional VAE of Zhao et al., <https://arxiv.org/abs/2304.13705>).
+/// GPT-VAE: an encoder reads a sequence and gives a normal distribution of styles, one of which precedes the tokens of
+/// a language model (the conditional VAE of Zhao et al., <https://arxiv.org/abs/2304.13705>).
 #[derive(Clone, Debug)]
 pub struct GptVae {
     encoder: TransformerWrapper,
@@ -24,8 +24,8 @@ pub struct GptVae {
 }
 
 impl GptVae {
-    /// Creates a model; its parameters' names begin with `encoder.`, `decoder.` and `ar_wrapped_decoder.net.`, which is the
-    /// decoder.
+    /// Creates a model; its parameters' names begin with `encoder.`, `decoder.` and `ar_wrapped_decoder.net.`, which is
+    /// the decoder.
     ///
     /// Errors: those of the layers.
     pub fn new(plan: GptVaePlan, store: &ParamStore) -> Result<Self> {
@@ -54,8 +54,8 @@ impl GptVae {
         Ok([both.narrow(-1, 0, width)?, both.narrow(-1, width, width)?])
     }
 
-    /// Computes the loss of predicting the tokens after a style that is drawn from the distribution that the encoder gives
-    /// for them, or for another sequence, and the divergence of that distribution: `[b, n]` I64 to a scalar.
+    /// Computes the loss of predicting the tokens after a style that is drawn from the distribution that the encoder
+    /// gives for them, or for another sequence, and the divergence of that distribution: `[b, n]` I64 to a scalar.
     ///
     /// `noise`, `[b, dim_latent]`, takes the place of normal draws from the seed. Training leaves styles out.
     ///
@@ -98,8 +98,8 @@ impl GptVae {
         self.from_latent.forward(styles).context("from_latent_to_prepend_token.0")?.unsqueeze(1)
     }
 
-    /// Continues prompts, `[b, t]` I64, by `seq_len` tokens in these styles, `[dim_latent]` or `[b, dim_latent]`, or
-    /// without one.
+    /// Continues prompts, `[b, t]` or `[t]` I64, by `seq_len` tokens in these styles, `[dim_latent]` or
+    /// `[b, dim_latent]`, or without one.
     ///
     /// Errors: styles that do not match, and those of [`AutoregressiveWrapper::generate`].
     pub fn generate(
@@ -109,9 +109,9 @@ impl GptVae {
         seq_len: usize,
         options: &GenerateOptions,
     ) -> Result<Tensor> {
-        let (b, width) = (prompt.dim(0)?, self.plan.dim_latent);
+        let (b, width) = (if prompt.rank() == 1 { 1 } else { prompt.dim(0)? }, self.plan.dim_latent);
         let token = |styles: &Tensor| {
-            let fits = (1..=2).contains(&styles.rank()) && styles.dim(-1)? == width;
+            let fits = styles.shape()[..] == [width] || styles.shape()[..] == [b, width];
             ensure!(fits, Error::shape("latents", format_args!("expected [{b}, {width}], got {:?}", styles.shape())));
             self.token(&if styles.rank() == 1 { styles.unsqueeze(0)?.expand([b, width])? } else { styles.clone() })
         };

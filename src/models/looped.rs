@@ -25,7 +25,8 @@ pub(super) fn loss(
     let n = targets.dim(1)?;
     let passes = net.passes(tokens, options).context("net")?;
     let passes: Vec<Tensor> = passes.iter().map(|hidden| hidden.narrow(1, 0, n)).try_collect_vec()?;
-    ensure!(passes.len() > 1, Error::option("max_looped_steps", "expected at least 2 for the loss of the gate, got 1"));
+    let name = if options.looped_steps.is_some() { "looped_steps" } else { "max_looped_steps" };
+    ensure!(passes.len() > 1, Error::option(name, "expected at least 2 for the loss of the gate, got 1"));
     let ignored = Tensor::full((), plan.ignore_index as f64, DType::I64, targets.device())?;
     let kept = targets.ne(&ignored)?;
     let none = Tensor::zeros((), DType::I64, targets.device())?;

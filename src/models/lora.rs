@@ -28,7 +28,8 @@ pub struct LoraOptions {
     pub lora_alpha: f64,
     /// Dropout probability of the update's input.
     pub lora_dropout: f64,
-    /// If `true`, the factor is `lora_alpha / √r` (rsLoRA, <https://arxiv.org/abs/2312.03732>) instead of `lora_alpha / r`.
+    /// If `true`, the factor is `lora_alpha / √r` (rsLoRA, <https://arxiv.org/abs/2312.03732>) instead of
+    /// `lora_alpha / r`.
     pub use_rslora: bool,
     /// If `true`, the length of each row of the updated weight is a parameter of its own (DoRA,
     /// <https://arxiv.org/abs/2402.09353>).
@@ -105,8 +106,8 @@ pub(crate) struct LoraTarget {
 
 /// Low-rank adapter of a model: the parameters to train, while those of the model are frozen.
 ///
-/// The parameters have PEFT's names, `base_model.model.NAME.lora_A.weight` and so on. The model computes with their present
-/// values.
+/// The parameters have PEFT's names, `base_model.model.NAME.lora_A.weight` and so on. The model computes with their
+/// present values.
 ///
 /// ```
 /// use x_transformers::{models::LoraOptions, prelude::*, train::{AdamW, AdamWOptions, Optimizer}};
@@ -155,8 +156,8 @@ impl TransformerWrapper {
     /// Adds a low-rank adapter, and freezes the model's parameters; `params` are those of the model, under whose names
     /// [`LoraOptions::target_modules`] are looked for. Updates begin at zero: outputs are those of the model.
     ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for illegal options, and targets that no linear layer has; a
-    /// model that has an adapter.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for illegal options, and targets that no linear layer
+    /// has; a model that has an adapter.
     #[doc(alias = "get_peft_model")]
     pub fn add_lora(&mut self, params: &ParamMap, options: &LoraOptions, seed: u64) -> Result<LoraAdapter> {
         let targets: Vec<LoraTarget> = params

@@ -1,5 +1,7 @@
 //! Models of any class, run on named tensors.
 
+mod call;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
@@ -203,10 +205,11 @@ impl Model {
     /// moved to the model's device, and floats are converted to its dtype. With gradients, an output that is not a loss
     /// requires a `cotangent` of its shape.
     ///
-    /// Outputs: `out` (or `loss`, `[1]`), `out.N` of several heads, `embeddings`, `attn_z_loss`, `scores`, `mems.N`, `attn.N`,
-    /// `grad.<parameter>`, and `grad.input.<name>` for every float input except memories. With several outputs the
-    /// gradient is that of the sum of all times their cotangents, `cotangent.N`. Gradients that are zero everywhere are
-    /// omitted; memories have gradients if they are attached. A tied parameter has one entry, in an encoder-decoder under the encoder's name.
+    /// Outputs: `out` (or `loss`, `[1]`), `out.N` of several heads, `embeddings`, `attn_z_loss`, `scores`, `mems.N`,
+    /// `attn.N`, `grad.<parameter>`, and `grad.input.<name>` for every float input except memories. With several
+    /// outputs the gradient is that of the sum of all times their cotangents, `cotangent.N`. Gradients that are zero
+    /// everywhere are omitted; memories have gradients if they are attached. A tied parameter has one entry, in an
+    /// encoder-decoder under the encoder's name.
     ///
     /// Errors: inputs that are missing, not used by this call, or do not fit.
     pub fn run(
@@ -215,6 +218,7 @@ impl Model {
         call: &Call,
         options: &RunOptions,
     ) -> Result<BTreeMap<String, Tensor>> {
+        self.check_call(call)?;
         let generates = call.generate.is_some() || call.beam_search.is_some();
         let gradients = options.gradients && !generates && !matches!(self.kind, Kind::Filter(_));
         let mut given = self.adopt(inputs)?;
@@ -230,6 +234,7 @@ impl Model {
             }
         }
         let mut tape = gradients.then(Tape::grad);
+        self.check_recycled(call)?;
         let forward = match (&call.generate, &call.beam_search) {
             (Some(generate), _) => self.generate(&mut given, call, generate, options)?,
             (None, Some(beams)) => self.beam_search(&mut given, call, beams, options)?,
@@ -264,6 +269,7 @@ impl Model {
             call.generate.is_none() && call.beam_search.is_none(),
             Error::option("method", "`forward` does not generate; use `run`").context("call")
         );
+        self.check_call(call)?;
         let mut given = self.adopt(inputs)?;
         let forward = self.pass(&mut given, call, options)?;
         given.finish()?;

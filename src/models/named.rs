@@ -13,6 +13,11 @@ pub(super) trait NamedModel: fmt::Debug + Send + Sync {
     /// Returns the output and its name, `loss` or `out`.
     fn pass(&self, inputs: &mut Inputs, call: &Call, run: &RunOptions) -> Result<(&'static str, Tensor)>;
 
+    /// Returns `true` if the model generates the tokens between a prompt and a suffix. Default `false`.
+    fn generates_to_suffix(&self) -> bool {
+        false
+    }
+
     /// Generates tokens.
     fn generate(
         &self,

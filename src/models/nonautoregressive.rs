@@ -204,8 +204,8 @@ impl NonAutoregressiveWrapper {
         if scores.rank() == 3 { scores.squeeze(-1) } else { Ok(scores) }
     }
 
-    /// Generates rows of `max_seq_len` tokens, `[b, max_seq_len]`: each step fills in all masked tokens, and masks those
-    /// again that are the least certain. Equal seeds draw equal noise on every device.
+    /// Generates rows of `max_seq_len` tokens, `[b, max_seq_len]`: each step fills in all masked tokens, and masks
+    /// those again that are the least certain. Equal seeds draw equal noise on every device.
     ///
     /// Errors: those of [`TransformerWrapper::forward`].
     pub fn generate(&self, batch: usize, call: &MaskedCall, seed: u64, options: &ForwardOptions) -> Result<Tensor> {

@@ -65,6 +65,8 @@ impl AutoregressiveWrapper {
         if let Err(why) = self.net.supports_kv_cache(&options.forward) {
             return Err(Error::option("draft", format_args!("requires a model that can use a KV cache: {why}")));
         }
+        let restricted = options.restrict_to_max_seq_len;
+        ensure!(restricted, Error::option("draft", "requires `restrict_to_max_seq_len = true`"));
         ensure!(rows.is_cached(), Error::option("draft", "cannot be used with `recompute`"));
         let b = rows.tokens.len();
         options.check(b, own)?;

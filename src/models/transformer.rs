@@ -232,11 +232,12 @@ impl TransformerWrapper {
         &self.token_emb
     }
 
-    /// Rounds the weights of linear layers and the table of token embeddings to a quantised type; norms, gates and biases
-    /// stay as they are. Rows that are not whole blocks take the type of [`QuantType::for_rows_of`], or stay floats.
+    /// Rounds the weights of linear layers and the table of token embeddings to a quantised type; norms, gates and
+    /// biases stay as they are. Rows that are not whole blocks take the type of [`QuantType::for_rows_of`], or stay
+    /// floats.
     ///
-    /// The packed weights have no gradients and are in no map of parameters; the model of another clone keeps its own. See
-    /// [`PackedMatrix`] for what their products compute.
+    /// The packed weights have no gradients and are in no map of parameters; the model of another clone keeps its own.
+    /// See [`PackedMatrix`] for what their products compute.
     ///
     /// Errors: weights that are not finite; a type that [is not packed](QuantType::is_packed).
     #[doc(alias = "quantize_dynamic")]
@@ -340,8 +341,7 @@ impl TransformerWrapper {
             Recurrence::Looped(steps) => options.looped_steps.unwrap_or(steps),
             Recurrence::Recycled(most) => {
                 let drawn = || dropout_stream().map(|draws| 1 + draws.below(0, most as u64) as usize);
-                let missing = || Error::argument("recycle_steps", "is missing: only training draws it");
-                options.recycle_steps.or_else(drawn).ok_or_else(missing)?
+                options.recycle_steps.or_else(drawn).unwrap_or(most)
             }
         };
         let pass = |x: &Tensor| self.attn_layers.forward_normed(x, options, self.norm.as_ref());

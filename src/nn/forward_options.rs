@@ -65,7 +65,8 @@ pub struct ForwardOptions {
     /// Numbers of the sublayers in the order in which this call runs them, some several times. Default: that of the
     /// plan.
     pub layers_execute_order: Option<Vec<usize>>,
-    /// Number of passes through the layers of a model with `recycling`; drawn in training by default.
+    /// Number of passes through the layers of a model with `recycling`. Default: drawn in training, else the
+    /// largest number of the plan.
     pub recycle_steps: Option<usize>,
     /// Number of passes through the layers of a model with `looped`. Default: that of the plan.
     pub looped_steps: Option<usize>,

@@ -317,13 +317,13 @@ impl AttentionLayers {
         let mut mem_masks = options.mem_masks.iter().flatten();
         let mut linked = self.links.start(&walked.stream)?;
         for (index, (layer, plan)) in self.layers.iter().zip(&self.plan.layers).enumerate() {
-            let module = self.plan.modules[index];
+            let (module, share) = (self.plan.modules[index], self.plan.drops.cross_attn_tokens);
+            let dropped = self.drops(module);
             let branch_inputs;
-            (walked.stream, branch_inputs) = self.links.join(walked.stream, &mut linked, module)?;
-            if self.drops(self.plan.modules[index]) {
+            (walked.stream, branch_inputs) = self.links.join(walked.stream, &mut linked, module, dropped)?;
+            if dropped {
                 continue;
             }
-            let share = self.plan.drops.cross_attn_tokens;
             if let (BranchPlan::CrossAttention(_), true, Some(context)) = (&plan.branch, share > 0.0, &options.context)
             {
                 let kept = drop_tokens(context, cross.key_mask.as_ref(), share, options.context_mask.is_some())?;

@@ -109,8 +109,8 @@ impl Linear {
         Self::with_init(store, fan_in, fan_out, init, bias.then_some(init))
     }
 
-    /// Like [`Linear::output`], with a weight normal around 0 and smaller with the depth, `1 / √(2 in depth)`, if one is
-    /// given.
+    /// Like [`Linear::output`], with a weight normal around 0 and smaller with the depth, `1 / √(2 in depth)`, if one
+    /// is given.
     pub(super) fn output_at(
         store: &ParamStore,
         [fan_in, fan_out]: [usize; 2],

@@ -127,8 +127,15 @@ impl Links {
         Ok(linked)
     }
 
-    /// Returns the stream before a sublayer, and the inputs of its branch before the norm if these are not the stream.
-    pub fn join(&self, stream: Stream, linked: &mut Linked, module: usize) -> Result<(Stream, Vec<Tensor>)> {
+    /// Returns the stream before a sublayer, and the inputs of its branch before the norm if these are not the stream;
+    /// a dropped sublayer needs none.
+    pub fn join(
+        &self,
+        stream: Stream,
+        linked: &mut Linked,
+        module: usize,
+        dropped: bool,
+    ) -> Result<(Stream, Vec<Tensor>)> {
         let reads = !self.mixtures.is_empty() || !self.pools.is_empty();
         if self.skips.is_empty() && !reads && self.reinject.is_none() {
             return Ok((stream, Vec::new()));
@@ -142,8 +149,12 @@ impl Links {
             }
         }
         let mut inputs = Vec::new();
-        if reads {
+        // Mixtures have a weight for every sublayer before them, dropped or not; pools attend to those that ran.
+        if reads && !(dropped && self.mixtures.is_empty()) {
             linked.hiddens.push(x.clone());
+        }
+        if dropped {
+            return Ok((Stream::Whole(x), inputs));
         }
         if let Some(pool) = self.pools.get(module) {
             inputs = vec![pool.forward(&x, &linked.hiddens).context(format_args!("layer_integrators.{module}"))?];

@@ -5,8 +5,8 @@ use std::ops::Range;
 use super::Linear;
 use crate::{Param, Result, Tensor, collect::CollectVec};
 
-/// Low-rank update of a linear layer's weight `W [out, in]`: `W + scale · B A` with `A [r, in]` and `B [out, r]` (LoRA, Hu
-/// et al., <https://arxiv.org/abs/2106.09685>).
+/// Low-rank update of a linear layer's weight `W [out, in]`: `W + scale · B A` with `A [r, in]` and `B [out, r]` (LoRA,
+/// Hu et al., <https://arxiv.org/abs/2106.09685>).
 ///
 /// A layer that computes several matrices of a checkpoint at once has an update for each, over its own rows.
 #[derive(Clone, Debug)]
@@ -36,7 +36,8 @@ impl LoraPart {
         x.linear(&self.a.tensor(), None)?.affine(self.scale, 0.0)?.linear(&self.b.tensor(), None)
     }
 
-    /// Returns these rows of the weight with `scale · B A` added, in the type that sums have; `weight` are those without.
+    /// Returns these rows of the weight with `scale · B A` added, in the type that sums have; `weight` are those
+    /// without.
     fn updated(&self, weight: &Tensor) -> Result<Tensor> {
         let wide = weight.detach().to_dtype(weight.dtype().accumulator())?;
         let [b, a] = [&self.b, &self.a].map(|param| param.tensor().detach().to_dtype(wide.dtype()));
@@ -53,8 +54,8 @@ impl LoraPart {
         updated.to_dtype(weight.dtype())
     }
 
-    /// Returns the factors by which DoRA multiplies the rows of the product, `[rows]`. The lengths are constants, as in the
-    /// paper's section 4.3: gradients pass through the magnitude alone.
+    /// Returns the factors by which DoRA multiplies the rows of the product, `[rows]`. The lengths are constants, as in
+    /// the paper's section 4.3: gradients pass through the magnitude alone.
     fn factors(&self, magnitude: &Param, weight: &Tensor) -> Result<Tensor> {
         let magnitude = magnitude.tensor();
         magnitude.div(&lengths(&self.updated(weight)?)?.to_dtype(magnitude.dtype())?)

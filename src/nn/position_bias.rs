@@ -77,7 +77,8 @@ impl RelativePositionBias {
         })
     }
 
-    /// Returns the bias of distances from `−after` to `before` of a key before its query, `[after + 1 + before, heads]`.
+    /// Returns the bias of distances from `−after` to `before` of a key before its query,
+    /// `[after + 1 + before, heads]`.
     pub(super) fn by_distance(&self, before: usize, after: usize, dtype: DType) -> Result<Tensor> {
         let distances = || (0..=after + before).map(|index| index as i64 - after as i64);
         match self {
@@ -115,8 +116,8 @@ impl RelativePositionBias {
         distance.mul(&slopes.to_dtype(DType::F64)?.reshape([1, slopes.numel(), 1, 1])?)?.to_dtype(dtype)
     }
 
-    /// Returns the bias of the last `queries` of `keys` positions, a function of the distance alone. `plain`: if `true`,
-    /// these are all keys.
+    /// Returns the bias of the last `queries` of `keys` positions, a function of the distance alone. `plain`: if
+    /// `true`, these are all keys.
     pub(super) fn relative(&self, queries: usize, keys: usize, plain: bool, dtype: DType) -> Result<PositionBias> {
         match self {
             Self::T5 { .. } if plain && queries == keys => self.forward(),

@@ -97,12 +97,13 @@ impl Residual {
 }
 
 /// Returns `x` less its projection onto `y`, each of whose rows is one vector over all tokens and features (Oh et al.,
-/// <https://arxiv.org/abs/2505.11881>).
+/// <https://arxiv.org/abs/2505.11881>). Half types compute in f32: such rows are long.
 fn orthogonal(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    let unit = unit_length(&y.flatten(1, 2)?)?;
-    let rows = x.flatten(1, 2)?;
+    let wide = x.dtype().accumulator();
+    let unit = unit_length(&y.flatten(1, 2)?.to_dtype(wide)?)?;
+    let rows = x.flatten(1, 2)?.to_dtype(wide)?;
     let parallel = unit.mul(&rows.mul(&unit)?.sum(&[-1])?.unsqueeze(-1)?)?;
-    rows.sub(&parallel)?.reshape(*x.shape())
+    rows.sub(&parallel)?.to_dtype(x.dtype())?.reshape(*x.shape())
 }
 
 /// Returns the mean of the tokens that the mask keeps, `[b, 1, dim]`.

@@ -249,8 +249,8 @@ pub(crate) fn update(updates: Vec<Update<'_>>) -> Result<()> {
     Ok(())
 }
 
-/// Performs an AdamW step like [`update`], but reads its numbers on the device when it runs, and does nothing if `grad_scale`, a scalar there,
-/// is NaN. `factors`: addresses of the seven [`Settings::factors`] of each update.
+/// Performs an AdamW step like [`update`], but reads its numbers on the device when it runs, and does nothing if
+/// `grad_scale`, a scalar there, is NaN. `factors`: addresses of the seven [`Settings::factors`] of each update.
 ///
 /// Errors: those of [`update`], or parameters that are not all on one GPU.
 #[cfg(feature = "cuda")]

@@ -195,8 +195,8 @@ pub(super) fn launch_binary(gpu: &dyn Gpu, function: &str, y: &mut Tensor, a: &T
 /// Number of results computed at a time where operands are gathered first.
 const PIECE: usize = 256;
 
-/// Calls `body` with runs of the output and of both operands, which broadcast to its shape: one number per result, or one
-/// for all of them. bf16 is read in place: going through rows in f32, a sum would take twice the time.
+/// Calls `body` with runs of the output and of both operands, which broadcast to its shape: one number per result, or
+/// one for all of them. bf16 is read in place: going through rows in f32, a sum would take twice the time.
 #[allow(clippy::type_complexity)]
 pub(super) fn for_pairs<T: Pod + Sync, Y: Send>(
     y: &mut [Y],

@@ -19,9 +19,9 @@ const FEW: usize = 8;
 
 /// Matrix `[out, in]` of quantised weights, in the blocks in which GGUF files store them.
 ///
-/// On the CPU a product rounds its inputs to 8 bits, with a scale for each 32 values, and multiplies integers; f64, which
-/// serves references, and GPUs multiply with the dequantised weights. The matrix has no gradient; that of the inputs is a
-/// product with the dequantised weights.
+/// On the CPU a product rounds its inputs to 8 bits, with a scale for each 32 values, and multiplies integers; f64,
+/// which serves references, and GPUs multiply with the dequantised weights. The matrix has no gradient; that of the
+/// inputs is a product with the dequantised weights.
 ///
 /// ```
 /// use x_transformers::{Device, QuantType, Tensor, ops::PackedMatrix};
@@ -50,8 +50,8 @@ pub struct PackedMatrix {
 impl PackedMatrix {
     /// Creates a matrix `[out, in]` on the CPU from the blocks of its rows.
     ///
-    /// Errors: a type without such products (see [`QuantType::is_packed`]); rows that are not whole blocks; another number of
-    /// bytes; scales that are not finite.
+    /// Errors: a type without such products (see [`QuantType::is_packed`]); rows that are not whole blocks; another
+    /// number of bytes; scales that are not finite.
     pub fn new(kind: QuantType, [rows, columns]: [usize; 2], blocks: &[u8]) -> Result<Self> {
         let (values, bytes) = kind.block();
         let row = columns / values * bytes;
@@ -180,8 +180,8 @@ impl PackedMatrix {
 
     /// Looks up rows by index as floats: `[..] → [.., in]`.
     ///
-    /// Errors: indices of another dtype or device, or out of range ([`ErrorKind::Index`](crate::ErrorKind::Index); on a GPU
-    /// when values are next read back); a dtype that is not float.
+    /// Errors: indices of another dtype or device, or out of range ([`ErrorKind::Index`](crate::ErrorKind::Index); on a
+    /// GPU when values are next read back); a dtype that is not float.
     pub fn embedding(&self, indices: &Tensor, dtype: DType) -> Result<Tensor> {
         const OP: &str = "packed_embedding";
         ensure!(

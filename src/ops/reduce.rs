@@ -377,8 +377,8 @@ pub(crate) fn fold2<T: Float>(x: &[T], y: &[T], start: T::Acc, f: impl Fn(T, T) 
 /// Reduces the lanes to one by halving, with constant lengths: a loop over lengths is two kilobytes of code.
 #[inline(always)]
 pub(crate) fn join<A: Real>(lanes: [A; LANES], both: impl Fn(A, A) -> A) -> A {
-    // Through memory, where all lanes lie side by side: seeing how they are joined, the compiler would scatter them over
-    // narrow registers, and the loop that fills them takes up to three times as long.
+    // Through memory, where all lanes lie side by side: seeing how they are joined, the compiler would scatter them
+    // over narrow registers, and the loop that fills them takes up to three times as long.
     let halves = halved::<A, LANES, 8>(black_box(lanes), &both);
     let [a, b] = halved::<A, 4, 2>(halved::<A, 8, 4>(halves, &both), &both);
     both(a, b)

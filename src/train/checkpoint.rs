@@ -76,8 +76,8 @@ const RETRIES: usize = 100;
 /// a kill at any moment all files end as those of an uninterrupted run (but for the speed in `metrics.csv`, which is
 /// measured). A run that was killed before its first save left no checkpoint and is begun again.
 ///
-/// With `--keep-best` or `--patience`, `DIR/best` is a second checkpoint: that of the step with the lowest validation loss.
-/// It is saved after `DIR/checkpoint`; a run that was killed in between saves it when it is resumed.
+/// With `--keep-best` or `--patience`, `DIR/best` is a second checkpoint: that of the step with the lowest validation
+/// loss. It is saved after `DIR/checkpoint`; a run that was killed in between saves it when it is resumed.
 ///
 /// `--overwrite` replaces checkpoint, metrics and picture at its first save; before, the old run is whole. It keeps
 /// its rows in memory until then. For the save it writes a file in `DIR/.replacement` that holds its [`TrainingState`]
@@ -289,10 +289,23 @@ fn model(folder: &Path) -> Result<(Config, BTreeMap<String, Tensor>)> {
     Ok((read_config(folder)?, model))
 }
 
-/// The class of models that learn preferences; their weights are those of the model whose options they have as `config`.
+/// The class of models that learn preferences; their weights are those of the model whose options they have as
+/// `config`.
 pub(super) const DPO: &str = "DpoModel";
 
+/// Classes of runs whose config is not that of a model that continues text.
+const TASKS: [&str; 5] = ["Embedder", "MaskedLm", "ImageClassifier", "Captioner", "Classifier"];
+
 fn read_config(folder: &Path) -> Result<Config> {
+    let value: serde_json::Value = read_json(folder, CONFIG)?;
+    let class = value.get("model").and_then(serde_json::Value::as_str).unwrap_or_default();
+    let refused =
+        |why: &str| Err(Error::file(folder.join(CONFIG), format_args!("is that of a run of `{class}`, {why}")));
+    match class {
+        "LoraModel" => return refused("an adapter of another model: read it with that model"),
+        class if TASKS.contains(&class) => return refused("which does not continue text"),
+        _ => {}
+    }
     match config_of::<serde_json::Value>(folder, DPO)? {
         Some(value) => Config::from_value(value.get("config").cloned().unwrap_or_default())
             .map_err(|error| Error::file(folder.join(CONFIG), format_args!("is damaged: {error}"))),

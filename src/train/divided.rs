@@ -30,8 +30,8 @@ pub(super) struct Divided {
 }
 
 impl Divided {
-    /// Saves a checkpoint whose optimizer's state is this: rank 0 writes the other files, and the file becomes a whole one
-    /// before the checkpoint replaces the last.
+    /// Saves a checkpoint whose optimizer's state is this: rank 0 writes the other files, and the file becomes a whole
+    /// one before the checkpoint replaces the last.
     ///
     /// Errors: those of [`Checkpoint::save`], on all ranks if one could not write.
     pub fn save(&self, checkpoint: &Checkpoint<Value>, folder: &Path, ranks: &dyn Communicator) -> Result<()> {
@@ -90,7 +90,17 @@ impl Divided {
         if first {
             self.whole.iter().try_for_each(|(name, tensor)| write(name, 0, tensor))?;
         }
-        self.own.iter().try_for_each(|(name, before, tensor)| write(name, *before, tensor))?;
+        for (name, before, tensor) in &self.own {
+            let described = self.shapes.get(name).map(|(dtype, _)| *dtype);
+            ensure!(
+                described == Some(tensor.dtype()),
+                Error::dtype(
+                    "save",
+                    format_args!("{name} is {}, not the accumulator of its parameter", tensor.dtype())
+                )
+            );
+            write(name, *before, tensor)?;
+        }
         file.sync_all().map_err(broken)
     }
 }

@@ -122,7 +122,7 @@ impl DpoConfig {
         }
     }
 
-    /// Checks that the model predicts each token from those before it alone.
+    /// Checks that the model predicts each token only from those before it.
     fn check_base(&self) -> Result<()> {
         let reads_all = match self.base_config()?.plan()? {
             ModelPlan::Autoregressive(plan) => plan.loss.reads_all,

@@ -187,7 +187,7 @@ impl EmbedderConfig {
         Ok((config, weights))
     }
 
-    /// The weights of the encoder that the model has, by its names.
+    /// Returns the weights of the encoder that the model has, by its names.
     fn own_weights(&self, weights: BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Tensor>> {
         let store = ParamStore::shapes(DType::F32, &Device::Cpu);
         Embedder::build(self, &store)?;

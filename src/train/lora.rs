@@ -82,7 +82,7 @@ impl Base {
         }
     }
 
-    /// The weights, dequantised.
+    /// Returns the weights, dequantised.
     pub(super) fn state_dict(&self) -> Result<BTreeMap<String, Tensor>> {
         match self {
             Self::Pretrained(pretrained) => Ok(pretrained.state_dict()?.1),
@@ -246,7 +246,7 @@ impl LoraModel {
 
     /// Returns the base, which shares its weights with this model.
     ///
-    /// Errors: none that a model has which was built.
+    /// Errors: out of memory.
     pub(super) fn without_adapter(&self) -> Result<AutoregressiveWrapper> {
         let mut base = self.model.clone();
         base.net.without_lora()?;

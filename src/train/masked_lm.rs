@@ -171,7 +171,7 @@ impl MaskedLm {
         self.net.logits(&self.hidden(batch, false)?)?.argmax(-1)
     }
 
-    /// Normed hidden states of the targets, `[targets, dim]`.
+    /// Returns normed hidden states of the targets, `[targets, dim]`.
     fn hidden(&self, batch: &MaskedBatch, checkpoint_layers: bool) -> Result<Tensor> {
         let options = ForwardOptions { return_embeddings: true, checkpoint_layers, ..ForwardOptions::default() };
         let hidden = self.net.forward(&batch.tokens, &options).context("net")?.out;

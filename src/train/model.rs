@@ -110,6 +110,8 @@ impl TrainModel for AutoregressiveWrapper {
             ("class tokens", net.num_cls_tokens > 0),
             ("memory keys and values", attention(&|plan| plan.num_mem_kv > 0 || plan.zero_kv)),
             ("`shift_tokens`", layers().any(|layer| layer.wrap.shifts.is_some())),
+            ("`orthog_residual`", layers().any(|layer| layer.residual.orthogonal)),
+            ("`mv_split_residual`", layers().any(|layer| layer.residual.split)),
             ("custom branches", layers().any(|layer| layer.branch == BranchPlan::Custom)),
             ("`mask_prob` and `add_attn_z_loss`", loss.mask_prob > 0.0 || loss.attn_z_loss),
         ];
@@ -142,7 +144,7 @@ impl TrainModel for AutoregressiveWrapper {
     }
 }
 
-/// Loss of a batch, with these options.
+/// Returns the loss of a batch, with these options.
 fn loss_with(model: &AutoregressiveWrapper, batch: &TokenBatch, mut options: ForwardOptions) -> Result<Tensor> {
     let n = model.tokens_read(batch.tokens.dim(1)?);
     if let Some(documents) = &batch.documents {

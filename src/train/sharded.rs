@@ -18,12 +18,12 @@ use crate::{
     ordered::OrderedMap,
 };
 
-/// Optimizer of which each rank keeps the state of its part of the parameters: the first two stages of ZeRO (Rajbhandari et
-/// al., <https://arxiv.org/abs/1910.02054>).
+/// Optimizer of which each rank keeps the state of its part of the parameters: the first two stages of ZeRO
+/// (Rajbhandari et al., <https://arxiv.org/abs/1910.02054>).
 ///
-/// Each rank updates its part of the weights and gathers those of the others. All ranks have the bits of the optimizer alone
-/// (on a GPU up to the last bit of the norm that clips). It must update each element by itself, as [`AdamW`](super::AdamW),
-/// [`Sgd`](super::Sgd) and [`Lion`](super::Lion) do.
+/// Each rank updates its part of the weights and gathers those of the others. All ranks have the bits of the optimizer
+/// alone (on a GPU up to the last bit of the norm that clips). It must update [each element by
+/// itself](Optimizer::is_elementwise), as [`AdamW`](super::AdamW), [`Sgd`](super::Sgd) and [`Lion`](super::Lion) do.
 ///
 /// - **Stage 1**: give it the gradients of [`DataParallel::reduce`](crate::distributed::DataParallel::reduce).
 /// - **Stage 2**: give it those of [`Sharded::reduce`], which keeps only this rank's part of the sums.
@@ -70,7 +70,8 @@ impl fmt::Debug for Sharded {
 impl Sharded {
     /// Divides the state of an optimizer of these parameters, if it has one already.
     ///
-    /// Errors: [`Adafactor`](super::Adafactor) and [`Muon`](super::Muon), which need whole matrices; a state of other
+    /// Errors: an optimizer that is not [elementwise](Optimizer::is_elementwise), such as
+    /// [`Adafactor`](super::Adafactor) and [`Muon`](super::Muon), which need whole matrices; a state of other
     /// parameters; out of memory.
     pub fn new(params: &ParamMap, ranks: Arc<dyn Communicator>, optimizer: Box<dyn Optimizer>) -> Result<Self> {
         Self::by_buckets(params, ranks, optimizer, BUCKET)
@@ -86,7 +87,7 @@ impl Sharded {
         let json = optimizer.to_json();
         let name = json["name"].as_str().unwrap_or_default();
         ensure!(
-            !matches!(name, "adafactor" | "muon"),
+            optimizer.is_elementwise(),
             Error::option("zero", format_args!("{name} needs whole matrices; use adamw, lion or sgd"))
         );
         let reducer = Reducer::new(params, ranks, false, most)?;
@@ -97,11 +98,12 @@ impl Sharded {
         Ok(sharded)
     }
 
-    /// Sums gradients over all ranks, and keeps this rank's part: gradients for [`Optimizer::step`] alone.
+    /// Sums gradients over all ranks, and keeps this rank's part: gradients only for [`Optimizer::step`].
     ///
     /// Errors: a failed transfer; out of memory.
     pub fn reduce(&self, mut grads: Gradients) -> Result<Gradients> {
         let mut reducer = self.reducer();
+        reducer.reset();
         reducer.round(&mut grads)?;
         self.shards.gradients(reducer.finish()?)
     }
@@ -166,7 +168,7 @@ impl Optimizer for Sharded {
 pub(super) struct Shards {
     ranks: Arc<dyn Communicator>,
     buckets: Arc<Vec<Bucket>>,
-    /// What this rank has of each bucket: its place in the part, and the parameter.
+    /// Pieces of this rank in each bucket, with their place in its part and their parameter.
     own: Vec<Vec<(Piece, usize, Param)>>,
     params: ParamMap,
 }
@@ -194,7 +196,7 @@ impl Shards {
         Ok(shards)
     }
 
-    /// What this rank has, with the bucket's number.
+    /// Returns the pieces of this rank, with the number of their bucket.
     fn each(&self) -> impl Iterator<Item = (usize, &(Piece, usize, Param))> {
         self.own.iter().enumerate().flat_map(|(bucket, pieces)| pieces.iter().map(move |piece| (bucket, piece)))
     }
@@ -310,25 +312,30 @@ impl Shards {
     fn own_state(&self, dict: &BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Tensor>> {
         let mut places = OrderedMap::default();
         for (bucket, (piece, ..)) in self.each() {
-            let (name, param) = &self.buckets[bucket].params[piece.param];
-            places.insert(name.as_str(), (*piece, param));
+            let (name, _) = &self.buckets[bucket].params[piece.param];
+            places.insert(name.as_str(), *piece);
         }
-        let known = |name: &str| self.buckets.iter().any(|bucket| bucket.params.iter().any(|(known, _)| known == name));
-        let mut own = BTreeMap::new();
+        let all = self.buckets.iter().flat_map(|bucket| &bucket.params);
+        let all = all.map(|(name, param)| (name.as_str(), param)).collect::<BTreeMap<_, _>>();
+        let (mut own, mut mismatched) = (BTreeMap::new(), Vec::new());
         for (key, tensor) in dict {
-            let part = match key.split_once('.') {
-                Some((kind, name)) if known(name) => match places.get(name) {
-                    Some((piece, param)) if kind != "step" && tensor.shape() == param.tensor().shape() => {
-                        slice(tensor, *piece)?
-                    }
-                    Some(_) => tensor.clone(),
-                    // Another rank's.
-                    None => continue,
-                },
-                _ => tensor.clone(),
+            let known = key.split_once('.').and_then(|(kind, name)| Some((kind, name, *all.get(name)?)));
+            let Some((kind, name, param)) = known else {
+                own.insert(key.clone(), tensor.clone());
+                continue;
             };
-            own.insert(key.clone(), part);
+            // All ranks see all shapes, and fail together.
+            if kind != "step" && tensor.shape() != param.tensor().shape() {
+                mismatched.push((key.clone(), param.tensor().shape().to_vec(), tensor.shape().to_vec()));
+                continue;
+            }
+            // Those without a place are another rank's.
+            if let Some(piece) = places.get(name) {
+                own.insert(key.clone(), if kind == "step" { tensor.clone() } else { slice(tensor, *piece)? });
+            }
         }
+        let (missing, unused) = (Vec::new(), Vec::new());
+        ensure!(mismatched.is_empty(), Error::new(ErrorKind::Weights { missing, unused, mismatched }));
         Ok(own)
     }
 
@@ -369,7 +376,7 @@ impl Shards {
         Ok(divided)
     }
 
-    /// What the state of all ranks consists of.
+    /// Returns the names and shapes that make up the state of all ranks.
     fn inventory(&self, own: &BTreeMap<String, Tensor>) -> Result<Inventory> {
         let kinds = own.keys().filter_map(|key| Some(key.split_once('.')?.0)).filter(|kind| *kind != "step");
         // A rank that has no part does not know them.
@@ -417,7 +424,7 @@ impl Shards {
     }
 }
 
-/// What the state of all ranks consists of.
+/// Names and numbers that make up the state of all ranks.
 struct Inventory {
     /// Numbers of steps.
     numbers: BTreeMap<String, Tensor>,

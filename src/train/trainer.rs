@@ -24,8 +24,8 @@ use crate::{
     models::AutoregressiveWrapper,
 };
 
-/// Trainer of a model on the batches of a source, step by step: an [`AutoregressiveWrapper`], or any [`TrainModel`] with
-/// [`Trainer::start`] and [`Trainer::resume_from`].
+/// Trainer of a model on the batches of a source, step by step: an [`AutoregressiveWrapper`], or any [`TrainModel`]
+/// with [`Trainer::start`] and [`Trainer::resume_from`].
 ///
 /// All randomness depends on the seed and the number of the step: a run that is saved, killed and resumed ends with
 /// the same bits as an uninterrupted one, on any number of threads. A thread prepares the batches ahead of the step
@@ -114,8 +114,8 @@ pub struct StepReport {
 impl Trainer {
     /// Starts a run with random weights.
     ///
-    /// Errors: [`ErrorKind::Option`] for an illegal config or illegal options, and those of [`BatchSource::check`]: data
-    /// too short for `seq_len`, or tokens that the model does not have.
+    /// Errors: [`ErrorKind::Option`] for an illegal config or illegal options, and those of [`BatchSource::check`]:
+    /// data too short for `seq_len`, or tokens that the model does not have.
     pub fn new(
         config: impl Into<Config>,
         options: TrainOptions,
@@ -336,6 +336,7 @@ impl<M: TrainModel> Trainer<M> {
     /// cause, for a loss or a gradient that is NaN or infinite; out of memory.
     pub fn step(&mut self) -> Result<StepReport> {
         self.lead(Command::Step)?;
+        self.ranks.reset();
         let TrainOptions { batch_size, accumulate, seed, .. } = self.options;
         let scale = self.scaler.as_ref().map_or(1.0, GradScaler::scale);
         let mut losses = Vec::new();
@@ -528,8 +529,8 @@ impl<M: TrainModel> Trainer<M> {
         self.tokenizer = name;
     }
 
-    /// Changes the number of threads that prepare batches ahead of the step, 1 at the start; with 0 each step prepares its
-    /// own. Sources that are [in order](BatchSource::in_order) have one at most.
+    /// Changes the number of threads that prepare batches ahead of the step, 1 at the start; with 0 each step prepares
+    /// its own. Sources that are [in order](BatchSource::in_order) have one at most.
     pub fn set_workers(&mut self, count: usize) {
         self.data.set_workers(count);
     }

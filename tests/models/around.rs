@@ -125,7 +125,7 @@ fn gumbel_noise_draws_from_the_softmax() -> Result<()> {
         config
     };
     let x = Tensor::generate([1, 5, 16], DType::F64, &Device::Cpu, |i| 2.0 * ((i * 7) as f64).sin())?;
-    let inputs = [("x".to_string(), x)].into();
+    let inputs = std::collections::BTreeMap::from([("x".to_string(), x)]);
     let (_, call) = Config::with_call(&config(json!({"call": {"return_attn": true}})).to_string())?;
     let map = |model: &Model| model.run(&inputs, &call, &RunOptions::default())?["attn.0"].to_f64_vec();
     let expected = map(&model(config(json!({})), &device())?)?;
@@ -155,6 +155,14 @@ fn gumbel_noise_draws_from_the_softmax() -> Result<()> {
     for (weights, scores) in map(&hard)?.chunks(5).zip(expected.chunks(5)) {
         assert!(weights.iter().zip(scores).all(|(weight, score)| (*weight > 0.5) == (*score == best(scores))));
     }
+    // Queries that see no key attend to all alike, even where a divisor below 1 would make their scores infinite.
+    let options =
+        json!({"attn_gumbel_softmax": true, "attn_gumbel_softmax_hard": false, "attn_gumbel_softmax_temp": 0.5});
+    let mut masked = inputs.clone();
+    masked.insert("mask".to_string(), Tensor::from_vec(vec![false; 5], [1, 5], &Device::Cpu)?);
+    let weights =
+        model(config(options), &device())?.run(&masked, &call, &RunOptions::default())?["attn.0"].to_f64_vec()?;
+    assert!(weights.iter().all(|weight| (weight - 0.2).abs() < 1e-9), "{weights:?}");
     // Soft weights are no draws, and sum to 1.
     let soft = model(config(json!({"attn_gumbel_softmax": true, "attn_gumbel_softmax_hard": false})), &device())?;
     let _tape = Tape::train(1);
@@ -180,6 +188,8 @@ fn recycled_passes_are_drawn() -> Result<()> {
     };
     assert!(run(None).unwrap_err().to_string().contains("recycle_steps"));
     let known = (1..=3).map(|steps| run(Some(steps))).collect::<Result<Vec<_>>>()?;
+    // Losses and generated text outside of training take all passes.
+    assert_eq!(model.forward(&inputs, &Default::default(), &RunOptions::default())?.to_f64_vec()?, known[2]);
     let mut counts = [0; 3];
     for seed in 0..90 {
         let _tape = Tape::train(seed);
@@ -222,5 +232,59 @@ fn styles_are_drawn_and_left_out() -> Result<()> {
         assert!((half - none).abs() < 1e-12 || (half - all).abs() < 1e-12, "{half}, {none}, {all}");
     }
     assert!(counts.iter().all(|&count| count >= 16), "{counts:?}");
+    Ok(())
+}
+
+/// Options that a model would ignore, or that contradict each other, are errors that name them.
+#[test]
+fn ignored_options_are_named() -> Result<()> {
+    let mut looped = net("Decoder");
+    looped["attn_layers"]["pre_and_post_norm"] = json!(true);
+    looped["looped"] = json!(true);
+    looped["add_continuous_pred_head"] = json!(true);
+    let config = json!({"version": "2", "model": "AutoregressiveWrapper", "net": looped});
+    assert!(model(config, &device()).unwrap_err().to_string().contains("add_continuous_pred_head"));
+    let vae = json!({"version": "2", "model": "GPTVAE", "num_tokens": 9, "dim": 16, "depth": 1, "enc_depth": 1,
+        "max_seq_len": 8, "heads": 2, "attn_dim_head": 8, "dim_latent": 4, "pad_id": 0});
+    let belief = json!({"version": "2", "model": "BeliefStateWrapper", "forward_decoder": net("Decoder")});
+    let tokens = Tensor::from_vec(vec![1i64, 2, 3], [1, 3], &Device::Cpu)?;
+    let inputs = std::collections::BTreeMap::from([("prompts".to_string(), tokens)]);
+    for (mut config, call, name) in [
+        (vae.clone(), json!({"recycle_steps": 2}), "recycle_steps"),
+        (vae.clone(), json!({"looped_steps": 2}), "looped_steps"),
+        (vae.clone(), json!({"layers_execute_order": [0]}), "layers_execute_order"),
+        (vae.clone(), json!({"method": "generate_with_suffix_cond", "seq_len": 2}), "generate_with_suffix_cond"),
+        (belief.clone(), json!({"method": "generate", "seq_len": 2, "eos_token": 1}), "eos_token"),
+        (
+            belief,
+            json!({"method": "generate", "seq_len": 2, "restrict_to_max_seq_len": false}),
+            "restrict_to_max_seq_len",
+        ),
+    ] {
+        config["call"] = call;
+        let (config, call) = Config::with_call(&config.to_string())?;
+        let model = Model::new(&config, &ParamStore::new(4, DType::F64, &device()))?;
+        let error = model.run(&inputs, &call, &RunOptions::default()).unwrap_err().to_string();
+        assert!(error.contains(name), "{error}");
+    }
+    Ok(())
+}
+
+/// A prompt without a batch dimension has a style, too.
+#[test]
+fn one_prompt_has_a_style() -> Result<()> {
+    let config = json!({"version": "2", "model": "GPTVAE", "num_tokens": 9, "dim": 16, "depth": 1, "enc_depth": 1,
+        "max_seq_len": 8, "heads": 2, "attn_dim_head": 8, "dim_latent": 4, "pad_id": 0,
+        "call": {"method": "generate", "seq_len": 3, "temperature": 0.0, "cache_kv": false}});
+    let (config, call) = Config::with_call(&config.to_string())?;
+    let model = Model::new(&config, &ParamStore::new(4, DType::F64, &device()))?;
+    let run = |shape: &[usize], styles: usize| {
+        let prompts = Tensor::from_vec(vec![1i64, 2, 3], shape, &Device::Cpu)?;
+        let latents = Tensor::generate([styles, 4], DType::F64, &Device::Cpu, |at| at as f64)?;
+        let inputs = [("prompts".to_string(), prompts), ("latents".to_string(), latents)].into();
+        model.run(&inputs, &call, &RunOptions::default())?["out"].to_vec::<i64>()
+    };
+    assert_eq!(run(&[3], 1)?, run(&[1, 3], 1)?);
+    assert!(run(&[3], 3).unwrap_err().to_string().contains("latents"));
     Ok(())
 }

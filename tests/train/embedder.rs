@@ -261,9 +261,14 @@ fn groups_that_are_refused() -> Result<()> {
     let net = TransformerWrapperConfig::new(8, 16, AttentionLayersConfig::encoder(16, 1));
     let config = EmbedderConfig::new(net, Pooling::Mean, true)?;
     let options = TrainOptions { seq_len: 8, ..Default::default() };
-    let mut trainer = Trainer::<Embedder>::start(config, options, Groups::new(one(), one())?, device())?;
-    let message = trainer.step().unwrap_err().to_string();
-    assert!(message.contains("expected tokens in 0..8"), "{message}");
+    let trainer = Trainer::<Embedder>::start(config, options, Groups::new(one(), one())?, device());
+    let message = trainer.map(drop).unwrap_err().to_string();
+    assert!(message.contains("group 1 has the token") && message.contains("expected tokens in 0..8"), "{message}");
+    // A group that is left over joins the batch before.
+    let options = TrainOptions { batch_size: 2, seq_len: 8, ..Default::default() };
+    let batches =
+        Groups::new(groups(2, false), groups(5, false))?.validation_batches(&options.request(0, 0, 1 << 20))?;
+    assert_eq!(batches.iter().map(|batch| batch.tokens.shape()[0]).collect::<Vec<_>>(), [2, 3]);
     let message = EmbedderConfig::of_pretrained(&Pretrained::open(files("llama"))?).unwrap_err().to_string();
     assert!(message.contains("does not embed sentences"), "{message}");
     Ok(())

@@ -5,7 +5,7 @@ use x_transformers::{
     config::{AttentionConfig, AttentionLayersConfig, Config, TransformerWrapperConfig, XTransformerConfig},
     io::read_safetensors,
     models::XTransformer,
-    train::{Batch, BatchSource, Pair, PairBatch, Pairs, TrainModel, TrainOptions, Trainer},
+    train::{Batch, BatchSource, Mixture, Pair, PairBatch, Pairs, TrainModel, TrainOptions, Trainer},
 };
 
 use crate::{
@@ -52,6 +52,27 @@ fn pairs_train_as_in_pytorch() -> Result<()> {
 fn pairs(count: i64) -> Vec<Pair> {
     let tokens = |from: i64, count: i64| (0..count).map(|at| 1 + (from + at * 5) % 22).collect();
     (0..count).map(|at| Pair { source: tokens(at, 1 + at % 9), target: tokens(at + 3, 1 + at % 7) }).collect()
+}
+
+/// Parts of a mixture are padded to the longest; the padding does not count.
+#[test]
+fn pairs_are_mixed() -> Result<()> {
+    let source = |length: i64| {
+        let pair = Pair { source: (1..=length).collect(), target: (1..=2 * length).collect() };
+        let pairs = Pairs::new(vec![pair.clone()], vec![pair], 0)?;
+        Ok::<_, x_transformers::Error>(Box::new(pairs) as Box<dyn BatchSource<Batch = PairBatch>>)
+    };
+    let mixture = Mixture::new(vec![(1.0, source(2)?), (1.0, source(5)?)])?;
+    let batch = mixture.batch(&options(4, 11).request(0, 0, 24))?;
+    assert_eq!(
+        (batch.source.shape()[..].to_vec(), batch.target.tokens.shape()[..].to_vec()),
+        (vec![4, 5], vec![4, 12])
+    );
+    // Targets and the token that ends them.
+    assert_eq!((batch.targets(), batch.weight()), (2 * (5 + 11), 32.0 / 11.0));
+    let real = batch.source_mask.to_vec::<bool>()?.into_iter().filter(|&real| real).count();
+    assert_eq!(real, 2 * (2 + 5));
+    Ok(())
 }
 
 /// A run that is killed and resumed ends with the same bits.

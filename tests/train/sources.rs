@@ -14,7 +14,7 @@ use std::{
 use x_transformers::{
     DType, Device, Error, ErrorKind, ParamStore, Philox, Result, Tensor,
     config::{
-        AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, FeedForwardConfig, ShiftTokens,
+        AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, FeedForwardConfig, ShiftTokens,
         TransformerWrapperConfig,
     },
     models::{AutoregressiveWrapper, ForwardOptions},
@@ -513,6 +513,16 @@ fn models_that_cannot_mask_documents_say_so() {
         ("shift_tokens", with(&|config| config.net.attn_layers.shift_tokens = ShiftTokens::All(1))),
     ] {
         assert!(message.contains("document_mask") && message.contains(part), "{message}");
+    }
+    for option in ["orthog_residual", "mv_split_residual"] {
+        let json = format!(
+            r#"{{"version": "2", "model": "AutoregressiveWrapper", "net": {{"num_tokens": 24, "max_seq_len": 12, "attn_layers":
+            {{"kind": "Decoder", "dim": 16, "depth": 1, "heads": 2, "{option}": true}}}}}}"#
+        );
+        let options = TrainOptions { document_mask: true, ..Default::default() };
+        let message = AutoregressiveWrapper::check(&Config::from_json(&json).expect("a config"), &options);
+        let message = message.expect_err("a refusal").to_string();
+        assert!(message.contains("document_mask") && message.contains(option), "{message}");
     }
 }
 

@@ -40,6 +40,12 @@ pub fn run(args: &GenerateArgs, device: &Device) -> Result<bool> {
     }
 }
 
+/// Function that is told of new tokens, and returns `true` to go on.
+type Show<'s> = &'s mut dyn FnMut(&[i64]) -> bool;
+
+/// Function that continues a text by at most a number of tokens.
+type Generate<'g> = &'g mut dyn FnMut(&Tensor, usize, &GenerateOptions, Show) -> LibraryResult<Tensor>;
+
 impl GenerateArgs {
     /// Refuses options of models that continue a prompt.
     fn refuse_unused(&self) -> Result<()> {
@@ -51,6 +57,8 @@ impl GenerateArgs {
             ("draft", self.draft.is_some()),
             ("score", self.score.is_some()),
             ("weights", !self.types.are_stored()),
+            ("stats", self.stats),
+            ("strict", self.strict.is_given()),
         ];
         match wrong.into_iter().find(|(_, given)| *given) {
             Some((name, _)) => {
@@ -62,18 +70,7 @@ impl GenerateArgs {
     }
 
     /// Writes a text that begins and ends with a token, of at most this many; `generate` continues what it is given.
-    fn write(
-        &self,
-        language: &Language,
-        longest: usize,
-        device: &Device,
-        generate: &mut dyn FnMut(
-            &Tensor,
-            usize,
-            &GenerateOptions,
-            &mut dyn FnMut(&[i64]) -> bool,
-        ) -> LibraryResult<Tensor>,
-    ) -> Result<()> {
+    fn write(&self, language: &Language, longest: usize, device: &Device, generate: Generate) -> Result<()> {
         let border = match language.tokenizer() {
             Some(tokenizer) => tokenize::begin(tokenizer)?,
             None => 0,

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -49,8 +50,8 @@ impl Record {
     }
 }
 
-/// Finds the captions in a folder and in the folders in it.
-fn read(folder: &Path) -> Result<Vec<Record>> {
+/// Finds the captions in a folder and in the folders in it, at least this many.
+fn read(folder: &Path, least: usize) -> Result<Vec<Record>> {
     let mut records = Vec::new();
     let mut find = |folder: &Path, entries: &[PathBuf]| -> Result<()> {
         for path in entries {
@@ -70,18 +71,16 @@ fn read(folder: &Path) -> Result<Vec<Record>> {
         Ok(())
     };
     images::walk(folder, 0, &mut find)?;
-    if records.len() < 2 {
-        let why = format!(
-            "has {} captions in files named {}, expected at least 2: one to train on, one to validate on",
-            records.len(),
-            CAPTIONS.join(" or ")
-        );
+    if records.len() < least {
+        let purpose = if least > 1 { ": one to train on, one to validate on" } else { "" };
+        let (count, names) = (records.len(), CAPTIONS.join(" or "));
+        let why = format!("has {count} captions in files named {names}, expected at least {least}{purpose}");
         return Err(Failure::new(why).within(folder));
     }
     Ok(records)
 }
 
-/// The name of the image and the text in a record.
+/// Returns the name of the image and the text in a record.
 fn parse(line: &[u8]) -> std::result::Result<[String; 2], String> {
     let fields = fields_of(line)?;
     let text = |field: &str| match fields.get(field) {
@@ -106,8 +105,9 @@ struct Captions {
 
 impl Captions {
     fn open(args: &ImageArgs, own: Option<Own>) -> Result<Self> {
-        let train = read(args.folder()?)?;
-        let validation = args.validation_images.as_deref().map(read).transpose()?;
+        let folder = args.validation_images.as_deref();
+        let train = read(args.folder()?, if folder.is_some() { 1 } else { 2 })?;
+        let validation = folder.map(|folder| read(folder, 1)).transpose()?;
         let (tokens, border) = of_language(own.as_ref())?;
         let (mut paths, mut numbers) = (Vec::new(), BTreeMap::new());
         let mut caption = |record: &Record| {
@@ -116,7 +116,8 @@ impl Captions {
                 return Err(record.failure("the text has no tokens"));
             }
             // An image may have several captions.
-            let number = *numbers.entry(record.image.clone()).or_insert_with(|| {
+            let image = fs::canonicalize(&record.image).map_err(|why| record.failure(why))?;
+            let number = *numbers.entry(image).or_insert_with(|| {
                 paths.push(record.image.clone());
                 paths.len() - 1
             });
@@ -124,7 +125,19 @@ impl Captions {
         };
         let mut train = train.iter().map(&mut caption).collect::<Result<Vec<_>>>()?;
         let validation = match validation {
-            Some(records) => records.iter().map(&mut caption).collect::<Result<Vec<_>>>()?,
+            Some(records) => {
+                let images = train.iter().map(|(number, _)| *number + 1).max().unwrap_or(0);
+                let other =
+                    |record| {
+                        let (number, tokens) = caption(record)?;
+                        match number < images {
+                            true => Err(Failure::new("is in `--images` too; validation needs other images")
+                                .within(&record.image)),
+                            false => Ok((number, tokens)),
+                        }
+                    };
+                records.iter().map(other).collect::<Result<Vec<_>>>()?
+            }
             None => {
                 // Every tenth image with all its captions, or the last image.
                 let last = train.iter().map(|(number, _)| *number).max().unwrap_or(0);
@@ -135,7 +148,7 @@ impl Captions {
             }
         };
         if train.is_empty() || validation.is_empty() {
-            let why = "has captions of one image alone, expected at least 2: one to train on, one to validate on";
+            let why = "has captions of only one image, expected at least 2: one to train on, one to validate on";
             return Err(Failure::new(why).within(args.folder()?));
         }
         let [count, validated] = [&train, &validation].map(|part| HumanCount(part.len() as u64));
@@ -180,6 +193,7 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
     let mut config = CaptionerConfig::new(encoder.clone(), decoder.clone(), image_size)?;
     images.prepare(&mut config.transform)?;
     config.flip = images.flip;
+    super::check_vocabulary(&captions.about, Captioner::num_tokens(&config))?;
     let options = args.train_options(super::length(Captioner::max_seq_len(&config)), RATES[0]);
     let build = |store: &_| Captioner::build(&config, store).map(drop);
     // The two models are about as large; what is counted is the larger share of either.
@@ -206,7 +220,7 @@ impl Task for Captioner {
         &self.decoder().net.plan().layers
     }
 
-    fn hint(dir: &str) -> Option<String> {
+    fn hint(dir: &str, _: &About) -> Option<String> {
         Some(format!("generate --checkpoint {dir} --image FILE"))
     }
 

@@ -82,7 +82,7 @@ pub struct About {
     pub target: Target,
     /// Tokens with which samples begin.
     pub prompt: Vec<i64>,
-    /// If `true`, the data are chats.
+    /// If `true`, the records are chats.
     pub chats: bool,
     /// Tokens of each chat.
     pub lengths: Vec<usize>,
@@ -131,6 +131,15 @@ impl Own {
         let language = Language::pretrained(Tokenizer::of(pretrained, given)?, pretrained.end_tokens());
         let path = given.or(pretrained.folder()).unwrap_or(pretrained.file().path()).to_path_buf();
         Ok(Self { language, stored: StoredTokenizer::of_pretrained(pretrained, given)?, path })
+    }
+
+    /// The tokenizer in the file or folder `given`, or else the one that the checkpoint of a run keeps.
+    pub fn of_run(checkpoint: &Path, kept: Option<&str>, given: Option<&Path>) -> Result<Option<Self>> {
+        match (given, kept) {
+            (Some(given), _) => Self::open(given).map(Some),
+            (None, Some(name)) => Self::open(&checkpoint.join(name)).map(Some),
+            (None, None) => Ok(None),
+        }
     }
 
     /// Takes the parts that a run keeps.
@@ -227,7 +236,12 @@ impl DataArgs {
         !self.tokens.is_empty()
     }
 
-    /// Path of the tokenizer that takes the place of a pretrained model's.
+    /// Returns `true` if `--field` names another field than the default.
+    pub fn names_field(&self) -> bool {
+        self.records.field != "text"
+    }
+
+    /// Path of the tokenizer that takes the place of the model's own.
     pub fn tokenizer(&self) -> Option<&Path> {
         self.tokenizer.as_deref()
     }

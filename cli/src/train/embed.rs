@@ -7,17 +7,18 @@ use rayon::prelude::*;
 use serde_json::{Map, Value};
 use x_transformers::{
     Device,
-    config::LayersPlan,
+    config::{Config, LayersPlan},
     pretrained::{Family, Pretrained},
     train::{
-        Checkpoint, Embedder, EmbedderConfig, Group, GroupBatch, Groups, MaskedLmConfig, Sequence, TrainModel, Trainer,
-        spearman,
+        Checkpoint, Embedder, EmbedderConfig, Group, GroupBatch, Groups, MaskedLmConfig, Sequence, TrainModel,
+        TrainOptions, Trainer, spearman,
     },
 };
 
 use super::{
-    RATES, TrainArgs, begin as begin_run,
+    RATES, TrainArgs, begin as begin_run, check_vocabulary,
     data::{About, Data, DataArgs, Own},
+    fit,
     task::Task,
 };
 use crate::{
@@ -37,6 +38,7 @@ const SCORE: [&str; 4] = ["score", "label", "scores", "labels"];
 
 /// Begins a run that trains the encoder at a path.
 pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
+    args.refuse_beside("embed", &["labels", "field"])?;
     if args.lora.options().is_some() {
         return Err(Failure::new("`--lora-rank` requires `--task lm` or `dpo`; an encoder is trained in full"));
     }
@@ -70,7 +72,8 @@ pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
         let tokenizer = tokenizer::for_sentences(&path, family(&path)?, &config.options)?;
         (config, weights, tokenizer, StoredTokenizer::read(&path)?)
     };
-    let (Data { source, about }, negatives) = open(&args.data, &tokenizer, stored)?;
+    let Opened { data: Data { source, about }, negatives, pairs } = open(&args.data, &tokenizer, stored)?;
+    check_vocabulary(&about, <Embedder as TrainModel>::num_tokens(&config))?;
     let longest =
         <Embedder as TrainModel>::max_seq_len(&config).min(config.options.max_seq_length.unwrap_or(usize::MAX));
     let longest = if longest == usize::MAX { 0 } else { longest };
@@ -78,18 +81,29 @@ pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
     if about.target == Target::Pair && negatives == 0 && options.batch_size < 2 {
         return Err(Failure::new("`--batch-size` must be at least 2: the other pairs of a batch are the negatives"));
     }
+    if about.target == Target::Pair && options.batch_size > pairs {
+        return Err(Failure::new(format_args!(
+            "`--batch-size` ({}) must be at most the number of pairs to train on ({pairs}), or a batch has a pair twice",
+            options.batch_size
+        )));
+    }
+    let rows = options.batch_size.saturating_mul(2 + negatives);
+    let sequences = TrainOptions { batch_size: rows, ..options.clone() };
+    fit::check_as(&Config::from_value(config.net.clone())?, &sequences, device, &|store| {
+        Embedder::build(&config, store).map(drop)
+    })?;
     let trainer = Trainer::<Embedder>::start_from(config, &weights, options, source, device)?;
     drop(weights);
     begin_run(args, trainer, about, device)
 }
 
-/// The tokenizer in a checkpoint.
+/// Returns the path of the tokenizer in a checkpoint.
 fn kept(checkpoint: &Path) -> Result<PathBuf> {
     let missing = || Failure::new("has no tokenizer: its tokens are bytes").within(checkpoint);
     Ok(checkpoint.join(Checkpoint::load_training(checkpoint)?.tokenizer.ok_or_else(missing)?))
 }
 
-/// The tokenizer of a run, and the options of its model.
+/// Returns the tokenizer of a run whose model has these options.
 pub fn of_run(checkpoint: &Path, config: &EmbedderConfig) -> Result<Tokenizer> {
     let path = kept(checkpoint)?;
     tokenizer::for_sentences(&path, family(&path)?, &config.options)
@@ -99,8 +113,17 @@ fn family(path: &Path) -> Result<Option<Family>> {
     Ok(Origin::read(path)?.map(|origin| origin.family))
 }
 
-/// Reads the groups of texts; gives the number of negatives of each too.
-fn open(args: &DataArgs, tokenizer: &Tokenizer, stored: StoredTokenizer) -> Result<(Data<GroupBatch>, usize)> {
+/// Groups of texts.
+struct Opened {
+    data: Data<GroupBatch>,
+    /// Number of negatives of each.
+    negatives: usize,
+    /// Number of groups to train on.
+    pairs: usize,
+}
+
+/// Reads the groups of texts.
+fn open(args: &DataArgs, tokenizer: &Tokenizer, stored: StoredTokenizer) -> Result<Opened> {
     let paths = args.jsonl();
     if paths.is_empty() {
         return Err(Failure::new(
@@ -108,8 +131,12 @@ fn open(args: &DataArgs, tokenizer: &Tokenizer, stored: StoredTokenizer) -> Resu
         ));
     }
     let (columns, groups) = read(paths, tokenizer)?;
-    let [train, validation] = groups.parts().map(|part| HumanCount(part.len() as u64));
+    let [pairs, validated] = groups.parts().map(<[Group]>::len);
     let negatives = columns.texts.len() - 2;
+    if columns.score.is_none() && negatives == 0 && validated < 2 {
+        return Err(Failure::new("found fewer than 2 pairs to validate on, expected at least 20 records"));
+    }
+    let [train, validation] = [pairs, validated].map(|count| HumanCount(count as u64));
     let what = match (&columns.score, negatives) {
         (Some(_), _) => "pairs with scores",
         (None, 0) => "pairs",
@@ -128,7 +155,7 @@ fn open(args: &DataArgs, tokenizer: &Tokenizer, stored: StoredTokenizer) -> Resu
         tokenizer: Some(stored),
         language: None,
     };
-    Ok((Data { about, source: Box::new(groups) }, negatives))
+    Ok(Opened { data: Data { about, source: Box::new(groups) }, negatives, pairs })
 }
 
 /// Fields of the records.
@@ -139,7 +166,7 @@ struct Columns {
 }
 
 impl Columns {
-    /// The fields of a record.
+    /// Returns the fields of a record.
     fn of(fields: &Map<String, Value>) -> std::result::Result<Self, String> {
         let names = || fields.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         let one = |known: &[&str]| {
@@ -149,7 +176,7 @@ impl Columns {
                 format!("expected a field of the names {known}; the record has {}", names())
             })
         };
-        let mut negatives: Vec<&String> = fields.keys().filter(|name| name.starts_with(NEGATIVE)).collect();
+        let mut negatives: Vec<&String> = fields.keys().filter(|name| is_negative(name)).collect();
         negatives.sort_by_key(|name| (name.len(), name.as_str()));
         let score = one(&SCORE).ok();
         if let (Some(score), Some(negative)) = (&score, negatives.first()) {
@@ -158,6 +185,13 @@ impl Columns {
         let texts = [one(&ANCHOR)?, one(&POSITIVE)?].into_iter().chain(negatives.into_iter().cloned()).collect();
         Ok(Self { texts, score })
     }
+}
+
+/// Returns `true` for the names `negative`, `negative_N` and `negativeN`.
+fn is_negative(name: &str) -> bool {
+    let number =
+        name.strip_prefix(NEGATIVE).map(|rest| rest.strip_prefix('_').filter(|n| !n.is_empty()).unwrap_or(rest));
+    number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 /// A record, and where it is.
@@ -215,7 +249,7 @@ fn read(paths: &[PathBuf], tokenizer: &Tokenizer) -> Result<(Columns, Groups)> {
     Ok((columns, Groups::new(train, validation)?))
 }
 
-/// The texts and the score of a record, which has the fields of the first.
+/// Returns the texts and the score of a record, which has the fields of the first.
 fn values(fields: &Map<String, Value>, columns: &Columns) -> std::result::Result<(Vec<String>, Option<f64>), String> {
     let get = |key: &String| {
         let names: Vec<&str> = fields.keys().map(String::as_str).collect();
@@ -227,10 +261,15 @@ fn values(fields: &Map<String, Value>, columns: &Columns) -> std::result::Result
         other => Err(format!("field `{key}` is {}, expected a string", kind(other))),
     };
     let texts = columns.texts.iter().map(text).collect::<std::result::Result<_, _>>()?;
-    if let Some(extra) = fields.keys().find(|name| name.starts_with(NEGATIVE) && !columns.texts.contains(name)) {
+    if let Some(extra) = fields.keys().find(|name| is_negative(name) && !columns.texts.contains(name)) {
         return Err(format!(
             "has the field `{extra}`, which the first record has not; all need the same number of negatives"
         ));
+    }
+    if columns.score.is_none()
+        && let Some(score) = SCORE.iter().find(|name| fields.contains_key(**name))
+    {
+        return Err(format!("has the field `{score}`, which the first record has not; all need a score, or none"));
     }
     let score = |key: &String| {
         let value = get(key)?;
@@ -244,14 +283,14 @@ impl Task for Embedder {
     fn data(args: &DataArgs, _: Option<Own>, checkpoint: &Path) -> Result<Data<GroupBatch>> {
         let missing = || Failure::new("is not a run of `--task embed`").within(checkpoint);
         let config = EmbedderConfig::read(checkpoint)?.ok_or_else(missing)?;
-        Ok(open(args, &of_run(checkpoint, &config)?, StoredTokenizer::read(&kept(checkpoint)?)?)?.0)
+        Ok(open(args, &of_run(checkpoint, &config)?, StoredTokenizer::read(&kept(checkpoint)?)?)?.data)
     }
 
     fn layers(&self) -> &LayersPlan {
         &self.net().plan().layers
     }
 
-    fn hint(dir: &str) -> Option<String> {
+    fn hint(dir: &str, _: &About) -> Option<String> {
         Some(format!("embed --checkpoint {dir} --text \"…\" --text \"…\""))
     }
 
@@ -268,7 +307,9 @@ impl Task for Embedder {
                 }
                 let rows = batch.tokens.dim(0)?;
                 for (own, row) in values.chunks(values.len() / rows).enumerate() {
-                    places.push(row.iter().filter(|&&cosine| cosine > row[own]).count() + 1);
+                    // Equal cosines count against the model: vectors that are all alike find nothing.
+                    let before = |&(at, &cosine): &(usize, &f64)| at != own && cosine >= row[own];
+                    places.push(row.iter().enumerate().filter(before).count() + 1);
                 }
             }
             Ok(())

@@ -38,7 +38,7 @@ pub fn check_as(config: &Config, options: &TrainOptions, device: &Device, build:
 /// Function that registers the parameters of a model.
 type Build<'b> = &'b dyn Fn(&ParamStore) -> LibraryResult<()>;
 
-/// Bytes of a step.
+/// Returns the bytes of a step.
 fn needed(config: &Config, options: &TrainOptions, build: Build) -> Result<f64> {
     let store = ParamStore::shapes(DType::F32, &Device::Cpu);
     build(&store)?;
@@ -58,7 +58,7 @@ fn needed(config: &Config, options: &TrainOptions, build: Build) -> Result<f64> 
     Ok(weights + float * saved)
 }
 
-/// Bytes that the system can give, where Linux tells it.
+/// Returns the number of bytes that the system can give, where Linux tells it.
 fn available() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let field = |name: &str| {

@@ -35,7 +35,7 @@ use crate::{
 pub struct ImageArgs {
     /// Folder of images: for --task image a folder of PNG and JPEG files for each class, for --task caption a metadata.jsonl or
     /// captions.jsonl beside them, with the fields `file_name` and `text`
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["text", "tokens", "jsonl"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["text", "tokens", "jsonl", "separator"])]
     pub images: Option<PathBuf>,
 
     /// Folder of images to validate on, with the same classes [default: every tenth image of --images, of each class]
@@ -46,7 +46,7 @@ pub struct ImageArgs {
     #[arg(long, value_name = "N", requires = "images", conflicts_with_all = ["config", "preset", "resume"])]
     image_size: Option<usize>,
 
-    /// Side of a patch, in pixels [default: an eighth of the image]
+    /// Side of a patch, in pixels [default: an eighth of the image, or the next smaller size that divides it]
     #[arg(long, value_name = "N", requires = "images", conflicts_with_all = ["config", "preset", "resume"])]
     patch_size: Option<usize>,
 
@@ -71,14 +71,14 @@ const KEPT: usize = 1 << 30;
 const NAMED: usize = 10;
 
 impl ImageArgs {
-    /// The config of a vision transformer of the sizes that were asked for.
+    /// Returns the config of a vision transformer of the sizes that were asked for.
     pub fn model(&self, model: &ModelArgs) -> ViTransformerWrapperConfig {
         let image_size = self.image_size.unwrap_or(SIZE);
         let plain = model.layers(false);
         let layers = AttentionLayersConfig::encoder(plain.dim, plain.depth);
         ViTransformerWrapperConfig {
             image_size,
-            patch_size: self.patch_size.unwrap_or((image_size / 8).max(1)),
+            patch_size: self.patch_size.unwrap_or_else(|| patch(image_size)),
             attn_layers: AttentionLayersConfig { heads: plain.heads, attn: plain.attn, ..layers },
             ..Default::default()
         }
@@ -102,7 +102,7 @@ impl ImageArgs {
         Ok(transform.check()?)
     }
 
-    /// Folder of the images.
+    /// Returns the folder of the images.
     pub fn folder(&self) -> Result<&Path> {
         self.images.as_deref().ok_or_else(|| Failure::new("images come from `--images`, a folder of them"))
     }
@@ -168,14 +168,19 @@ impl ImageArgs {
     }
 }
 
-/// Names in one line.
+/// Returns the largest side of a patch, up to an eighth of the image, that divides the image.
+fn patch(image_size: usize) -> usize {
+    (1..=image_size / 8).rev().find(|side| image_size.is_multiple_of(*side)).unwrap_or(1)
+}
+
+/// Returns names in one line.
 fn named(names: &[String]) -> String {
     let more = names.len().saturating_sub(NAMED);
     let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
     names[..names.len() - more].join(", ") + &rest
 }
 
-/// Numbers and classes of images to train and to validate on: every tenth of each class, or its last.
+/// Returns numbers and classes of images to train and to validate on: every tenth of each class, or its last.
 fn split(files: &[(PathBuf, usize)]) -> [Vec<(usize, usize)>; 2] {
     let mut parts = [Vec::new(), Vec::new()];
     for class in files.chunk_by(|one, other| one.1 == other.1) {
@@ -269,7 +274,7 @@ impl Task for ImageClassifier {
         &self.net().plan().layers
     }
 
-    fn hint(dir: &str) -> Option<String> {
+    fn hint(dir: &str, _: &About) -> Option<String> {
         Some(format!("classify --checkpoint {dir} --image FILE"))
     }
 
@@ -313,6 +318,11 @@ mod tests {
         assert!(
             load(vec![folder.join("cmyk.jpg")], transform, size).is_err_and(|why| why.to_string().contains("cmyk"))
         );
+    }
+
+    #[test]
+    fn patches_divide_images() {
+        assert_eq!([7, 32, 36, 100, 224].map(patch), [1, 4, 4, 10, 28]);
     }
 
     #[test]

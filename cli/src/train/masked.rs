@@ -10,8 +10,9 @@ use x_transformers::{
 };
 
 use super::{
-    RATES, TrainArgs, begin as begin_run,
-    data::{Data, DataArgs, Own},
+    RATES, TrainArgs, begin as begin_run, check_vocabulary,
+    data::{About, Data, DataArgs, Own},
+    fit,
     task::Task,
 };
 use crate::{
@@ -23,6 +24,7 @@ use crate::{
 
 /// Begins a run of a new encoder, or with the one at `--from`.
 pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
+    args.refuse_beside("mlm", &["labels"])?;
     if args.lora.options().is_some() {
         return Err(Failure::new("`--lora-rank` requires `--task lm` or `dpo`; an encoder is trained in full"));
     }
@@ -30,7 +32,9 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
         let data = args.data.open(None)?;
         let mask = mask_token(&data)?;
         let config = with_probability(MaskedLmConfig::new(encoder(args, &data, mask)?, mask)?, args);
-        return start(args, config, None, data, RATES[0], device);
+        // As for classes of texts.
+        let rate = if args.preset.is_some() { RATES[0] / 10.0 } else { RATES[0] };
+        return start(args, config, None, data, rate, device);
     };
     if Pretrained::is_one(from) {
         let pretrained = Pretrained::open(from)?;
@@ -48,7 +52,7 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
     }
     let (config, weights) = MaskedLmConfig::load(&folder)?;
     let kept = Checkpoint::load_training(&folder)?.tokenizer;
-    let own = kept.map(|name| Own::open(&folder.join(name))).transpose()?;
+    let own = Own::of_run(&folder, kept.as_deref(), args.data.tokenizer())?;
     start(args, with_probability(config, args), Some(weights), args.data.open(own)?, RATES[0], device)
 }
 
@@ -68,10 +72,10 @@ fn start(
     let (longest, num_tokens) =
         (<MaskedLm as TrainModel>::max_seq_len(&config), <MaskedLm as TrainModel>::num_tokens(&config));
     let options = args.train_options(if longest == usize::MAX { 0 } else { longest }, rate);
-    if let Some(own) = data.about.num_tokens.filter(|&own| own > num_tokens) {
-        let why = format!("the data have a vocabulary of {own} tokens, but the model has {num_tokens}");
-        return Err(Failure::new(why));
-    }
+    check_vocabulary(&data.about, num_tokens)?;
+    fit::check_as(&Config::TransformerWrapper(config.encoder()?), &options, device, &|store| {
+        MaskedLm::build(&config, store).map(drop)
+    })?;
     let Data { source, about } = masked(data, &config)?;
     let trainer = match &weights {
         Some(weights) => Trainer::<MaskedLm>::start_from(config, weights, options, source, device)?,
@@ -81,12 +85,12 @@ fn start(
     begin_run(args, trainer, about, device)
 }
 
-/// The mask token of a tokenizer, by its usual names.
+/// Returns the mask token of a tokenizer, by its usual names.
 fn mask_of(tokenizer: &Tokenizer) -> Option<i64> {
     ["[MASK]", "<mask>", "<|mask|>"].iter().find_map(|name| tokenizer.token(name))
 }
 
-/// The mask token of the data: that of the tokenizer, or one after its vocabulary.
+/// Returns the mask token of the data: that of the tokenizer, or one after its vocabulary.
 fn mask_token(data: &Data) -> Result<i64> {
     let own = data.about.language.as_ref().and_then(|language| mask_of(language.tokenizer()?));
     let after = data.about.num_tokens.map(|count| count as i64);
@@ -94,7 +98,7 @@ fn mask_token(data: &Data) -> Result<i64> {
         .ok_or_else(|| Failure::new("the token files do not say the size of their vocabulary; give `--tokenizer`"))
 }
 
-/// The options of a new encoder.
+/// Returns the options of a new encoder.
 fn encoder(args: &TrainArgs, data: &Data, mask: i64) -> Result<TransformerWrapperConfig> {
     let num_tokens = data.about.num_tokens.unwrap_or_default().max(mask as usize + 1);
     let config = match (&args.preset, &args.config) {
@@ -135,7 +139,7 @@ fn encoder(args: &TrainArgs, data: &Data, mask: i64) -> Result<TransformerWrappe
     }
 }
 
-/// The data with masks.
+/// Returns the data with masks.
 fn masked(data: Data, config: &MaskedLmConfig) -> Result<Data<MaskedBatch>> {
     let Data { source, mut about } = data;
     if about.chats {
@@ -162,8 +166,9 @@ impl Task for MaskedLm {
         &self.net().plan().layers
     }
 
-    fn hint(dir: &str) -> Option<String> {
-        Some(format!("train --task embed --from {dir} --jsonl …"))
+    fn hint(dir: &str, about: &About) -> Option<String> {
+        // Sentences are embedded by a tokenizer.
+        about.tokenizer.as_ref().map(|_| format!("train --task embed --from {dir} --jsonl …"))
     }
 
     fn scores(trainer: &Trainer<Self>) -> Result<Vec<(&'static str, f64)>> {

@@ -85,8 +85,8 @@ pub struct OptionArgs {
     #[arg(long, value_name = "N")]
     pub steps: Option<u64>,
 
-    /// Peak learning rate, which decays to a tenth along a cosine [default: 0.001; 0.00005 for a pretrained model, 0.0002 for
-    /// an adapter]
+    /// Peak learning rate, which decays to a tenth along a cosine [default: 0.001; 0.0001 for --preset bert-base, 0.00005 for a
+    /// pretrained model, 0.0002 for an adapter]
     #[arg(long, value_name = "X", conflicts_with = "resume")]
     lr: Option<f64>,
 

@@ -33,7 +33,7 @@ use crate::{
 pub struct PairArgs {
     /// Paths of files of pairs for --task seq2seq: JSONL with the fields `source` and `target`, or, ending in .tsv, a source,
     /// a tab and a target per line; without --tokenizer the model reads bytes
-    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["text", "tokens", "jsonl", "images"])]
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["text", "tokens", "jsonl", "images", "separator"])]
     pub pairs: Vec<PathBuf>,
 }
 
@@ -98,7 +98,7 @@ impl PairArgs {
 /// Function that returns the tokens of a text, without any around it.
 type Encode<'o> = Box<dyn Fn(&str) -> Result<Vec<i64>> + Sync + 'o>;
 
-/// The tokens of texts, and the token that begins and ends those that a decoder writes; without a tokenizer they are bytes.
+/// Returns the function for tokens of texts, and the token that begins and ends those that a decoder writes; without a tokenizer they are bytes.
 pub fn of_language(own: Option<&Own>) -> Result<(Encode<'_>, i64)> {
     let Some(own) = own else {
         let encode = |text: &str| match text.contains('\0') {
@@ -111,7 +111,7 @@ pub fn of_language(own: Option<&Own>) -> Result<(Encode<'_>, i64)> {
     Ok((Box::new(|text| Ok(tokenizer.encode_plain(text)?)), own.begin()?))
 }
 
-/// What is said about data of texts.
+/// Returns the description of data of texts.
 pub fn about(own: Option<Own>, line: String) -> Result<About> {
     let num_tokens = own.as_ref().map_or(Ok(256), |own| Ok::<_, Failure>(own.tokenizer()?.num_tokens()))?;
     let (language, tokenizer) = own.map(Own::into_parts).unzip();
@@ -119,7 +119,7 @@ pub fn about(own: Option<Own>, line: String) -> Result<About> {
     Ok(About { line, num_tokens: Some(num_tokens), language, tokenizer, ..About::of_nothing() })
 }
 
-/// The two texts of a record.
+/// Returns the two texts of a record.
 fn of_json(line: &[u8]) -> std::result::Result<[String; 2], String> {
     let fields = fields_of(line)?;
     let text = |field: &str| match fields.get(field) {
@@ -134,7 +134,7 @@ fn of_json(line: &[u8]) -> std::result::Result<[String; 2], String> {
     Ok([text("source")?, text("target")?])
 }
 
-/// The two columns of a line.
+/// Returns the two columns of a line.
 fn of_tsv(line: &[u8]) -> std::result::Result<[String; 2], String> {
     let text = str::from_utf8(line).map_err(|why| format!("is not UTF-8: {why}"))?;
     let columns: Vec<&str> = text.trim_end_matches(['\n', '\r']).split('\t').collect();
@@ -175,6 +175,7 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
         }
     };
     let config = args.keywords.apply(config)?;
+    super::check_vocabulary(&about, <XTransformer as TrainModel>::num_tokens(&config))?;
     let options = args.train_options(super::length(<XTransformer as TrainModel>::max_seq_len(&config)), RATES[0]);
     fit::check_as(&config, &options, device, &|store| <XTransformer as TrainModel>::build(&config, store).map(drop))?;
     let (cut, count) = (pairs.cut(options.seq_len), pairs.parts().map(<[Pair]>::len).iter().sum::<usize>());
@@ -195,7 +196,7 @@ impl Task for XTransformer {
         &self.encoder.plan().layers
     }
 
-    fn hint(dir: &str) -> Option<String> {
+    fn hint(dir: &str, _: &About) -> Option<String> {
         Some(format!("generate --checkpoint {dir} --prompt \"…\""))
     }
 
@@ -209,11 +210,11 @@ impl Task for XTransformer {
     }
 }
 
-/// Perplexity, and the share of targets that the model writes exactly: `matches` returns this for each row of a batch.
-pub fn scores<M: Task>(
-    trainer: &Trainer<M>,
-    matches: &dyn Fn(&M, &M::Batch) -> LibraryResult<Vec<bool>>,
-) -> Result<Vec<(&'static str, f64)>> {
+/// Function that returns for each row of a batch if the model writes its target exactly.
+type Matches<'m, M> = &'m dyn Fn(&M, &<M as TrainModel>::Batch) -> LibraryResult<Vec<bool>>;
+
+/// Returns the perplexity, and the share of targets that the model writes exactly.
+pub fn scores<M: Task>(trainer: &Trainer<M>, matches: Matches<M>) -> Result<Vec<(&'static str, f64)>> {
     let (mut seen, mut right) = (0, 0);
     let batches = trainer.validation_batches()?;
     trainer.evaluate(|model| {

@@ -10,12 +10,16 @@ use x_transformers::{
     config::LayersPlan,
     models::AutoregressiveWrapper,
     pretrained::Pretrained,
-    train::{Checkpoint, DpoConfig, DpoModel, Group, GroupBatch, Groups, LoraConfig, Sequence, TrainModel, Trainer},
+    train::{
+        Checkpoint, DpoConfig, DpoModel, Group, GroupBatch, Groups, LoraConfig, Sequence, TrainModel, TrainOptions,
+        Trainer,
+    },
 };
 
 use super::{
     RATES, TrainArgs, begin as begin_run,
     data::{About, Data, DataArgs, Own},
+    fit,
     task::Task,
 };
 use crate::{
@@ -33,6 +37,8 @@ const ANSWERS: [&str; 2] = ["chosen", "rejected"];
 
 /// Begins a run with the model at a path, in full or by an adapter.
 pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
+    args.refuse_beside("dpo", &["labels", "field"])?;
+    args.keep_reference(from)?;
     let lora = args.lora.options();
     let is_adapter = lora.is_some();
     let (base, own) = if Pretrained::is_one(from) {
@@ -43,8 +49,15 @@ pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
             let why = "trains an adapter, which cannot be the reference; export the merged model first";
             return Err(Failure::new(why).within(from));
         }
-        let kept = Checkpoint::load_training(&folder).ok().and_then(|training| training.tokenizer);
-        let own = kept.map(|name| Own::open(&folder.join(name))).transpose()?;
+        let training = Checkpoint::load_training(&folder).ok();
+        let kept = training.as_ref().and_then(|training| training.tokenizer.as_deref());
+        let own = Own::of_run(&folder, kept, args.data.tokenizer())?;
+        // Preferences without a tokenizer are bytes too.
+        let are_bytes = training.is_none_or(|training| ["text", "groups"].contains(&training.data.kind.as_str()));
+        if own.is_none() && !are_bytes {
+            let why = "is a model of tokens whose run had no tokenizer; name one with `--tokenizer`";
+            return Err(Failure::new(why).within(from));
+        }
         (folder, own)
     };
     let config = DpoConfig::new(base, lora, args.dpo_beta.unwrap_or(0.1), args.options.seed)?;
@@ -52,6 +65,10 @@ pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
         (<DpoModel as TrainModel>::max_seq_len(&config), <DpoModel as TrainModel>::num_tokens(&config));
     let longest = if longest == usize::MAX { 0 } else { longest };
     let options = args.train_options(longest, RATES[if is_adapter { 2 } else { 1 }]);
+    if !is_adapter {
+        let rows = options.batch_size.saturating_mul(ANSWERS.len());
+        fit::check(&config.base_config()?, &TrainOptions { batch_size: rows, ..options.clone() }, device)?;
+    }
     let Data { source, about } = open(&args.data, own, options.seq_len, true)?;
     if let Some(own) = about.num_tokens.filter(|&own| own > num_tokens) {
         let why = format!("the tokenizer has a vocabulary of {own} tokens, but the model has {num_tokens}");
@@ -144,7 +161,7 @@ fn read(paths: &[PathBuf], language: &Language) -> Result<Pairs> {
     Ok(Pairs { groups: Groups::new(train, validation)?, prompt, chats })
 }
 
-/// The texts or the turns in a record.
+/// Returns the texts or the turns in a record.
 fn record(fields: &Map<String, Value>) -> std::result::Result<Record, String> {
     let names = || fields.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
     let missing = |key: &str| format!("field `{key}` is missing; the record has {}", names());
@@ -200,7 +217,7 @@ fn turn(key: &str, number: usize, turn: &Value) -> std::result::Result<Turn, Str
     Ok(Turn { role: text("role")?, content: text("content")? })
 }
 
-/// The tokens of both sequences, with the answers marked: what follows the tokens that they share with the prompt alone.
+/// Returns the tokens of both sequences, with the answers marked: what follows the tokens that they share with the prompt.
 fn encoded(record: &Record, language: &Language) -> Result<Group> {
     let (prompt, wholes) = match record {
         Record::Texts { prompt, answers } => {

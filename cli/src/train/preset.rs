@@ -24,12 +24,12 @@ pub enum Preset {
     Modern,
     /// BERT's smaller encoder, for --task classify, regress and mlm: 12 blocks of width 768, positions up to 512
     BertBase,
-    /// ViT-S/16, for --task image: 12 blocks of width 384, images of 224 pixels in patches of 16
+    /// ViT-S/16, for --task image and caption: 12 blocks of width 384, images of 224 pixels in patches of 16
     VitSmall,
 }
 
 impl Preset {
-    /// The model, for a vocabulary of this size; by default that of the original.
+    /// Returns the model, for a vocabulary of this size; by default that of the original.
     pub fn config(self, num_tokens: Option<usize>) -> Result<TransformerWrapperConfig> {
         Ok(match self {
             Self::Gpt2_124m => {
@@ -44,12 +44,14 @@ impl Preset {
             }
             Self::Llama160m => llama([768, 12, 12, 12, 3072], num_tokens.unwrap_or(32000), false),
             Self::Modern => llama([512, 8, 8, 2, 1408], num_tokens.unwrap_or(32000), true),
-            Self::BertBase => return Err(Failure::new("`--preset bert-base` requires `--task classify`, `regress` or `mlm`")),
-            Self::VitSmall => return Err(Failure::new("`--preset vit-small` requires `--task image`")),
+            Self::BertBase => {
+                return Err(Failure::new("`--preset bert-base` requires `--task classify`, `regress` or `mlm`"));
+            }
+            Self::VitSmall => return Err(Failure::new("`--preset vit-small` requires `--task image` or `caption`")),
         })
     }
 
-    /// The encoder, for a vocabulary of this size, with a pooled vector.
+    /// Returns the encoder, for a vocabulary of this size, with a pooled vector.
     pub fn encoder(self, num_tokens: Option<usize>) -> Result<TransformerWrapperConfig> {
         if self != Self::BertBase {
             return Err(Failure::new("this task requires a `--preset` for encoders: bert-base"));
@@ -74,7 +76,7 @@ impl Preset {
         })
     }
 
-    /// The vision transformer, without its head.
+    /// Returns the vision transformer, without its head.
     pub fn vision(self) -> Result<ViTransformerWrapperConfig> {
         if self != Self::VitSmall {
             return Err(Failure::new("this task requires a `--preset` for images: vit-small"));
@@ -88,7 +90,7 @@ impl Preset {
     }
 }
 
-/// A Llama of these sizes: width, blocks, heads, heads of keys, inner features.
+/// Returns a Llama of these sizes: width, blocks, heads, heads of keys, inner features.
 fn llama([dim, depth, heads, kv_heads, inner]: [usize; 5], num_tokens: usize, tied: bool) -> TransformerWrapperConfig {
     let dim_head = dim / heads;
     let layers = AttentionLayersConfig {

@@ -24,6 +24,9 @@ use crate::{
 /// Begins a run with the model at a path: all of its weights are trained, or an adapter.
 pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
     let lora = args.lora.options();
+    if lora.is_some() {
+        args.keep_reference(from)?;
+    }
     if Pretrained::is_one(from) {
         let pretrained = Pretrained::open(from)?;
         let own = match Own::of_pretrained(&pretrained, args.data.tokenizer()) {
@@ -40,8 +43,8 @@ pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
     }
     let folder = files::checkpoint(from);
     let training = Checkpoint::load_training(&folder).ok();
-    let tokenizer = training.and_then(|training| training.tokenizer);
-    let own = tokenizer.map(|name| Own::open(&folder.join(name))).transpose()?;
+    let kept = training.and_then(|training| training.tokenizer);
+    let own = Own::of_run(&folder, kept.as_deref(), args.data.tokenizer())?;
     if let Some(config) = LoraConfig::read(&folder)? {
         if lora.is_some() {
             let why = "trains an adapter, on which another one cannot be trained; export the merged model first";
@@ -82,7 +85,7 @@ pub fn labelled(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
     begin_run(args, trainer, about, device)
 }
 
-/// A run that trains all weights.
+/// Begins a run that trains all weights.
 fn whole(
     args: &TrainArgs,
     config: Config,
@@ -100,7 +103,7 @@ fn whole(
     begin_run(args, trainer, about, device)
 }
 
-/// A run that trains an adapter.
+/// Begins a run that trains an adapter.
 fn adapter(args: &TrainArgs, config: LoraConfig, own: Option<Own>, device: &Device) -> Result<()> {
     let base = config.base_config()?;
     let options = args.train_options(longest(&base), RATES[2]);

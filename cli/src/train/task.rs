@@ -10,7 +10,7 @@ use x_transformers::{
     train::{Classifier, ClassifierConfig, LoraModel, TokenBatch, TrainModel, Trainer, accuracy, macro_f1, spearman},
 };
 
-use super::data::{Data, DataArgs, Own};
+use super::data::{About, Data, DataArgs, Own};
 use crate::failure::{Failure, Result};
 
 /// Task that a model learns.
@@ -55,7 +55,7 @@ pub trait Task: TrainModel + Sized {
     }
 
     /// Arguments of the command that uses a run in this folder, if it is particular to the task.
-    fn hint(_dir: &str) -> Option<String> {
+    fn hint(_dir: &str, _about: &About) -> Option<String> {
         None
     }
 

@@ -287,7 +287,7 @@ impl<T: Task> Training<'_, T> {
             self.progress.say(format_args!("profile of the steps\n{report}"));
         }
         let (xt, dir) = (typed::program(), quoted(&self.run.dir));
-        if let Some(hint) = T::hint(&dir) {
+        if let Some(hint) = T::hint(&dir, &self.about) {
             self.progress.say(format_args!("try         {xt} {hint}"));
         } else if matches!(self.about.target, Target::Class | Target::Value) {
             self.progress.say(format_args!("try         {xt} classify --checkpoint {dir} --text \"…\""));

@@ -98,6 +98,9 @@ fn captions_that_are_refused() {
         assert!(!Path::new(&out).join("checkpoint/config.json").exists(), "nothing was begun");
         message
     };
+    let inner = path(Path::new(&data), "one");
+    let message = train(&["--validation-images", &inner]);
+    assert!(message.contains("is in `--images` too; validation needs other images"), "{message}");
     let file = Path::new(&data).join("one/metadata.jsonl");
     for (record, expected) in [
         (r#"{"file_name": "7.png"}"#, "metadata.jsonl: line 1: field `text` is missing; the record has file_name"),

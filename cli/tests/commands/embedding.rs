@@ -127,8 +127,8 @@ fn encoders_learn_which_texts_belong_together() {
     // It goes on with other data: pairs with scores.
     let scores = at("scores.jsonl");
     write_pairs(&scores, |one, other, far, index| {
-        let other = if index % 2 == 0 { other } else { far };
-        serde_json::json!({"sentence1": one, "sentence2": other, "score": if index % 2 == 0 { 0.9 } else { 0.1 }})
+        let other = if index % 3 == 0 { other } else { far };
+        serde_json::json!({"sentence1": one, "sentence2": other, "score": if index % 3 == 0 { 0.9 } else { 0.1 }})
     });
     let scored = at("scored");
     let output = succeeds(
@@ -163,6 +163,7 @@ fn pairs_that_are_refused() {
         (&[first, r#"{"anchor": "a", "positive": ""}"#], "line 2: field `positive` is empty"),
         (&[first, r#"{"anchor": 3, "positive": "b"}"#], "line 2: field `anchor` is a number, expected a string"),
         (&[first, r#"{"anchor": "a", "positive": "b", "negative": "c"}"#], "line 2: has the field `negative`"),
+        (&[first, r#"{"anchor": "a", "positive": "b", "score": 1}"#], "line 2: has the field `score`"),
         (&[first, "{"], "line 2: is not JSON"),
         (&[r#"{"text": "a"}"#, first], "line 1: expected a field of the names anchor, query, question, sentence1"),
         (
@@ -177,7 +178,13 @@ fn pairs_that_are_refused() {
         let message = train(records, &[]);
         assert!(message.contains(expected), "{records:?}: {message}");
     }
-    assert!(train(&[first, first], &["--batch-size", "1"]).contains("`--batch-size` must be at least 2"));
+    assert!(train(&[first, first], &[]).contains("found fewer than 2 pairs to validate on"));
+    assert!(train(&[first; 20], &["--batch-size", "1"]).contains("`--batch-size` must be at least 2"));
+    assert!(train(&[first; 20], &["--batch-size", "19"]).contains("`--batch-size` (19) must be at most"));
+    for option in [&["--labels", "a", "b"][..], &["--field", "anchor"]] {
+        let message = train(&[first; 20], option);
+        assert!(message.contains(&format!("`{}` cannot be used with `--task embed`", option[0])), "{message}");
+    }
     assert!(train(&[first, first], &["--lora-rank", "4"]).contains("an encoder is trained in full"));
     assert!(train(&[first, first], &["--dpo-beta", "1"]).contains("`--dpo-beta` requires `--task dpo`"));
     let message = fails(&["train", "--task", "embed", "--from", &llama(), "--jsonl", &data, "--out", &out]);

@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use crate::{
-    command::{fails, path, succeeds},
+    command::{fails, path, refuses, succeeds},
     images::killed_and_resumed,
 };
 
@@ -126,11 +126,12 @@ fn pairs_that_are_refused() {
     let two = good.repeat(2);
     assert!(
         train("d.jsonl", &two, &["--set", "enc_num_tokens=50", "--set", "tie_token_emb=false"])
-            .contains("expected tokens in 0..50")
+            .contains("the data has a vocabulary of 256 tokens, but the model has 50")
     );
     assert!(
         train("d.jsonl", &two, &["--preset", "modern"]).contains("`--preset` cannot be used with `--task seq2seq`")
     );
+    refuses(&["train", "--task", "seq2seq", "--pairs", &at("d.jsonl"), "--separator", "|"]);
     assert!(train("d.jsonl", &two, &["--document-mask"]).contains("document_mask"));
     let config = at("lm.json");
     fs::write(&config, r#"{"model": "TransformerWrapper", "num_tokens": 256, "max_seq_len": 8, "attn_layers": {"kind": "Decoder", "dim": 8, "depth": 1}}"#)

@@ -126,6 +126,9 @@ fn preferences_are_learned() {
     let message =
         fails(&["train", "--task", "dpo", "--from", &at("adapter-whole"), "--jsonl", &texts, "--out", &at("none")]);
     assert!(message.contains("which cannot be the reference"), "{message}");
+    let same = at("full-whole");
+    let message = fails(&["train", "--task", "dpo", "--from", &same, "--jsonl", &texts, "--out", &same, "--overwrite"]);
+    assert!(message.contains("`--out` must not be the run of `--from`"), "{message}");
     let corpus = at("text.txt");
     write_text(&corpus);
     for run in ["full-whole", "adapter-whole"] {

@@ -69,7 +69,7 @@ fn options_are_set_and_refused_by_the_place_that_has_them() {
     assert!(info("depth=1").contains("layer order of net.attn_layers: a f\n"));
     let refused = |option: &str| fails(&["info", "--config", &config, "--set", option]);
     assert!(refused("use_qk_norm_attn=true").contains("0.22"));
-    assert!(refused("attn_gumbel_softmax=true").contains("not supported yet"));
+    assert!(refused("attn_flash_pack_seq=true").contains("not supported yet"));
     let message = refused("tie_embeddings=true");
     assert!(message.contains("did you mean `tie_embedding`?"), "{message}");
     let bench = succeeds(&["bench", "--config", &config, "--mode", "train", "--repeat", "1", "--batch", "1"]);

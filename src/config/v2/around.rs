@@ -126,19 +126,22 @@ impl BeliefStateConfig {
         let backward = self.backward_decoder.as_ref().map(TransformerWrapperConfig::plan);
         let backward = backward.transpose().context("backward_decoder")?;
         let (dim, tokens) = (forward.layers.dim, forward.num_tokens);
-        for plan in std::iter::once(&forward).chain(&backward) {
+        let plans = std::iter::once(("forward_decoder", &forward));
+        for (name, plan) in plans.chain(backward.iter().map(|plan| ("backward_decoder", plan))) {
             let fits = plan.emb_dim == dim && plan.layers.dim == dim && plan.num_tokens == tokens;
-            let words = plan.num_cls_tokens == 0 && !plan.average_pool_embed && plan.num_memory_tokens == 0;
-            ensure!(
-                fits && words,
-                Error::option(
-                    "backward_decoder",
-                    "and `forward_decoder` need one width and vocabulary, and plain outputs"
-                )
-            );
+            ensure!(fits, Error::option(name, "requires `emb_dim` = `dim`, the width and vocabulary of both decoders"));
+            for (option, on) in [
+                ("use_cls_token", plan.num_cls_tokens > 0),
+                ("average_pool_embed", plan.average_pool_embed),
+                ("num_memory_tokens", plan.num_memory_tokens > 0),
+            ] {
+                ensure!(!on, Error::option(option, "cannot be used in a BeliefStateWrapper").context(name));
+            }
         }
         let longest = self.max_pred_distance.unwrap_or(forward.max_seq_len);
-        ensure!(!self.pred_distance || longest > 0, Error::option("max_pred_distance", "expected at least 1, got 0"));
+        if self.pred_distance {
+            at_least_one("max_pred_distance", longest)?;
+        }
         Ok(AroundPlan::Belief(Box::new(BeliefPlan {
             forward,
             backward,
@@ -204,10 +207,9 @@ impl GptVaeConfig {
             let own = of_sides[at].take().map_or_else(|| Ok(Map::new()), |own| object(key, own))?;
             own_widths(&own).context(key)?;
             let twice = own.keys().find(|name| *name == "heads" || *name == "attn_dim_head");
-            ensure!(
-                twice.is_none(),
-                Error::option("heads", "and `attn_dim_head` are those of both models").context(key)
-            );
+            if let Some(name) = twice {
+                return Err(Error::option(name, "is that of both models; give it outside").context(key));
+            }
             let mut options = map.clone();
             options.extend(own);
             for (name, value) in [("dim", config.dim), ("depth", depth), ("heads", config.heads)] {

@@ -67,8 +67,8 @@ impl Obstacles {
 }
 
 impl Conversion {
-    /// Converts a `TransformerWrapper`, a `ContinuousTransformerWrapper`, an `AutoregressiveWrapper`, an `XTransformer` or
-    /// attention layers.
+    /// Converts a `TransformerWrapper`, a `ContinuousTransformerWrapper`, an `AutoregressiveWrapper`, an `XTransformer`
+    /// or attention layers.
     ///
     /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) with everything that stands in the way.
     pub fn new(first: &config::Config) -> Result<Self> {
@@ -136,8 +136,8 @@ impl Conversion {
         self.stack(name).map_or_else(|| name.to_string(), |stack| stack.name(name))
     }
 
-    /// Returns `false` for a tensor of the state dict that version 2 does not have: the logits of an encoder, which nothing
-    /// reads.
+    /// Returns `false` for a tensor of the state dict that version 2 does not have: the logits of an encoder, which
+    /// nothing reads.
     pub fn keeps(&self, name: &str) -> bool {
         self.stacks.len() == 1 || !name.starts_with("encoder.to_logits.")
     }

@@ -97,7 +97,8 @@ options! {
         depth: Option<usize> = None,
         /// Number of attention heads.
         heads: usize = 8,
-        /// Share of the context's tokens that each cross-attention leaves out in training, beside those left out before.
+        /// Share of the context's tokens that each cross-attention leaves out in training, beside those left out
+        /// before.
         cross_attn_tokens_dropout: f64 = 0.0,
         /// If `true`, a `TransformerBlock` is causal; other classes set it themselves.
         causal: bool = false,
@@ -117,7 +118,7 @@ options! {
         use_dynamic_tanh: bool = false,
         /// Initial factor before that tanh.
         dynamic_tanh_init_alpha: f64 = 1.0,
-        /// Dynamic erf in place of LayerNorm. <https://arxiv.org/abs/2512.10938>
+        /// If `true`, dynamic erf replaces LayerNorm. <https://arxiv.org/abs/2512.10938>
         use_derf: bool = false,
         /// LayerNorm whose scale is a function of a condition. <https://arxiv.org/abs/2212.09748>
         use_adaptive_layernorm: bool = false,
@@ -182,7 +183,8 @@ options! {
         residual_attn: bool = false,
         /// If `true`, does the same for cross-attention.
         cross_residual_attn: bool = false,
-        /// If `true`, adds a feedforward before each block and halves the output of all. <https://arxiv.org/abs/1906.02762>
+        /// If `true`, adds a feedforward before each block and halves the output of all.
+        /// <https://arxiv.org/abs/1906.02762>
         macaron: bool = false,
         /// If `true`, norms come before the branches, otherwise after the sums. <https://arxiv.org/abs/2002.04745>
         pre_norm: bool = true,
@@ -198,11 +200,11 @@ options! {
         orthog_residual: bool = false,
         /// Centred branches, and means of the stream that are mixed apart. <https://arxiv.org/abs/2605.06169>
         mv_split_residual: bool = false,
-        /// If `true` or a number, multiplies the residual stream by a learned vector before each sum; a number multiplies
-        /// each branch's output too.
+        /// If `true` or a number, multiplies the residual stream by a learned vector before each sum; a number
+        /// multiplies each branch's output too.
         scale_residual: SwitchOrFactor = SwitchOrFactor::Off,
-        /// If `true`, weights of the last layers of branches start the smaller the deeper they are; a number multiplies each
-        /// branch's output.
+        /// If `true`, weights of the last layers of branches start the smaller the deeper they are; a number multiplies
+        /// each branch's output.
         depth_scale_residual: SwitchOrFactor = SwitchOrFactor::Off,
         /// Multiplies the residual stream before each sum.
         scale_residual_constant: f64 = 1.0,
@@ -227,11 +229,13 @@ options! {
         layerscale_init_value: f64 = 0.0,
         /// If `true`, blocks of the second half start from their input and that of a block of the first half.
         unet_skips: bool = false,
-        /// If `true`, each sublayer reads a learned mixture of all hidden states before it. <https://arxiv.org/abs/2502.09245>
+        /// If `true`, each sublayer reads a learned mixture of all hidden states before it.
+        /// <https://arxiv.org/abs/2502.09245>
         integrate_layers: bool = false,
         /// If `true`, the weights of that mixture are a softmax, otherwise a ReLU.
         layer_integrate_use_softmax: bool = true,
-        /// If `true`, each sublayer reads an attention to all hidden states before it. <https://arxiv.org/abs/2603.15031>
+        /// If `true`, each sublayer reads an attention to all hidden states before it.
+        /// <https://arxiv.org/abs/2603.15031>
         attn_aggregated_residuals: bool = false,
         /// Arguments of that attention: `lora_rank`, the rank of the projection that makes its query, by default 64.
         attn_aggregated_residual_kwargs: Vec<(String, usize)> = Vec::new(),
@@ -251,8 +255,8 @@ options! {
         kind: LayersKind,
         /// Options `attn_*` of self-attention, and of cross-attention too unless they differ between layers.
         attn: PerLayer<AttentionConfig>,
-        /// Options of cross-attention. In JSON the options `cross_attn_*`, which take precedence over `attn_*`. Default:
-        /// those of self-attention.
+        /// Options of cross-attention. In JSON the options `cross_attn_*`, which take precedence over `attn_*`.
+        /// Default: those of self-attention.
         cross_attn: Option<PerLayer<AttentionConfig>>,
         /// Options `ff_*`.
         ff: PerLayer<FeedForwardConfig>,
@@ -353,7 +357,8 @@ options! {
         dim_latent_kv: Option<usize> = None,
         /// Number of heads whose keys come from the input and rotate; the others do not.
         latent_rope_subheads: Option<usize> = None,
-        /// If `true`, the mixture of values is learned in cross-attention too; self-attention has the option of the layers.
+        /// If `true`, the mixture of values is learned in cross-attention too; self-attention has the option of the
+        /// layers.
         learned_value_residual_mix: bool = false,
         /// If `true`, the output projection starts at 0.
         zero_init_output: bool = false,

@@ -1,7 +1,7 @@
 //! Options with the names, defaults and meanings of x-transformers 2.31.
 //!
-//! A config that says `"version": "2"` has them; without it options are those of x-transformers 0.22. Both resolve to the
-//! same plans, which say what is computed and under which names of a state dict.
+//! A config that says `"version": "2"` has them; without it options are those of x-transformers 0.22. Both resolve to
+//! the same plans, which say what is computed and under which names of a state dict.
 
 mod around;
 mod convert;

@@ -1,5 +1,5 @@
-//! Options of x-transformers 2.31 that are not supported yet, with their defaults, which change nothing; and options that
-//! never change a number.
+//! Options of x-transformers 2.31 that are not supported yet, with their defaults, which change nothing; and options
+//! that never change a number.
 
 /// Options of attention layers.
 pub(super) const LAYERS: &str = "

@@ -301,14 +301,16 @@ fn links(config: &AttentionLayersConfig, types: &[LayerType], block: usize) -> R
 
 fn check_residual(config: &AttentionLayersConfig) -> Result<()> {
     at_least_one("num_residual_streams", config.num_residual_streams)?;
-    ensure!(
-        config.num_residual_streams == 1
-            || !(config.gate_residual
-                || config.orthog_residual
-                || config.mv_split_residual
-                || config.scale_residual.is_on()),
-        Error::option("num_residual_streams", "cannot be used with `gate_residual` or `scale_residual`")
-    );
+    let of_one = [
+        ("gate_residual", config.gate_residual),
+        ("orthog_residual", config.orthog_residual),
+        ("mv_split_residual", config.mv_split_residual),
+        ("scale_residual", config.scale_residual.is_on()),
+    ];
+    let other = of_one.into_iter().find(|(_, on)| *on && config.num_residual_streams > 1);
+    if let Some((other, _)) = other {
+        return Err(Error::option("num_residual_streams", format_args!("cannot be used with `{other}`")));
+    }
     let ways = [
         ("gate_residual", config.gate_residual),
         ("attn_aggregated_residuals", config.attn_aggregated_residuals),

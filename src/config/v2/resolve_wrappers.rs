@@ -169,7 +169,11 @@ impl TransformerWrapperConfig {
         at_least_one("max_looped_steps", self.max_looped_steps)?;
         ensure!(
             !self.looped || self.attn_layers.pre_and_post_norm,
-            Error::option("looped", "needs `pre_and_post_norm` = true in the layers, which is off")
+            Error::option("looped", "requires `pre_and_post_norm = true` in `attn_layers`")
+        );
+        ensure!(
+            !(self.looped && self.add_continuous_pred_head),
+            Error::option("add_continuous_pred_head", "cannot be used with `looped`")
         );
         ensure!(
             !self.looped || !(self.mixture_of_softmax || self.sigsoftmax_logits),

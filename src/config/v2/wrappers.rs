@@ -52,10 +52,11 @@ options! {
         scaled_sinu_pos_emb: bool = false,
         /// If `true`, token and position embeddings are normalised to length 1.
         l2norm_embed: bool = false,
-        /// If `true`, the layers run several times, each pass from the embeddings and a projection of the output before.
+        /// If `true`, the layers run several times, each pass from the embeddings and a projection of the output
+        /// before. Earlier passes get no gradient, but training keeps their activations until the backward pass.
         /// <https://www.nature.com/articles/s41586-021-03819-2>
         recycling: bool = false,
-        /// Largest number of these passes that training draws; other calls give `recycle_steps`.
+        /// Largest number of these passes that training draws; the default of `recycle_steps` in other calls.
         train_max_recycle_steps: usize = 4,
         /// If `true`, the layers run several times, each pass from the output before (looped language model); needs
         /// `pre_and_post_norm`. <https://arxiv.org/abs/2510.25741>
@@ -352,7 +353,8 @@ options! {
 }
 
 options! {
-    /// Options of `XLAutoregressiveWrapper`: long sequences in segments with memories. <https://arxiv.org/abs/1901.02860>
+    /// Options of `XLAutoregressiveWrapper`: long sequences in segments with memories.
+    /// <https://arxiv.org/abs/1901.02860>
     pub struct XlAutoregressiveConfig {
         /// Target value that is ignored in the loss.
         ignore_index: i64 = -100,

@@ -54,10 +54,13 @@ impl ContentBias {
 
 /// Computes `ln sigmoid(x)`.
 pub(crate) fn log_sigmoid(x: &Tensor) -> Result<Tensor> {
+    // The difference of infinities below is no number, where the result is 0.
+    let infinite = x.detach().eq(&Tensor::full((), f64::INFINITY, x.dtype(), x.device())?)?;
+    let x = x.masked_fill(&infinite, 0.0)?;
     // x/2 − |x|/2 is min(x, 0), but has the slope of the sigmoid at 0, where relu has none.
     let size = x.relu()?.add(&x.neg()?.relu()?)?;
     let below = x.affine(0.5, 0.0)?.sub(&size.affine(0.5, 0.0)?)?;
-    below.sub(&size.neg()?.exp()?.affine(1.0, 1.0)?.ln()?)
+    below.sub(&size.neg()?.exp()?.affine(1.0, 1.0)?.ln()?)?.masked_fill(&infinite, 0.0)
 }
 
 /// Returns a matrix `[rows, columns]` of ones where the closure says so, and zeros.
@@ -152,7 +155,8 @@ impl Attention {
     }
 
     /// Adds contextual positions to masked scores `[b, heads, i, j]` (Golovneva et al.,
-    /// <https://arxiv.org/abs/2405.18719>): a key's position is the sum of the sigmoids of its score and of those after it.
+    /// <https://arxiv.org/abs/2405.18719>): a key's position is the sum of the sigmoids of its score and of those after
+    /// it.
     pub(super) fn with_contextual_positions(&self, q: &Tensor, scores: Tensor) -> Result<Tensor> {
         let (Some((table, mixing)), Some(plan)) = (&self.content.cope, self.plan.cope) else { return Ok(scores) };
         let (i, j) = (scores.dim(2)?, scores.dim(3)?);
@@ -174,5 +178,27 @@ impl Attention {
         let of_positions = q.matmul(&table.transpose(0, 1)?)?;
         let added = weights.matmul(&of_positions.unsqueeze(-1)?)?.squeeze(-1)?;
         scores.add(&added)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Device, Tape};
+
+    #[test]
+    fn log_sigmoid_is_finite_at_infinity() -> Result<()> {
+        let x = Tensor::from_slice(&[f64::INFINITY, 0.0, f64::NEG_INFINITY, 2.0], [4], &Device::Cpu)?;
+        let x = x.requires_grad()?;
+        let mut tape = Tape::grad();
+        let y = log_sigmoid(&x)?;
+        let values = y.to_vec::<f64>()?;
+        assert_eq!([values[0], values[2]], [0.0, f64::NEG_INFINITY]);
+        assert!((values[1] + std::f64::consts::LN_2).abs() < 1e-14, "{values:?}");
+        assert!((values[3] + (-2f64).exp().ln_1p()).abs() < 1e-14, "{values:?}");
+        let grads = tape.backward(&y.narrow(0, 0, 2)?.sum(&[])?)?;
+        let grad = grads.get(&x).map(Tensor::to_vec::<f64>).transpose()?;
+        assert_eq!(grad.map(|grad| [grad[0], grad[1]]), Some([0.0, 0.5]));
+        Ok(())
     }
 }

@@ -98,7 +98,7 @@ impl Attention {
     fn weights(&self, scores: &Tensor, lowest: &Tensor) -> Result<Tensor> {
         // The value of the first, with the gradient of the second.
         let straight = |value: &Tensor, soft: &Tensor| value.detach().add(soft)?.sub(&soft.detach());
-        let noisy = self.plan.gumbel.map(|divisor| noisy(scores, divisor)).transpose()?;
+        let noisy = self.plan.gumbel.map(|divisor| noisy(scores, divisor, lowest)).transpose()?;
         let scores = noisy.as_ref().unwrap_or(scores);
         if let Some(k) = self.plan.sparse_topk {
             let best = scores.detach().top_k_mask(k)?.where_cond(scores, lowest)?;
@@ -175,8 +175,8 @@ impl Attention {
         repeated.reshape([b, self.plan.heads, n, d])
     }
 
-    /// Computes `y[b, k, i, j] = Σ_h x[b, h, i, j] · mixing[h, k]` (Shazeer et al., <https://arxiv.org/abs/2003.02436>);
-    /// a convolution has the transposed matrix.
+    /// Computes `y[b, k, i, j] = Σ_h x[b, h, i, j] · mixing[h, k]` (Shazeer et al.,
+    /// <https://arxiv.org/abs/2003.02436>); a convolution has the transposed matrix.
     fn mix_heads(&self, x: &Tensor, mixing: &Param) -> Result<Tensor> {
         match self.plan.talking_heads {
             TalkingHeads::Convolutions(_) => self.convolve_heads(x, mixing),
@@ -204,8 +204,10 @@ fn competed(scores: &Tensor, dropped: Option<&Tensor>) -> Result<Tensor> {
 }
 
 /// Returns scores plus, in training, the noise whose largest sum is a draw from their softmax (Jang et al.,
-/// <https://arxiv.org/abs/1611.01144>), over a divisor.
-fn noisy(scores: &Tensor, divisor: f64) -> Result<Tensor> {
+/// <https://arxiv.org/abs/1611.01144>), over a divisor. Masked scores stay the lowest number: over a divisor below 1
+/// they would be infinite, and the weights of a row without keys NaN.
+fn noisy(scores: &Tensor, divisor: f64, lowest: &Tensor) -> Result<Tensor> {
+    let kept = scores.detach().gt(lowest)?;
     let scores = match dropout_stream() {
         Some(draws) => {
             let noise = |at: usize| -libm::log(-libm::log(draws.uniform(at as u64).max(f64::MIN_POSITIVE)));
@@ -213,7 +215,7 @@ fn noisy(scores: &Tensor, divisor: f64) -> Result<Tensor> {
         }
         None => scores.clone(),
     };
-    scores.affine(1.0 / divisor, 0.0)
+    kept.where_cond(&scores.affine(1.0 / divisor, 0.0)?, lowest)
 }
 
 /// Returns the signs of scores, without a gradient.
@@ -224,8 +226,8 @@ fn signs(scores: &Tensor) -> Result<Tensor> {
     above.sub(&scores.lt(&zero)?.to_dtype(scores.dtype())?)
 }
 
-/// Lowers scores by what earlier queries of the first head gave their keys: the first key keeps its scores, and no query
-/// lowers its own key (Leviathan et al., <https://arxiv.org/abs/2410.02703>).
+/// Lowers scores by what earlier queries of the first head gave their keys: the first key keeps its scores, and no
+/// query lowers its own key (Leviathan et al., <https://arxiv.org/abs/2410.02703>).
 fn selected(scores: &Tensor) -> Result<Tensor> {
     let (i, j) = (scores.dim(2)?, scores.dim(3)?);
     let (dtype, device) = (scores.dtype(), scores.device());

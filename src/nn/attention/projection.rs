@@ -4,8 +4,8 @@ use super::{Attention, AttentionInput, soft_clamp};
 use crate::{Error, Result, Tensor, error::ErrorContext, nn::unit_length};
 
 impl Attention {
-    /// Returns the operands of the scores: queries `[b, heads, i, d]`, keys and values of `j` positions; also the values
-    /// as projected.
+    /// Returns the operands of the scores: queries `[b, heads, i, d]`, keys and values of `j` positions; also the
+    /// values as projected.
     pub(super) fn operands(&self, x: &Tensor, input: &AttentionInput) -> Result<([Tensor; 3], Option<Tensor>)> {
         let ([q, k, v], values) = self.project(x, input)?;
         let [q, k, v] = self.rotate(q, k, v, input)?;

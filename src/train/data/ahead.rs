@@ -90,7 +90,7 @@ impl<B: Batch> Ahead<B> {
     }
 }
 
-/// The error of a source that panicked.
+/// Returns the error of a source that panicked.
 fn ended() -> Error {
     Error::argument("data", "the thread that prepares batches has ended: the source panicked")
 }

@@ -19,9 +19,9 @@ pub trait Batch: Send + Sized + 'static {
     /// Returns the number of targets, for reports of speed: predicted tokens, or classified images.
     fn targets(&self) -> u64;
 
-    /// Joins batches along their rows.
+    /// Joins batches along their rows; rows of tokens are padded to the longest.
     ///
-    /// Errors: an empty list; shapes that differ; out of memory.
+    /// Errors: an empty list; shapes that differ otherwise; out of memory.
     fn concat(parts: &[Self]) -> Result<Self>;
 }
 
@@ -147,7 +147,7 @@ pub struct DataPrint {
     pub fingerprint: String,
 }
 
-/// The kind of checkpoints that do not name one.
+/// Returns the kind of checkpoints that do not name one.
 fn text() -> String {
     "text".to_string()
 }
@@ -186,6 +186,21 @@ pub struct TokenBatch {
     targets: u64,
     /// Number of targets of a row whose weight is 1.
     row_targets: usize,
+}
+
+/// Joins tensors `[rows, n]` along their rows, padded with 0 on the right to the widest.
+pub(super) fn cat_padded(parts: &[&Tensor]) -> Result<Tensor> {
+    let width = parts.iter().map(|part| part.shape()[1]).max().unwrap_or(0);
+    let padded = parts.iter().map(|&part| {
+        let [rows, own] = [part.dim(0)?, part.dim(1)?];
+        if own == width {
+            return Ok(part.clone());
+        }
+        let more = Tensor::full([rows, width - own], 0.0, part.dtype(), part.device())?;
+        Tensor::cat(&[part, &more], 1)
+    });
+    let padded: Vec<Tensor> = padded.try_collect_vec()?;
+    Tensor::cat(&padded.iter().collect_vec(), 0)
 }
 
 impl TokenBatch {
@@ -297,11 +312,13 @@ impl Batch for TokenBatch {
         let joined = |of: &dyn Fn(&Self) -> Result<Option<Tensor>>| {
             let tensors = parts.iter().map(of).try_collect_vec()?;
             let present: Vec<&Tensor> = tensors.iter().flatten().collect();
-            if present.is_empty() { Ok(None) } else { Tensor::cat(&present, 0).map(Some) }
+            if present.is_empty() { Ok(None) } else { cat_padded(&present).map(Some) }
         };
-        // Parts without a mask count wholly; documents need only differ within a row.
+        // Parts without a mask count wholly, their padding does not; documents need only differ within a row.
         let any = |of: &dyn Fn(&Self) -> bool| parts.iter().any(of);
-        let (masked, bordered) = (any(&|part| part.loss_mask.is_some()), any(&|part| part.documents.is_some()));
+        let narrower = any(&|part| part.tokens.shape()[1] != parts[0].tokens.shape()[1]);
+        let masked = narrower || any(&|part| part.loss_mask.is_some());
+        let bordered = any(&|part| part.documents.is_some());
         let tokens = joined(&|part| Ok(Some(part.tokens.clone())))?;
         let or_else = |tensor: &Option<Tensor>, part: &Self, wanted: bool, value: f64, dtype: DType| {
             let device = part.tokens.device();
@@ -314,7 +331,8 @@ impl Batch for TokenBatch {
         let loss_mask = joined(&|part| or_else(&part.loss_mask, part, masked, 1.0, DType::Bool))?;
         let documents = joined(&|part| or_else(&part.documents, part, bordered, 0.0, DType::I64))?;
         let tokens = tokens.ok_or_else(|| Error::argument("batch", "expected at least one part, got none"))?;
-        let (targets, row_targets) = (parts.iter().map(|part| part.targets).sum(), parts[0].row_targets);
+        let targets = parts.iter().map(|part| part.targets).sum();
+        let row_targets = parts.iter().map(|part| part.row_targets).max().unwrap_or(1);
         let joined = Self { tokens, loss_mask, documents: None, positions: None, targets, row_targets };
         match documents {
             Some(documents) => joined.with_documents(documents),

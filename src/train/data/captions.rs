@@ -48,7 +48,7 @@ impl Batch for CaptionBatch {
 pub type Caption = (usize, Vec<i64>);
 
 /// Images with captions, each a row, in an order of its own in each epoch; captions are cut to `seq_len` tokens. Images are loaded
-/// when a batch needs them, by the threads that prepare batches.
+/// when a batch needs them, by the thread that prepares it.
 ///
 /// ```
 /// use x_transformers::train::{BatchSource, CaptionedImages, Image, ImageTransform, TrainOptions};
@@ -146,8 +146,8 @@ impl BatchSource for CaptionedImages {
 
     fn check(&self, request: &BatchRequest) -> Result<()> {
         check_tokens([&[self.border][..]].into_iter(), request, "border")?;
-        for part in &self.parts {
-            check_tokens(part.iter().map(|(_, caption)| &caption[..]), request, "caption")?;
+        for (part, name) in self.parts.iter().zip(["caption", "validation caption"]) {
+            check_tokens(part.iter().map(|(_, caption)| &caption[..]), request, name)?;
         }
         Ok(())
     }

@@ -142,7 +142,7 @@ impl Batch for GroupBatch {
 /// Groups of sequences in memory: for [`Embedder`](crate::train::Embedder) texts that belong together, for
 /// [`DpoModel`](crate::train::DpoModel) preferred and rejected answers. A batch has the sequences of its groups, each cut to
 /// `seq_len` tokens; groups of which a sequence then has no token that counts are left out. Each epoch has an order of its own, in
-/// whole batches.
+/// whole batches. A single group at the end of the validation set is added to the batch before.
 ///
 /// ```
 /// use x_transformers::train::{BatchSource, Group, Groups, Sequence, TrainOptions};
@@ -227,15 +227,35 @@ impl Groups {
         }
     }
 
+    /// Checks that both parts have a group with a token that counts.
+    fn check_counts(&self, request: &BatchRequest) -> Result<()> {
+        for (part, purpose) in self.chosen(request.seq_len).parts.iter().zip(["train", "validate"]) {
+            ensure!(
+                !part.is_empty(),
+                Error::option(
+                    "groups",
+                    format_args!(
+                        "none to {purpose} on has a token that counts in its first {} tokens; use more data or a larger \
+                         `seq_len`",
+                        request.seq_len
+                    )
+                )
+            );
+        }
+        Ok(())
+    }
+
     fn of(&self, part: usize, numbers: &[usize], request: &BatchRequest) -> Result<GroupBatch> {
         let groups = numbers.iter().map(|&number| &self.parts[part][number]).collect_vec();
-        let limit = request.num_tokens as i64;
-        let mut tokens = groups.iter().flat_map(|group| &group.sequences).flat_map(|sequence| &sequence.tokens);
-        if let Some(token) = tokens.find(|token| !(0..limit).contains(*token)) {
-            let why = format_args!("expected tokens in 0..{limit} (the model's vocabulary), got {token}");
-            return Err(Error::option("groups", why));
-        }
         GroupBatch::of_groups(&groups, request.seq_len)
+    }
+}
+
+impl Group {
+    /// Returns a token that a vocabulary of this size does not have.
+    fn foreign(&self, num_tokens: usize) -> Option<i64> {
+        let mut tokens = self.sequences.iter().flat_map(|sequence| &sequence.tokens).copied();
+        tokens.find(|token| !(0..num_tokens as i64).contains(token))
     }
 }
 
@@ -251,12 +271,13 @@ impl BatchSource for Groups {
     type Batch = GroupBatch;
 
     fn batch(&self, request: &BatchRequest) -> Result<GroupBatch> {
-        self.check(request)?;
+        self.check_counts(request)?;
         let chosen = self.chosen(request.seq_len);
         let train = &chosen.parts[0];
         let (count, rows) = (train.len() as u64, request.rows.max(1) as u64);
         let number = |row: u64| {
-            // A batch has no group twice: what is left over at the end of an epoch waits for the order of the next.
+            // Where all batches have the same number of rows, and there are as many groups, none is in a batch twice: what is
+            // left over at the end of an epoch waits for the order of the next.
             let (epoch, place) = match count / rows {
                 0 => (row / count, row % count),
                 batches => (row / rows / batches, row / rows % batches * rows + row % rows),
@@ -268,24 +289,30 @@ impl BatchSource for Groups {
     }
 
     fn validation_batches(&self, request: &BatchRequest) -> Result<Vec<GroupBatch>> {
-        self.check(request)?;
+        self.check_counts(request)?;
         let chosen = self.chosen(request.seq_len);
-        chosen.parts[1].chunks(request.rows.max(1)).map(|numbers| self.of(1, numbers, request)).try_collect_vec()
+        let (all, rows) = (&chosen.parts[1][..], request.rows.max(1));
+        // A group by itself has no others to be told from: it is added to the batch before.
+        let mut starts = (0..all.len()).step_by(rows).collect_vec();
+        if rows > 1 && starts.len() > 1 && all.len() % rows == 1 {
+            starts.pop();
+        }
+        let ends = starts.iter().skip(1).chain([&all.len()]).copied().collect_vec();
+        starts.iter().zip(ends).map(|(&from, end)| self.of(1, &all[from..end], request)).try_collect_vec()
     }
 
     fn check(&self, request: &BatchRequest) -> Result<()> {
-        for (part, purpose) in self.chosen(request.seq_len).parts.iter().zip(["train", "validate"]) {
-            ensure!(
-                !part.is_empty(),
-                Error::option(
-                    "groups",
-                    format_args!(
-                        "none to {purpose} on has a token that counts in its first {} tokens; use more data or a larger \
-                         `seq_len`",
-                        request.seq_len
-                    )
-                )
-            );
+        self.check_counts(request)?;
+        for (part, name) in self.parts.iter().zip(["group", "validation group"]) {
+            for (group, number) in part.iter().zip(1..) {
+                if let Some(token) = group.foreign(request.num_tokens) {
+                    let why = format_args!(
+                        "{name} {number} has the token {token}, expected tokens in 0..{} (the model's vocabulary)",
+                        request.num_tokens
+                    );
+                    return Err(Error::option("groups", why));
+                }
+            }
         }
         Ok(())
     }

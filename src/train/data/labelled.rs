@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Batch, BatchRequest, BatchSource, DataPrint, shuffle::shuffled};
+use super::{Batch, BatchRequest, BatchSource, DataPrint, batch::cat_padded, shuffle::shuffled};
 use crate::{
     DType, Device, Error, Result, Shape, Tensor,
     collect::CollectVec,
@@ -125,20 +125,7 @@ impl Batch for LabelledBatch {
     }
 
     fn concat(parts: &[Self]) -> Result<Self> {
-        let width = parts.iter().map(|part| part.tokens.shape()[1]).max().unwrap_or(0);
-        let joined = |of: &dyn Fn(&Self) -> &Tensor| {
-            let padded = parts.iter().map(|part| {
-                let tensor = of(part);
-                let [rows, own] = [tensor.dim(0)?, tensor.dim(1)?];
-                if own == width {
-                    return Ok(tensor.clone());
-                }
-                let more = Tensor::full([rows, width - own], 0.0, tensor.dtype(), tensor.device())?;
-                Tensor::cat(&[tensor, &more], 1)
-            });
-            let padded: Vec<Tensor> = padded.try_collect_vec()?;
-            Tensor::cat(&padded.iter().collect_vec(), 0)
-        };
+        let joined = |of: &dyn Fn(&Self) -> &Tensor| cat_padded(&parts.iter().map(of).collect_vec());
         let labels = Tensor::cat(&parts.iter().map(|part| &part.labels).collect_vec(), 0)?;
         Self::new(joined(&|part| &part.tokens)?, joined(&|part| &part.mask)?, labels)
     }

@@ -97,8 +97,8 @@ impl Images {
     }
 }
 
-/// Images with classes, each a row, in an order of its own in each epoch. Images are loaded when a batch needs them, by the threads
-/// that prepare batches.
+/// Images with classes, each a row, in an order of its own in each epoch. Images are loaded when a batch needs them, by the thread
+/// that prepares it.
 ///
 /// ```
 /// use x_transformers::train::{BatchSource, Image, ImageTransform, LabelledImages, TrainOptions};

@@ -55,8 +55,8 @@ impl Batch for MaskedBatch {
     }
 
     fn weight(&self) -> f64 {
-        // Each target counts alike, in whichever batch it is.
-        self.labels.numel() as f64
+        // Each target counts alike, in whichever batch it is; a row of which all tokens are targets has the weight 1.
+        self.labels.numel() as f64 / self.tokens.shape()[1].max(1) as f64
     }
 
     fn targets(&self) -> u64 {
@@ -140,7 +140,7 @@ impl<S: BatchSource<Batch = TokenBatch>> Masked<S> {
         Ok(Self { probability, ..self })
     }
 
-    /// The request to the source, whose rows have a token more than they predict.
+    /// Returns the request to the source, whose rows have a token more than they predict.
     fn inner(request: &BatchRequest) -> Result<BatchRequest> {
         ensure!(
             request.seq_len >= 2,

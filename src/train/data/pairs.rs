@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Batch, BatchRequest, BatchSource, DataPrint, TokenBatch, labelled_images::places};
+use super::{Batch, BatchRequest, BatchSource, DataPrint, TokenBatch, batch::cat_padded, labelled_images::places};
 use crate::{
     Device, Error, Result, Shape, Tensor,
     collect::CollectVec,
@@ -46,7 +46,7 @@ impl Batch for PairBatch {
     }
 
     fn concat(parts: &[Self]) -> Result<Self> {
-        let joined = |of: &dyn Fn(&Self) -> &Tensor| Tensor::cat(&parts.iter().map(of).collect_vec(), 0);
+        let joined = |of: &dyn Fn(&Self) -> &Tensor| cat_padded(&parts.iter().map(of).collect_vec());
         let targets = parts.iter().map(|part| part.target.clone()).collect_vec();
         Ok(Self {
             source: joined(&|part| &part.source)?,
@@ -56,7 +56,7 @@ impl Batch for PairBatch {
     }
 }
 
-/// Rows of tokens padded with 0 on the right, each cut to `longest`, and the mask of what is not padding.
+/// Returns rows of tokens padded with 0 on the right, each cut to `longest`, and the mask of what is not padding.
 fn padded(rows: &[&[i64]], longest: usize) -> Result<[Tensor; 2]> {
     let width = rows.iter().map(|row| row.len().min(longest)).max().unwrap_or(0).max(1);
     let shape = Shape::new(&[rows.len(), width])?;
@@ -69,7 +69,7 @@ fn padded(rows: &[&[i64]], longest: usize) -> Result<[Tensor; 2]> {
     Ok([Tensor::from_vec(tokens, shape, &Device::Cpu)?, Tensor::from_vec(mask, shape, &Device::Cpu)?])
 }
 
-/// Targets between borders, of which `seq_len` tokens are predicted at most.
+/// Returns targets between borders, of which `seq_len` tokens are predicted at most.
 pub(super) fn targets(rows: &[&[i64]], border: i64, seq_len: usize) -> Result<TokenBatch> {
     let bordered = rows.iter().map(|row| [&[border][..], row, &[border]].concat()).collect_vec();
     let rows = bordered.iter().map(Vec::as_slice).collect_vec();
@@ -178,9 +178,9 @@ impl BatchSource for Pairs {
 
     fn check(&self, request: &BatchRequest) -> Result<()> {
         check_tokens([&[self.border][..]].into_iter(), request, "border")?;
-        for part in &self.parts {
-            check_tokens(part.iter().map(|pair| &pair.source[..]), request, "the source of pair")?;
-            check_tokens(part.iter().map(|pair| &pair.target[..]), request, "the target of pair")?;
+        for (part, name) in self.parts.iter().zip(["pair", "validation pair"]) {
+            check_tokens(part.iter().map(|pair| &pair.source[..]), request, &format!("the source of {name}"))?;
+            check_tokens(part.iter().map(|pair| &pair.target[..]), request, &format!("the target of {name}"))?;
         }
         Ok(())
     }

@@ -25,9 +25,9 @@ use crate::{Error, Gradients, ParamMap, Result, Tensor, error::ensure};
 /// Optimizer of named parameters: [`AdamW`], [`Sgd`], [`Lion`], [`Adafactor`], [`Muon`], or one of your own.
 ///
 /// Gradients are clipped by their global norm in the same pass over the parameters. The state of a half-precision
-/// parameter is f32 and includes an f32 master weight, of which the parameter is the rounded value: updates smaller than
-/// half a unit of the half type are not lost. Setting such a parameter to another value makes training continue from
-/// that value. Results have the same bits for any number of threads, and after a resume.
+/// parameter is f32 and includes an f32 master weight, of which the parameter is the rounded value: updates smaller
+/// than half a unit of the half type are not lost. Setting such a parameter to another value makes training continue
+/// from that value. Results have the same bits for any number of threads, and after a resume.
 ///
 /// Other threads may use the model during a step: a reader of a parameter waits until all of them are updated.
 ///
@@ -58,8 +58,8 @@ pub trait Optimizer: fmt::Debug + Send + Sync {
     /// `clip_grad_norm_`. A gradient has its parameter's dtype, or f32 if that is a half type.
     ///
     /// Errors, with nothing changed: [`ErrorKind::NonFinite`](crate::ErrorKind::NonFinite) for a gradient with NaN or
-    /// infinity, naming its parameter; a rate that is negative or not finite; a clip that is not positive; a gradient of
-    /// another shape or dtype.
+    /// infinity, naming its parameter; a rate that is negative or not finite; a clip that is not positive; a gradient
+    /// of another shape or dtype.
     #[doc(alias = "clip_grad_norm_")]
     fn step(&mut self, params: &ParamMap, grads: &Gradients, lr: f64, clip: Option<f64>) -> Result<StepInfo> {
         self.step_scaled(params, grads, 1.0, lr, clip)
@@ -93,6 +93,12 @@ pub trait Optimizer: fmt::Debug + Send + Sync {
     /// Returns name, hyperparameters and groups as JSON, for logs.
     fn to_json(&self) -> Value;
 
+    /// Returns `true` if each element of a parameter is updated by itself, with a state of the parameter's shape: ranks
+    /// can then divide it ([`Sharded`]). Default `false`.
+    fn is_elementwise(&self) -> bool {
+        false
+    }
+
     /// Returns the optimizer, if its state is divided among ranks. Default `None`.
     fn sharded(&self) -> Option<&Sharded> {
         None
@@ -119,7 +125,8 @@ macro_rules! optimizers {
             /// Creates an optimizer with groups of parameters; of each value, the first group counts that matches a
             /// parameter and sets it.
             ///
-            /// Errors: those of `new`, a pattern that matches no parameter, or a value that the optimizer does not have.
+            /// Errors: those of `new`, a pattern that matches no parameter, or a value that the optimizer does not
+            /// have.
             pub fn with_groups(options: $options, groups: &[ParamGroup], params: &ParamMap) -> Result<Self> {
                 Ok(Self { engine: Engine::with_groups(OptimizerOptions::$name(options), groups, params)?, options })
             }
@@ -163,6 +170,11 @@ macro_rules! optimizers {
             fn to_json(&self) -> Value {
                 self.engine.to_json()
             }
+
+            fn is_elementwise(&self) -> bool {
+                use OptimizerOptions as Of;
+                matches!(Of::$name(self.options), Of::AdamW(_) | Of::Sgd(_) | Of::Lion(_))
+            }
         }
     )*
 
@@ -183,8 +195,8 @@ optimizers! {
     /// AdamW (Loshchilov and Hutter, <https://arxiv.org/abs/1711.05101>) as in PyTorch.
     ///
     /// `p ← p · (1 − lr · weight_decay)`, `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
-    /// `p ← p − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + eps)`, where `t` counts the updates of this parameter. The state
-    /// holds `m` as `exp_avg` and `v` as `exp_avg_sq`, f32 (f64 for f64 parameters).
+    /// `p ← p − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + eps)`, where `t` counts the updates of this parameter. The
+    /// state holds `m` as `exp_avg` and `v` as `exp_avg_sq`, f32 (f64 for f64 parameters).
     ///
     /// ```
     /// use x_transformers::{
@@ -209,8 +221,8 @@ optimizers! {
     /// Stochastic gradient descent with momentum (Sutskever et al., 2013) as in PyTorch.
     ///
     /// `g ← g + weight_decay · p`, `m ← momentum · m + (1 − dampening) g` (`m ← g` at first), `p ← p − lr · m`, or
-    /// `p ← p − lr · (g + momentum · m)` with `nesterov`. The state holds `m` as `momentum_buffer`, unless `momentum` is
-    /// 0.
+    /// `p ← p − lr · (g + momentum · m)` with `nesterov`. The state holds `m` as `momentum_buffer`, unless `momentum`
+    /// is 0.
     #[doc(alias = "SGD")]
     Sgd(SgdOptions);
     /// Lion (Chen et al., <https://arxiv.org/abs/2302.06675>): the sign of a running mean, in half of AdamW's memory.
@@ -223,16 +235,16 @@ optimizers! {
     ///
     /// `ρ = min(lr, 1 / √t)`, `p ← p · (1 − lr · weight_decay)`,
     /// `p ← p − max(eps2, RMS(p)) · ρ · u / max(1, RMS(u) / d)` with `u = g / √v`. For more than one dimension, `v` is
-    /// the product of `row_var`, `[.., n, 1]`, and `col_var`, `[.., 1, m]`, over the mean of `row_var`; else `variance`.
-    /// They decay by `1 − t ^ beta2_decay`.
+    /// the product of `row_var`, `[.., n, 1]`, and `col_var`, `[.., 1, m]`, over the mean of `row_var`; else
+    /// `variance`. They decay by `1 − t ^ beta2_decay`.
     Adafactor(AdafactorOptions);
-    /// Muon (Jordan et al., 2024, <https://kellerjordan.github.io/posts/muon/>) as in PyTorch, for the matrices of hidden
-    /// layers; AdamW for what is not a matrix, and for groups with `muon: Some(false)`, which embeddings and logits
-    /// should be in.
+    /// Muon (Jordan et al., 2024, <https://kellerjordan.github.io/posts/muon/>) as in PyTorch, for the matrices of
+    /// hidden layers; AdamW for what is not a matrix, and for groups with `muon: Some(false)`, which embeddings and
+    /// logits should be in.
     ///
     /// `m ← momentum · m + (1 − momentum) g`, `p ← p · (1 − lr · weight_decay)`, `p ← p − lr · ratio · o`, where `o` is
-    /// `m` (with `nesterov` the mean of `g` and `m`) with all singular values brought near 1 by Newton–Schulz steps, and
-    /// [`MuonOptions::adjust_lr`] gives the ratio. All of this in f32 (f64 for f64 parameters), where PyTorch
+    /// `m` (with `nesterov` the mean of `g` and `m`) with all singular values brought near 1 by Newton–Schulz steps,
+    /// and [`MuonOptions::adjust_lr`] gives the ratio. All of this in f32 (f64 for f64 parameters), where PyTorch
     /// orthogonalizes in bf16. The state holds `m` as `momentum_buffer`.
     Muon(MuonOptions);
 }

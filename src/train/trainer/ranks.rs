@@ -23,7 +23,8 @@ pub struct RankOptions {
     /// Stage of ZeRO: with 1 each rank keeps its part of the optimizer's state, with 2 of the summed gradients too; see
     /// [`Sharded`]. Default 0.
     pub zero: u8,
-    /// Gradients of as many elements are summed together, or those of one parameter. Default 8,388,608: 32 MB of f32.
+    /// Largest number of elements summed together; a larger parameter has a bucket of its own. Default 8,388,608: 32 MB
+    /// of f32.
     pub bucket: usize,
 }
 
@@ -33,14 +34,15 @@ impl Default for RankOptions {
     }
 }
 
-/// Ranks of a trainer; without any it is alone.
+/// Ranks of a trainer.
 #[derive(Default)]
 pub(super) struct Ranks {
+    /// `None` for a single process.
     reducer: Option<Reducer>,
     /// Part of the parameters whose gradients this rank keeps, in stage 2 of ZeRO.
     shards: Option<Arc<Shards>>,
     resumed: bool,
-    /// What rank 0 does, as [`Trainer::follow`] was told.
+    /// Method that rank 0 calls, as received by [`Trainer::follow`].
     told: Cell<Option<Command>>,
     /// If this rank was asked to stop, and if any was before the last step.
     asked: Cell<[bool; 2]>,
@@ -85,6 +87,11 @@ impl Ranks {
         Self { resumed: true, ..Self::default() }
     }
 
+    /// Drops what is left of a step that failed.
+    pub fn reset(&mut self) {
+        self.reducer.iter_mut().for_each(Reducer::reset);
+    }
+
     fn communicator(&self) -> Option<&Arc<dyn Communicator>> {
         self.reducer.as_ref().map(Reducer::ranks)
     }
@@ -104,18 +111,19 @@ impl Ranks {
 pub(super) type Micro = Option<(Tensor, f64, u64)>;
 
 impl<M: TrainModel> Trainer<M> {
-    /// Trains with the other ranks: all create the same trainer, call this, and then the same methods in the same order, or
-    /// all but rank 0 call [`Trainer::follow`].
+    /// Trains with the other ranks: all create the same trainer, call this, and then the same methods in the same
+    /// order, or all but rank 0 call [`Trainer::follow`].
     ///
-    /// Each rank does [`accumulate`](crate::train::TrainOptions::accumulate) micro-batches a step; the options and checkpoints then have the
-    /// number of all ranks together. The micro-batches of a step go to the ranks in turn, and gradients are summed in the
-    /// order of micro-batches: N ranks give the bits of one process with N times as many. So does a run that is resumed
-    /// with another number of ranks, up to one for each micro-batch of a step.
+    /// Each rank does [`accumulate`](crate::train::TrainOptions::accumulate) micro-batches a step; the options and
+    /// checkpoints then have the number of all ranks together. The micro-batches of a step go to the ranks in turn, and
+    /// gradients are summed in the order of micro-batches: N ranks give the bits of one process with N times as many.
+    /// So does a run that is resumed with another number of ranks, up to one for each micro-batch of a step.
     ///
     /// Validation is shared too, and [`Trainer::save`] writes on rank 0.
     ///
-    /// Errors: a stage of ZeRO that does not exist, or that the optimizer cannot have; ranks of other versions, options, data,
-    /// checkpoints or weights, which are named; more ranks than micro-batches in a step of a resumed run; a failed transfer.
+    /// Errors: a stage of ZeRO that does not exist, or that the optimizer cannot have; ranks of other versions,
+    /// options, data, checkpoints or weights, which are named; more ranks than micro-batches in a step of a resumed
+    /// run; a failed transfer.
     pub fn with_ranks(mut self, ranks: Arc<dyn Communicator>, options: RankOptions) -> Result<Self> {
         const OP: &str = "ranks";
         let size = ranks.size();
@@ -185,8 +193,8 @@ impl<M: TrainModel> Trainer<M> {
         first.resize(u64::from_le_bytes(length) as usize, 0);
         ranks.broadcast_bytes(&mut first, 0)?;
         let other = serde_json::from_slice(&first).ok();
-        let difference = other
-            .map_or_else(|| Some("speaks another language".to_string()), |first: Value| differs("", &first, &mine));
+        let unread = || Some("sent an unreadable description; use the same version on all ranks".to_string());
+        let difference = other.map_or_else(unread, |first: Value| differs("", &first, &mine));
         // All ranks fail, with the words of the first that differs.
         const ROOM: usize = 1024;
         let mut words = difference.unwrap_or_default().into_bytes();
@@ -227,8 +235,8 @@ impl<M: TrainModel> Trainer<M> {
         Ok(())
     }
 
-    /// Does what rank 0 does, until it calls [`Trainer::end_ranks`]; `stop` says if this rank was asked to stop, which rank 0
-    /// reads from [`Trainer::asked_to_stop`].
+    /// Does what rank 0 does, until it calls [`Trainer::end_ranks`]; `stop` says if this rank was asked to stop, which
+    /// rank 0 reads from [`Trainer::asked_to_stop`].
     ///
     /// Errors: those of the methods that rank 0 calls; a call on rank 0, or without ranks.
     pub fn follow(&mut self, stop: &dyn Fn() -> bool) -> Result<()> {
@@ -247,7 +255,10 @@ impl<M: TrainModel> Trainer<M> {
                 Some(Command::Step) => self.step().map(drop)?,
                 Some(Command::Validate) => self.validate().map(drop)?,
                 Some(Command::Save) => self.save("")?,
-                None => return self.lead(Command::End),
+                None => {
+                    let why = "rank 0 sent an unknown command; use the same version on all ranks";
+                    return Err(Error::argument("ranks", why));
+                }
             }
         }
     }

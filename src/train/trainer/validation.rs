@@ -11,7 +11,8 @@ use crate::{
 impl<M: TrainModel> Trainer<M> {
     /// Returns the batches of the validation set, on the device of the run.
     ///
-    /// Errors: those of [`BatchSource::validation_batches`](crate::train::BatchSource::validation_batches); out of memory.
+    /// Errors: those of [`BatchSource::validation_batches`](crate::train::BatchSource::validation_batches); out of
+    /// memory.
     pub fn validation_batches(&self) -> Result<Vec<M::Batch>> {
         let request = self.options.request(0, 0, M::num_tokens(&self.config));
         let batches = self.data.source().validation_batches(&request)?;
@@ -21,7 +22,8 @@ impl<M: TrainModel> Trainer<M> {
     /// Computes the mean loss over the validation set of the source, in nats per token, without dropout and, with
     /// `ema_decay`, with the averaged weights.
     ///
-    /// Errors: those of [`BatchSource::validation_batches`](crate::train::BatchSource::validation_batches); [`ErrorKind::NonFinite`]; out of memory.
+    /// Errors: those of [`BatchSource::validation_batches`](crate::train::BatchSource::validation_batches);
+    /// [`ErrorKind::NonFinite`]; out of memory.
     pub fn validate(&self) -> Result<f64> {
         self.lead(Command::Validate)?;
         let request = self.options.request(0, 0, M::num_tokens(&self.config));
