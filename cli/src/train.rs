@@ -28,10 +28,10 @@ mod images;
 mod labels;
 mod masked;
 mod options;
-mod pairs;
 mod preferences;
 mod preset;
 mod rehearsal;
+mod seq2seq;
 mod start;
 mod task;
 mod training;
@@ -313,7 +313,7 @@ fn train(args: TrainArgs) -> Result<()> {
     }
     match (args.task, &args.from) {
         (Kind::Image, _) => return images::begin(&args, &device),
-        (Kind::Seq2seq, _) => return pairs::begin(&args, &device),
+        (Kind::Seq2seq, _) => return seq2seq::begin(&args, &device),
         (Kind::Caption, _) => return captions::begin(&args, &device),
         (Kind::Mlm, _) => return masked::begin(&args, &device),
         (Kind::Embed, Some(from)) => return embed::begin(&args, from, &device),

@@ -22,7 +22,7 @@ use super::{
     data::{About, Data, DataArgs, Own},
     fit,
     images::{ImageArgs, Loaded, load_all},
-    pairs::{about, exact, of_language, scores},
+    seq2seq::{about, exact, of_language, scores},
     task::Task,
 };
 use crate::{

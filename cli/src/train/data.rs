@@ -13,7 +13,7 @@ use super::{
     chats::{self, Chats},
     images::ImageArgs,
     labels::{self, Labelled},
-    pairs::PairArgs,
+    seq2seq::PairArgs,
     warn_of_skipped,
 };
 use crate::{

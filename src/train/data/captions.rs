@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc};
 use super::{
     Batch, BatchRequest, BatchSource, DataPrint, ImageTransform, TokenBatch,
     labelled_images::{Images, places},
-    pairs::{check_tokens, targets},
+    text_pairs::{check_tokens, targets},
 };
 use crate::{
     Device, Error, Result, Tensor,

@@ -11,9 +11,9 @@ mod labelled;
 mod labelled_images;
 mod masked;
 mod mixture;
-mod pairs;
 mod sequences;
 mod shuffle;
+mod text_pairs;
 mod token_data;
 mod token_file;
 mod token_writer;
@@ -31,8 +31,8 @@ pub use self::{
     labelled_images::{ImageBatch, LabelledImages},
     masked::{Masked, MaskedBatch},
     mixture::Mixture,
-    pairs::{Pair, PairBatch, Pairs},
     sequences::{Sequence, Sequences},
+    text_pairs::{Pair, PairBatch, Pairs},
     token_data::TokenData,
     token_file::{TokenFile, TokenFormat},
     token_writer::TokenWriter,
