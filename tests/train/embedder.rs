@@ -163,7 +163,7 @@ fn runs_of_embedders() -> Result<()> {
     let net = TransformerWrapperConfig::new(32, 16, AttentionLayersConfig::encoder(16, 1));
     for score in [false, true] {
         let config = EmbedderConfig::new(net.clone(), Pooling::MeanSqrtLen, true)?;
-        let source = || Groups::new(groups(23, score), groups(5, score));
+        let source = || Groups::new(groups(23, score), groups(6, score));
         let options = TrainOptions { steps: 6, batch_size: 4, accumulate: 2, seq_len: 6, ..Default::default() };
         let start = || Trainer::<Embedder>::start(config.clone(), options.clone(), source()?, device());
         let (mut whole, mut parts) = (start()?, start()?);
@@ -184,7 +184,11 @@ fn runs_of_embedders() -> Result<()> {
         assert_eq!(EmbedderConfig::read(&run)?.as_ref(), Some(&config));
         let loaded = Embedder::load(&run, DType::F32, device())?;
         let batches = source()?.validation_batches(&options.request(0, 0, 32))?;
-        assert_eq!(batches.iter().map(|batch| batch.tokens.shape()[0]).collect::<Vec<_>>(), [4, 1]);
+        let rows = |batches: &[GroupBatch]| batches.iter().map(|batch| batch.tokens.shape()[0]).collect::<Vec<_>>();
+        assert_eq!(rows(&batches), [4, 2]);
+        // One by itself would have no others to be told from.
+        let five = Groups::new(groups(23, score), groups(5, score))?;
+        assert_eq!(rows(&five.validation_batches(&options.request(0, 0, 32))?), [5]);
         let batch = batches[0].to_device(device())?;
         assert!(off(&loaded.cosines(&batch)?, &whole.model().cosines(&batch)?)? == 0.0);
         let shape = loaded.cosines(&batch)?.shape().to_vec();
@@ -194,10 +198,10 @@ fn runs_of_embedders() -> Result<()> {
         let width = batch.tokens.shape()[2];
         assert!(tokens.chunks(width).all(|row| row.contains(&3)) && width <= 6);
         let joined = GroupBatch::concat(&batches)?;
-        assert_eq!(joined.tokens.shape()[0], 5);
-        let other = Groups::new(groups(22, score), groups(5, score))?;
+        assert_eq!(joined.tokens.shape()[0], 6);
+        let other = Groups::new(groups(22, score), groups(6, score))?;
         let message = Trainer::<Embedder>::resume_from(&run, other, device()).map(drop).unwrap_err().to_string();
-        assert!(message.contains("groups, 28"), "{message}");
+        assert!(message.contains("groups, 29"), "{message}");
     }
     Ok(())
 }
