@@ -11,8 +11,6 @@ use crate::failure::{Failure, Result};
 
 /// Bytes that an image file may have.
 const MAX_FILE: u64 = 256 << 20;
-/// Pixels that an image may have; its width and height can be chosen by whoever wrote the file.
-const MAX_PIXELS: usize = 1 << 26;
 /// Folders within folders.
 const MAX_DEPTH: usize = 32;
 /// Endings of images in formats that are not read: to leave them out in silence would train on other data than meant.
@@ -49,7 +47,8 @@ mod decoders {
         zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOptions},
     };
 
-    use super::MAX_PIXELS;
+    /// Pixels that an image may have; its width and height can be chosen by whoever wrote the file.
+    pub const MAX_PIXELS: usize = 1 << 26;
 
     /// Pixels of a decoded file.
     pub struct Decoded {
@@ -276,7 +275,7 @@ mod tests {
                     let mut changed = bytes.clone();
                     changed[at] ^= mask;
                     match decoders::decode(&changed) {
-                        Ok(decoded) => assert!(decoded.pixels.len() <= 3 * MAX_PIXELS),
+                        Ok(decoded) => assert!(decoded.pixels.len() <= 3 * decoders::MAX_PIXELS),
                         Err(_) => refused += 1,
                     }
                 }
