@@ -313,11 +313,17 @@ fn go_on(trainer: &mut Trainer, steps: u64, folder: &Path) -> Result<()> {
 
 #[test]
 fn ranks_write_the_checkpoint_of_one_process() {
-    let folder = Folder::new("bits");
+    let (folder, mut left_out) = (Folder::new("bits"), 0);
+    // All 90 runs take minutes there: a part of them, of all dtypes and stages.
+    let emulated = *device() != Device::Cpu;
     for (dtype, recompute) in [(DType::F32, false), (DType::F32, true), (DType::BF16, false), (DType::F16, false)] {
         // Micro-batches of a step, and ranks that share them.
         for (all, sizes) in [(2, &[1, 2][..]), (6, &[1, 2, 3]), (5, &[1])] {
             if all != 6 && dtype != DType::F32 {
+                continue;
+            }
+            if emulated && (all != 6 || recompute) {
+                left_out += 5 * sizes.len();
                 continue;
             }
             let expected = folder.at("expected");
@@ -327,6 +333,10 @@ fn ranks_write_the_checkpoint_of_one_process() {
             assert_eq!(expected.len(), 4);
             for &size in sizes {
                 for (overlap, zero) in [(false, 0), (true, 0), (true, 1), (false, 2), (true, 2)] {
+                    if emulated && (size, overlap) != (3, true) {
+                        left_out += 1;
+                        continue;
+                    }
                     let results = ranks(size, |ranks| {
                         let rank = ranks.rank();
                         let mut trainer = begin(of(all / size))?.with_ranks(
@@ -344,6 +354,7 @@ fn ranks_write_the_checkpoint_of_one_process() {
             }
         }
     }
+    println!("{left_out} of 90 runs left out");
 }
 
 #[test]
@@ -356,7 +367,10 @@ fn any_number_of_ranks_goes_on_with_the_next_batches() {
     go_on(&mut one, 2, &saved).expect("trained");
     go_on(&mut one, 4, &saved).expect("trained");
     go_on(&mut one, 6, &expected).expect("trained");
-    for sizes in [[2, 3], [5, 1], [4, 2]] {
+    let all = [[2, 3], [5, 1], [4, 2]];
+    let some = if *device() == Device::Cpu { &all[..] } else { &all[..1] };
+    println!("{} of {} orders of ranks", some.len(), all.len());
+    for &sizes in some {
         let mut one = begin(options(6, 5, DType::F32)).expect("a run");
         go_on(&mut one, 2, &saved).expect("trained");
         for (size, steps) in sizes.into_iter().zip([4, 6]) {
