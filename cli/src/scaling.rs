@@ -56,7 +56,7 @@ impl Step {
         let [float, sum] = self.sizes();
         let master = if float < sum { sum } else { 0.0 };
         let state = self.params * (2.0 * sum + master);
-        // What is given away, what comes back, and their sum.
+        // The bucket sent, the parts received, and their sum.
         let bucket = 3.0 * sum * bucket.min(self.params);
         let part = sum * self.params / cards;
         // Its own weights while they are updated.

@@ -168,7 +168,7 @@ fn check_u64(values: &[i64]) -> Parsed<()> {
     }
 }
 
-/// Copies the bytes of a tensor as they lie in the file, at most so many.
+/// Copies the bytes of a tensor as they lie in the file, up to a limit.
 pub(super) fn raw(source: &Source, entry: &Entry, most: usize) -> Reading<Vec<u8>> {
     if entry.strides.is_some() {
         return Err(

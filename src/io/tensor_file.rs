@@ -427,7 +427,7 @@ impl TensorFile {
         Ok(RawTensor { stored: entry.stored, shape: entry.shape.to_vec(), bytes: self.first_bytes(name, usize::MAX)? })
     }
 
-    /// Reads at most so many bytes of a tensor; like [`TensorFile::raw`].
+    /// Reads the first bytes of a tensor, up to a limit; like [`TensorFile::raw`].
     pub(crate) fn first_bytes(&self, name: &str, most: usize) -> Result<Vec<u8>> {
         let entry = self.entry(name)?;
         entry.checked(&self.parts[entry.part], name, |source, entry| stored::raw(source, entry, most))

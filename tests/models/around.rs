@@ -163,7 +163,7 @@ fn gumbel_noise_draws_from_the_softmax() -> Result<()> {
     let weights =
         model(config(options), &device())?.run(&masked, &call, &RunOptions::default())?["attn.0"].to_f64_vec()?;
     assert!(weights.iter().all(|weight| (weight - 0.2).abs() < 1e-9), "{weights:?}");
-    // Soft weights are no draws, and sum to 1.
+    // Weights of the softmax without noise are not random, and sum to 1.
     let soft = model(config(json!({"attn_gumbel_softmax": true, "attn_gumbel_softmax_hard": false})), &device())?;
     let _tape = Tape::train(1);
     let weights = map(&soft)?;

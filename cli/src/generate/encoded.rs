@@ -29,7 +29,7 @@ pub fn run(args: &GenerateArgs, device: &Device) -> Result<bool> {
         captions(args, &folder, &config, device)?;
         return Ok(true);
     }
-    // What else the folder may be is for others to say.
+    // Other kinds of folders are handled by the caller.
     match Checkpoint::load_config(&folder).and_then(|config| config.plan()) {
         Ok(ModelPlan::EncoderDecoder(_)) => {
             args.refuse_unused()?;
@@ -40,7 +40,7 @@ pub fn run(args: &GenerateArgs, device: &Device) -> Result<bool> {
     }
 }
 
-/// Function that is told of new tokens, and returns `true` to go on.
+/// Callback that receives new tokens and returns `true` to continue.
 type Show<'s> = &'s mut dyn FnMut(&[i64]) -> bool;
 
 /// Function that continues a text by at most a number of tokens.

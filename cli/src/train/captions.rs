@@ -7,7 +7,6 @@ use std::{
 };
 
 use indicatif::HumanCount;
-use serde_json::Value;
 use x_transformers::{
     Device,
     config::{
@@ -22,11 +21,11 @@ use super::{
     data::{About, Data, DataArgs, Own},
     fit,
     images::{ImageArgs, Loaded, load_all},
-    seq2seq::{about, exact, of_language, scores},
+    seq2seq::{about, exact, of_language, scores, two_texts},
     task::Task,
 };
 use crate::{
-    documents::{fields_of, kind, lines},
+    documents::lines,
     failure::{Failure, Result, warn},
     images,
 };
@@ -59,11 +58,11 @@ fn read(folder: &Path, least: usize) -> Result<Vec<Record>> {
             if !is_one {
                 continue;
             }
-            for found in lines(path, parse) {
+            for found in lines(path, |line: &[u8]| two_texts(line, ["file_name", "text"])) {
                 let (line, [name, text]) = found?;
                 let record = Record { path: path.clone(), line, image: folder.join(&name), text };
                 if !record.image.is_file() {
-                    return Err(record.failure(format_args!("there is no file `{name}` in this folder")));
+                    return Err(record.failure(format_args!("file `{name}` does not exist in this folder")));
                 }
                 records.push(record);
             }
@@ -78,21 +77,6 @@ fn read(folder: &Path, least: usize) -> Result<Vec<Record>> {
         return Err(Failure::new(why).within(folder));
     }
     Ok(records)
-}
-
-/// Returns the name of the image and the text in a record.
-fn parse(line: &[u8]) -> std::result::Result<[String; 2], String> {
-    let fields = fields_of(line)?;
-    let text = |field: &str| match fields.get(field) {
-        Some(Value::String(text)) if text.is_empty() => Err(format!("field `{field}` is empty")),
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(other) => Err(format!("field `{field}` is {}, expected a string", kind(other))),
-        None => {
-            let names: Vec<&str> = fields.keys().map(String::as_str).collect();
-            Err(format!("field `{field}` is missing; the record has {}", names.join(", ")))
-        }
-    };
-    Ok([text("file_name")?, text("text")?])
 }
 
 /// Captions of images, before the images are read.

@@ -59,7 +59,7 @@ impl PairArgs {
         let mut records = Vec::new();
         for path in &self.pairs {
             let is_tsv = path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("tsv"));
-            let parse = move |line: &[u8]| if is_tsv { of_tsv(line) } else { of_json(line) };
+            let parse = move |line: &[u8]| if is_tsv { of_tsv(line) } else { two_texts(line, ["source", "target"]) };
             for found in lines(path, parse) {
                 let (line, pair) = found?;
                 records.push((path, line, pair));
@@ -98,7 +98,8 @@ impl PairArgs {
 /// Function that returns the tokens of a text, without any around it.
 type Encode<'o> = Box<dyn Fn(&str) -> Result<Vec<i64>> + Sync + 'o>;
 
-/// Returns the function for tokens of texts, and the token that begins and ends those that a decoder writes; without a tokenizer they are bytes.
+/// Returns the function for tokens of texts, and the token that begins and ends those that a decoder writes; without a
+/// tokenizer they are bytes.
 pub fn of_language(own: Option<&Own>) -> Result<(Encode<'_>, i64)> {
     let Some(own) = own else {
         let encode = |text: &str| match text.contains('\0') {
@@ -119,8 +120,8 @@ pub fn about(own: Option<Own>, line: String) -> Result<About> {
     Ok(About { line, num_tokens: Some(num_tokens), language, tokenizer, ..About::of_nothing() })
 }
 
-/// Returns the two texts of a record.
-fn of_json(line: &[u8]) -> std::result::Result<[String; 2], String> {
+/// Returns two texts of a record, neither of them empty.
+pub fn two_texts(line: &[u8], names: [&str; 2]) -> std::result::Result<[String; 2], String> {
     let fields = fields_of(line)?;
     let text = |field: &str| match fields.get(field) {
         Some(Value::String(text)) if text.is_empty() => Err(format!("field `{field}` is empty")),
@@ -131,7 +132,8 @@ fn of_json(line: &[u8]) -> std::result::Result<[String; 2], String> {
             Err(format!("field `{field}` is missing; the record has {}", names.join(", ")))
         }
     };
-    Ok([text("source")?, text("target")?])
+    let [first, second] = names;
+    Ok([text(first)?, text(second)?])
 }
 
 /// Returns the two columns of a line.

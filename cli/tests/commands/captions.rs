@@ -106,7 +106,7 @@ fn captions_that_are_refused() {
         (r#"{"file_name": "7.png"}"#, "metadata.jsonl: line 1: field `text` is missing; the record has file_name"),
         (r#"{"file_name": "7.png", "text": ""}"#, "line 1: field `text` is empty"),
         (r#"{"file_name": 7, "text": "a"}"#, "line 1: field `file_name` is a number, expected a string"),
-        (r#"{"file_name": "77.png", "text": "a"}"#, "line 1: there is no file `77.png` in this folder"),
+        (r#"{"file_name": "77.png", "text": "a"}"#, "line 1: file `77.png` does not exist in this folder"),
         ("[]", "line 1: is not a JSON object"),
     ] {
         fs::write(&file, record).expect("a file");

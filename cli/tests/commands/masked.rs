@@ -92,7 +92,7 @@ fn encoders_learn_masked_bytes() {
     assert!(fs::read_to_string(Path::new(&next).join("checkpoint/config.json")).unwrap().contains("ff_glu"));
     let dry = succeeds(&[&train[..], &data, &["--out", &at("dry"), "--dry-run"]].concat());
     assert!(dry.contains("masked tokens/s"), "{dry}");
-    // What cannot be trained.
+    // Invalid options and data.
     let refused = |more: &[&str]| fails(&[&["train", "--task", "mlm", "--out", &at("none")], more].concat());
     fs::write(&config, options.replace("Encoder", "Decoder")).expect("a file");
     assert!(refused(&["--config", &config]).contains("trains a TransformerWrapper with an Encoder"));

@@ -83,7 +83,7 @@ fn preferences_are_learned() {
         same_bytes(&whole, &cut);
         let info = succeeds(&["info", "--checkpoint", &whole]);
         assert!(info.contains("--task dpo") && info.contains("0.2"), "{info}");
-        // What uses a model uses this one.
+        // Commands for models accept the run.
         let answer = xt(&[
             "generate",
             "--checkpoint",

@@ -54,7 +54,7 @@ impl ContentBias {
 
 /// Computes `ln sigmoid(x)`.
 pub(crate) fn log_sigmoid(x: &Tensor) -> Result<Tensor> {
-    // The difference of infinities below is no number, where the result is 0.
+    // At +∞ the difference below is NaN; the result is 0.
     let infinite = x.detach().eq(&Tensor::full((), f64::INFINITY, x.dtype(), x.device())?)?;
     let x = x.masked_fill(&infinite, 0.0)?;
     // x/2 − |x|/2 is min(x, 0), but has the slope of the sigmoid at 0, where relu has none.
