@@ -11,7 +11,7 @@ use x_transformers::{
     config::{AutoregressivePlan, ModelPlan},
     models::AutoregressiveWrapper,
     pretrained::Pretrained,
-    train::{Checkpoint, LoraConfig, LoraModel},
+    train::{Checkpoint, LoraConfig, LoraModel, TrainingState},
 };
 
 use crate::{
@@ -263,18 +263,24 @@ impl Source {
     }
 }
 
+/// Checks that the tokens of a run without a tokenizer were bytes.
+pub fn check_bytes(checkpoint: &Path, training: &TrainingState) -> Result<()> {
+    if matches!(&*training.data.kind, "text" | "pairs" | "captions" | "groups") {
+        return Ok(());
+    }
+    let why = "is a model of tokens whose run had no tokenizer; name one with `--tokenizer`";
+    Err(Failure::new(why).within(checkpoint))
+}
+
 /// The language of a model of `xt train`: that of its tokenizer, or bytes.
 pub fn language(checkpoint: &Path, given: Option<&Path>, num_tokens: usize) -> Result<Language> {
     let training = Checkpoint::load_training(checkpoint).ok();
     let own = training.as_ref().and_then(|training| Some(checkpoint.join(training.tokenizer.as_ref()?)));
     let Some(path) = given.or(own.as_deref()) else {
         // A folder with only a config and weights is a model of bytes.
-        return match training.is_none_or(|training| matches!(&*training.data.kind, "text" | "pairs" | "captions")) {
-            true => Ok(Language::Bytes),
-            false => {
-                let why = "is a model of tokens whose run had no tokenizer; name one with `--tokenizer`";
-                Err(Failure::new(why).within(checkpoint))
-            }
+        return match training {
+            Some(training) => check_bytes(checkpoint, &training).map(|()| Language::Bytes),
+            None => Ok(Language::Bytes),
         };
     };
     let language = Language::open(path)?;

@@ -198,7 +198,6 @@ impl TrainArgs {
         let given = [
             ("from", self.from.is_some()),
             ("lora-rank", self.lora.options().is_some()),
-            ("labels", !self.labels.is_empty()),
             ("tokenizer", self.data.tokenizer().is_some()),
             ("seq-len", self.options.seq_len.is_some()),
             ("preset", self.preset.is_some()),
@@ -303,13 +302,13 @@ fn train(args: TrainArgs) -> Result<()> {
         }
         return resume::<AutoregressiveWrapper>(&args, run, &training, &device);
     }
-    for (name, given, task) in
-        [("--dpo-beta", args.dpo_beta.is_some(), Kind::Dpo), ("--mask-prob", args.mask_prob.is_some(), Kind::Mlm)]
-    {
-        if given && args.task != task {
-            let task = if task == Kind::Dpo { "dpo" } else { "mlm" };
-            return Err(Failure::new(format_args!("`{name}` requires `--task {task}`")));
-        }
+    let of_one_task = [
+        ("--dpo-beta", args.dpo_beta.is_some(), Kind::Dpo, "dpo"),
+        ("--mask-prob", args.mask_prob.is_some(), Kind::Mlm, "mlm"),
+        ("--labels", !args.labels.is_empty(), Kind::Classify, "classify"),
+    ];
+    if let Some((name, _, _, task)) = of_one_task.into_iter().find(|(_, given, task, _)| *given && args.task != *task) {
+        return Err(Failure::new(format_args!("`{name}` requires `--task {task}`")));
     }
     match (args.task, &args.from) {
         (Kind::Image, _) => return images::begin(&args, &device),

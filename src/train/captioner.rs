@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{CaptionBatch, Checkpoint, ImageTransform, TrainModel, TrainOptions};
+use super::{CaptionBatch, ImageTransform, TrainModel, TrainOptions};
 use crate::{
     DType, Device, Error, ParamStore, Result, Tensor,
     config::{AutoregressivePlan, Config, ModelPlan, ViTransformerPlan},
@@ -139,12 +139,7 @@ impl Captioner {
     ///
     /// Errors: those of [`Checkpoint::load`].
     pub fn load(folder: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
-        let folder = folder.as_ref();
-        let (config, weights) = Checkpoint::<CaptionerConfig>::averaged(folder)?;
-        let store = ParamStore::zeros(dtype, device);
-        let model = Self::build(&config, &store).context(folder.display())?;
-        store.params().load(&weights).context(folder.display())?;
-        Ok(model)
+        super::model::load(folder.as_ref(), dtype, device)
     }
 
     /// Returns the options.
@@ -215,8 +210,7 @@ impl TrainModel for Captioner {
 
     fn check(config: &CaptionerConfig, options: &TrainOptions) -> Result<()> {
         config.plans()?;
-        ensure!(!options.document_mask, Error::option("document_mask", "is not supported by this model"));
-        Ok(())
+        options.refuse_document_mask()
     }
 
     fn config_to_json(config: &CaptionerConfig) -> Value {
@@ -224,8 +218,7 @@ impl TrainModel for Captioner {
     }
 
     fn config_from_json(json: Value) -> Result<CaptionerConfig> {
-        let wrong = |error| Error::argument("config", format_args!("expected the options of a captioner: {error}"));
-        serde_json::from_value(json).map_err(wrong)
+        super::model::parse(json, "a captioner")
     }
 
     fn num_tokens(config: &CaptionerConfig) -> usize {

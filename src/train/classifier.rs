@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Checkpoint, LabelledBatch, TrainModel, TrainOptions};
+use super::{
+    LabelledBatch, TrainModel, TrainOptions,
+    encoder::{check_is_encoder, encoder, max_seq_len},
+};
 use crate::{
     DType, Device, Error, Init, ParamStore, Result, Tensor,
     config::{Config, TransformerWrapperConfig},
@@ -64,13 +67,7 @@ impl ClassifierConfig {
         labels: Vec<String>,
         seed: u64,
     ) -> Result<(Self, BTreeMap<String, Tensor>)> {
-        ensure!(
-            !pretrained.family().is_causal(),
-            Error::file(
-                pretrained.file().path(),
-                format_args!("belongs to the {} family, which generates text; use an encoder", pretrained.family())
-            )
-        );
+        check_is_encoder(pretrained)?;
         let (net, weights) = pretrained.encoder_state_dict()?;
         let config = Self::new(net, labels)?;
         let store = ParamStore::new(seed, DType::F32, &Device::Cpu);
@@ -92,10 +89,7 @@ impl ClassifierConfig {
     }
 
     fn encoder(&self) -> Result<TransformerWrapperConfig> {
-        match Config::from_value(self.net.clone())? {
-            Config::TransformerWrapper(net) => Ok(net),
-            _ => Err(Error::option("net", "expected a TransformerWrapper")),
-        }
+        encoder(&self.net)
     }
 }
 
@@ -135,12 +129,7 @@ impl Classifier {
     ///
     /// Errors: those of [`Checkpoint::load`].
     pub fn load(folder: impl AsRef<std::path::Path>, dtype: DType, device: &Device) -> Result<Self> {
-        let folder = folder.as_ref();
-        let (config, weights) = Checkpoint::<ClassifierConfig>::averaged(folder)?;
-        let store = ParamStore::zeros(dtype, device);
-        let model = Self::build(&config, &store)?;
-        store.params().load(&weights).context(folder.display())?;
-        Ok(model)
+        super::model::load(folder.as_ref(), dtype, device)
     }
 
     /// Returns the options.
@@ -209,8 +198,7 @@ impl TrainModel for Classifier {
 
     fn check(config: &ClassifierConfig, options: &TrainOptions) -> Result<()> {
         config.encoder()?;
-        ensure!(!options.document_mask, Error::option("document_mask", "is not supported by this model"));
-        Ok(())
+        options.refuse_document_mask()
     }
 
     fn config_to_json(config: &ClassifierConfig) -> Value {
@@ -218,8 +206,7 @@ impl TrainModel for Classifier {
     }
 
     fn config_from_json(json: Value) -> Result<ClassifierConfig> {
-        let wrong = |error| Error::argument("config", format_args!("expected the options of a classifier: {error}"));
-        serde_json::from_value(json).map_err(wrong)
+        super::model::parse(json, "a classifier")
     }
 
     fn num_tokens(config: &ClassifierConfig) -> usize {
@@ -227,6 +214,6 @@ impl TrainModel for Classifier {
     }
 
     fn max_seq_len(config: &ClassifierConfig) -> usize {
-        config.encoder().map_or(0, |net| if net.max_seq_len == 0 { usize::MAX } else { net.max_seq_len })
+        config.encoder().map_or(0, |net| max_seq_len(&net))
     }
 }

@@ -227,12 +227,12 @@ impl DpoModel {
             )
         );
         let rows = |tensor: &Tensor| tensor.reshape([2 * b, n]);
-        let (tokens, mask) = (rows(&batch.tokens)?, rows(&batch.mask)?);
-        let policy = log_probabilities(self, &tokens, &mask, checkpoint_layers)?;
+        let answers = Answers::new(&rows(&batch.tokens)?, &rows(&batch.mask)?)?;
+        let policy = answers.log_probabilities(self, checkpoint_layers)?;
         let reference = {
             // The innermost tape decides about dropout: the reference has none, and nothing of it is recorded.
             let _tape = Tape::grad();
-            log_probabilities(&self.reference, &tokens, &mask, false).context("reference")?.detach()
+            answers.log_probabilities(&self.reference, false).context("reference")?.detach()
         };
         policy.sub(&reference)?.affine(self.beta, 0.0)?.reshape([b, 2])
     }
@@ -243,31 +243,43 @@ impl DpoModel {
     }
 }
 
-/// Log-probabilities of the marked tokens of each row, added up: `[b, n] → [b]`.
-fn log_probabilities(
-    model: &AutoregressiveWrapper,
-    tokens: &Tensor,
-    mask: &Tensor,
-    checkpoint_layers: bool,
-) -> Result<Tensor> {
-    let [rows, n] = [tokens.dim(0)?, tokens.dim(1)?];
-    let options = ForwardOptions { return_embeddings: true, checkpoint_layers, ..ForwardOptions::default() };
-    let hidden = model.net.forward(&tokens.narrow(1, 0, n - 1)?, &options).context("net")?.out;
-    let mask = mask.narrow(1, 1, n - 1)?.contiguous()?;
-    let ignored = Tensor::full((), -100.0, DType::I64, tokens.device())?;
-    let targets = mask.where_cond(&tokens.narrow(1, 1, n - 1)?, &ignored)?;
-    let marks = mask.to_vec::<bool>()?;
-    let sums = (0..rows).map(|row| {
-        let count = marks[row * (n - 1)..][..n - 1].iter().filter(|&&marked| marked).count();
-        if count == 0 {
-            return Tensor::zeros([1], hidden.dtype().accumulator(), hidden.device());
-        }
-        let (hidden, targets) = (hidden.narrow(0, row, 1)?, targets.narrow(0, row, 1)?);
-        let mean = model.net.cross_entropy(&hidden, &targets, -100).context("net")?;
-        mean.affine(-(count as f64), 0.0)?.reshape([1])
-    });
-    let sums: Vec<Tensor> = sums.try_collect_vec()?;
-    Tensor::cat(&sums.iter().collect_vec(), 0)
+/// Sequences whose marked tokens are predicted, for the policy and the reference alike.
+struct Answers {
+    /// Tokens that are read, `[rows, n - 1]`.
+    read: Tensor,
+    /// The token after each, or -100 where it is not marked.
+    targets: Tensor,
+    /// Number of marked tokens of each row.
+    counts: Vec<usize>,
+}
+
+impl Answers {
+    /// Creates the answers of rows of tokens and their marks, `[rows, n]`.
+    fn new(tokens: &Tensor, mask: &Tensor) -> Result<Self> {
+        let n = tokens.dim(1)?;
+        let mask = mask.narrow(1, 1, n - 1)?.contiguous()?;
+        let ignored = Tensor::full((), -100.0, DType::I64, tokens.device())?;
+        let targets = mask.where_cond(&tokens.narrow(1, 1, n - 1)?, &ignored)?;
+        let marks = mask.to_vec::<bool>()?;
+        let counts = marks.chunks_exact(n - 1).map(|row| row.iter().filter(|&&marked| marked).count()).collect_vec();
+        Ok(Self { read: tokens.narrow(1, 0, n - 1)?, targets, counts })
+    }
+
+    /// Returns the summed log-probabilities of each row, `[rows]`.
+    fn log_probabilities(&self, model: &AutoregressiveWrapper, checkpoint_layers: bool) -> Result<Tensor> {
+        let options = ForwardOptions { return_embeddings: true, checkpoint_layers, ..ForwardOptions::default() };
+        let hidden = model.net.forward(&self.read, &options).context("net")?.out;
+        let sums = self.counts.iter().enumerate().map(|(row, &count)| {
+            if count == 0 {
+                return Tensor::zeros([1], hidden.dtype().accumulator(), hidden.device());
+            }
+            let (hidden, targets) = (hidden.narrow(0, row, 1)?, self.targets.narrow(0, row, 1)?);
+            let mean = model.net.cross_entropy(&hidden, &targets, -100).context("net")?;
+            mean.affine(-(count as f64), 0.0)?.reshape([1])
+        });
+        let sums: Vec<Tensor> = sums.try_collect_vec()?;
+        Tensor::cat(&sums.iter().collect_vec(), 0)
+    }
 }
 
 impl TrainModel for DpoModel {
@@ -308,8 +320,7 @@ impl TrainModel for DpoModel {
 
     fn check(config: &DpoConfig, options: &TrainOptions) -> Result<()> {
         config.check_base()?;
-        ensure!(!options.document_mask, Error::option("document_mask", "is not supported by this model"));
-        Ok(())
+        options.refuse_document_mask()
     }
 
     fn config_to_json(config: &DpoConfig) -> Value {

@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Checkpoint, GroupBatch, TrainModel, TrainOptions};
+use super::{
+    Checkpoint, GroupBatch, TrainModel, TrainOptions,
+    encoder::{encoder, max_seq_len},
+};
 use crate::{
     DType, Device, Error, Init, Param, ParamStore, Result, Tensor,
     collect::CollectVec,
@@ -211,10 +214,7 @@ impl EmbedderConfig {
     }
 
     fn encoder(&self) -> Result<TransformerWrapperConfig> {
-        match Config::from_value(self.net.clone())? {
-            Config::TransformerWrapper(net) => Ok(net),
-            _ => Err(Error::option("net", "expected a TransformerWrapper")),
-        }
+        encoder(&self.net)
     }
 }
 
@@ -258,12 +258,7 @@ impl Embedder {
     ///
     /// Errors: those of [`Checkpoint::load`].
     pub fn load(folder: impl AsRef<std::path::Path>, dtype: DType, device: &Device) -> Result<Self> {
-        let folder = folder.as_ref();
-        let (config, weights) = EmbedderConfig::load(folder)?;
-        let store = ParamStore::zeros(dtype, device);
-        let model = Self::build(&config, &store)?;
-        store.params().load(&weights).context(folder.display())?;
-        Ok(model)
+        super::model::load(folder.as_ref(), dtype, device)
     }
 
     /// Returns the options.
@@ -362,8 +357,7 @@ impl TrainModel for Embedder {
 
     fn check(config: &EmbedderConfig, options: &TrainOptions) -> Result<()> {
         config.encoder()?;
-        ensure!(!options.document_mask, Error::option("document_mask", "is not supported by this model"));
-        Ok(())
+        options.refuse_document_mask()
     }
 
     fn config_to_json(config: &EmbedderConfig) -> Value {
@@ -371,8 +365,7 @@ impl TrainModel for Embedder {
     }
 
     fn config_from_json(json: Value) -> Result<EmbedderConfig> {
-        let wrong = |error| Error::argument("config", format_args!("expected the options of an embedder: {error}"));
-        serde_json::from_value(json).map_err(wrong)
+        super::model::parse(json, "an embedder")
     }
 
     fn num_tokens(config: &EmbedderConfig) -> usize {
@@ -380,6 +373,6 @@ impl TrainModel for Embedder {
     }
 
     fn max_seq_len(config: &EmbedderConfig) -> usize {
-        config.encoder().map_or(0, |net| if net.max_seq_len == 0 { usize::MAX } else { net.max_seq_len })
+        config.encoder().map_or(0, |net| max_seq_len(&net))
     }
 }

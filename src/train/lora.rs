@@ -298,8 +298,7 @@ impl TrainModel for LoraModel {
     }
 
     fn config_from_json(json: Value) -> Result<LoraConfig> {
-        let wrong = |error| Error::argument("config", format_args!("expected the options of an adapter: {error}"));
-        serde_json::from_value(json).map_err(wrong)
+        super::model::parse(json, "an adapter")
     }
 
     fn num_tokens(config: &LoraConfig) -> usize {

@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Checkpoint, MaskedBatch, TrainModel, TrainOptions};
+use super::{
+    Checkpoint, MaskedBatch, TrainModel, TrainOptions,
+    encoder::{check_is_encoder, encoder, max_seq_len},
+};
 use crate::{
     DType, Device, Error, ParamStore, Result, Tensor,
     config::{Config, LayersKind, TransformerWrapperConfig},
@@ -57,13 +60,7 @@ impl MaskedLmConfig {
     /// Errors: a model that generates text; a file without the head; weights that cannot be read.
     pub fn of_pretrained(pretrained: &Pretrained, mask_token: i64) -> Result<(Self, BTreeMap<String, Tensor>)> {
         let path = pretrained.file().path();
-        ensure!(
-            !pretrained.family().is_causal(),
-            Error::file(
-                path,
-                format_args!("belongs to the {} family, which generates text; use an encoder", pretrained.family())
-            )
-        );
+        check_is_encoder(pretrained)?;
         ensure!(
             pretrained.config().mlm_head,
             Error::file(
@@ -107,10 +104,7 @@ impl MaskedLmConfig {
     ///
     /// Errors: options of another model.
     pub fn encoder(&self) -> Result<TransformerWrapperConfig> {
-        match Config::from_value(self.net.clone())? {
-            Config::TransformerWrapper(net) => Ok(net),
-            _ => Err(Error::option("net", "expected a TransformerWrapper")),
-        }
+        encoder(&self.net)
     }
 }
 
@@ -146,12 +140,7 @@ impl MaskedLm {
     ///
     /// Errors: those of [`Checkpoint::load`].
     pub fn load(folder: impl AsRef<std::path::Path>, dtype: DType, device: &Device) -> Result<Self> {
-        let folder = folder.as_ref();
-        let (config, weights) = MaskedLmConfig::load(folder)?;
-        let store = ParamStore::zeros(dtype, device);
-        let model = Self::build(&config, &store)?;
-        store.params().load(&weights).context(folder.display())?;
-        Ok(model)
+        super::model::load(folder.as_ref(), dtype, device)
     }
 
     /// Returns the options.
@@ -202,8 +191,7 @@ impl TrainModel for MaskedLm {
 
     fn check(config: &MaskedLmConfig, options: &TrainOptions) -> Result<()> {
         config.encoder()?;
-        ensure!(!options.document_mask, Error::option("document_mask", "is not supported by this model"));
-        Ok(())
+        options.refuse_document_mask()
     }
 
     fn config_to_json(config: &MaskedLmConfig) -> Value {
@@ -211,9 +199,7 @@ impl TrainModel for MaskedLm {
     }
 
     fn config_from_json(json: Value) -> Result<MaskedLmConfig> {
-        let wrong =
-            |error| Error::argument("config", format_args!("expected the options of a masked language model: {error}"));
-        serde_json::from_value(json).map_err(wrong)
+        super::model::parse(json, "a masked language model")
     }
 
     fn num_tokens(config: &MaskedLmConfig) -> usize {
@@ -221,6 +207,6 @@ impl TrainModel for MaskedLm {
     }
 
     fn max_seq_len(config: &MaskedLmConfig) -> usize {
-        config.encoder().map_or(0, |net| if net.max_seq_len == 0 { usize::MAX } else { net.max_seq_len })
+        config.encoder().map_or(0, |net| max_seq_len(&net))
     }
 }

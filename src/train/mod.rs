@@ -8,6 +8,7 @@ mod divided;
 mod dpo;
 mod ema;
 mod embedder;
+mod encoder;
 mod grad_scaler;
 mod lora;
 mod masked_lm;

@@ -1,14 +1,15 @@
 //! Models that a trainer trains.
 
-use std::fmt;
+use std::{fmt, path::Path};
 
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{Batch, TokenBatch, TrainOptions};
+use super::{Batch, Checkpoint, TokenBatch, TrainOptions};
 use crate::{
-    Error, ParamMap, ParamStore, Result, Tensor,
+    DType, Device, Error, ParamMap, ParamStore, Result, Tensor,
     config::{AbsolutePositions, AttentionPlan, AutoregressivePlan, BranchPlan, Config, ModelPlan},
-    error::ensure,
+    error::{ErrorContext, ensure},
     models::{AutoregressiveWrapper, ForwardOptions},
 };
 
@@ -47,7 +48,7 @@ pub trait TrainModel: Sized {
     /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option). By default for
     /// [`document_mask`](TrainOptions::document_mask) and [`recompute`](TrainOptions::recompute), which a model must know about.
     fn check(_config: &Self::Config, options: &TrainOptions) -> Result<()> {
-        ensure!(!options.document_mask, Error::option("document_mask", "is not supported by this model"));
+        options.refuse_document_mask()?;
         ensure!(!options.recompute, Error::option("recompute", "is not supported by this model"));
         Ok(())
     }
@@ -69,6 +70,23 @@ pub trait TrainModel: Sized {
     fn max_seq_len(_config: &Self::Config) -> usize {
         usize::MAX
     }
+}
+
+/// Reads the model of a checkpoint, with the averaged weights of a run that has them.
+///
+/// Errors: a folder that is not a checkpoint of this model; out of memory.
+pub(super) fn load<M: TrainModel<Config: DeserializeOwned>>(folder: &Path, dtype: DType, device: &Device) -> Result<M> {
+    let (config, weights) = Checkpoint::<M::Config>::averaged(folder)?;
+    let store = ParamStore::zeros(dtype, device);
+    let model = M::build(&config, &store).context(folder.display())?;
+    store.params().load(&weights).context(folder.display())?;
+    Ok(model)
+}
+
+/// Parses the options of a model, which an error calls `what`.
+pub(super) fn parse<C: DeserializeOwned>(json: Value, what: &str) -> Result<C> {
+    let wrong = |error| Error::argument("config", format_args!("expected the options of {what}: {error}"));
+    serde_json::from_value(json).map_err(wrong)
 }
 
 impl TrainModel for AutoregressiveWrapper {

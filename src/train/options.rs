@@ -167,6 +167,14 @@ impl TrainOptions {
         self.optimizer_options().check()
     }
 
+    /// Refuses [`document_mask`](TrainOptions::document_mask), for models whose batches have no documents.
+    ///
+    /// Errors: the option is set.
+    pub(super) fn refuse_document_mask(&self) -> Result<()> {
+        ensure!(!self.document_mask, Error::option("document_mask", "is not supported by this model"));
+        Ok(())
+    }
+
     /// Returns the request for the batch of a micro-batch of a step, for a model with a vocabulary of `num_tokens`.
     pub fn request(&self, step: u64, micro: u64, num_tokens: usize) -> BatchRequest {
         let first = step.wrapping_mul(self.accumulate as u64).wrapping_add(micro).wrapping_mul(self.batch_size as u64);

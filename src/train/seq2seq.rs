@@ -6,7 +6,6 @@ use super::{PairBatch, TrainModel, TrainOptions};
 use crate::{
     Error, ParamStore, Result, Tensor,
     config::{Config, ModelPlan, XTransformerPlan},
-    error::ensure,
     models::{EncoderDecoderOptions, XTransformer},
 };
 
@@ -51,8 +50,7 @@ impl TrainModel for XTransformer {
 
     fn check(config: &Config, options: &TrainOptions) -> Result<()> {
         plan(config)?;
-        ensure!(!options.document_mask, Error::option("document_mask", "is not supported by this model"));
-        Ok(())
+        options.refuse_document_mask()
     }
 
     fn config_to_json(config: &Config) -> Value {

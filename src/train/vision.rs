@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Checkpoint, ImageBatch, ImageTransform, TrainModel, TrainOptions};
+use super::{ImageBatch, ImageTransform, TrainModel, TrainOptions};
 use crate::{
     DType, Device, Error, ParamStore, Result, Tensor,
     config::{Config, ModelPlan, ViTransformerPlan, v2},
@@ -132,12 +132,7 @@ impl ImageClassifier {
     ///
     /// Errors: those of [`Checkpoint::load`].
     pub fn load(folder: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
-        let folder = folder.as_ref();
-        let (config, weights) = Checkpoint::<ImageClassifierConfig>::averaged(folder)?;
-        let store = ParamStore::zeros(dtype, device);
-        let model = Self::build(&config, &store).context(folder.display())?;
-        store.params().load(&weights).context(folder.display())?;
-        Ok(model)
+        super::model::load(folder.as_ref(), dtype, device)
     }
 
     /// Returns the options.
@@ -187,8 +182,7 @@ impl TrainModel for ImageClassifier {
 
     fn check(config: &ImageClassifierConfig, options: &TrainOptions) -> Result<()> {
         config.plan()?;
-        ensure!(!options.document_mask, Error::option("document_mask", "is not supported by this model"));
-        Ok(())
+        options.refuse_document_mask()
     }
 
     fn config_to_json(config: &ImageClassifierConfig) -> Value {
@@ -196,8 +190,6 @@ impl TrainModel for ImageClassifier {
     }
 
     fn config_from_json(json: Value) -> Result<ImageClassifierConfig> {
-        let wrong =
-            |error| Error::argument("config", format_args!("expected the options of a classifier of images: {error}"));
-        serde_json::from_value(json).map_err(wrong)
+        super::model::parse(json, "a classifier of images")
     }
 }

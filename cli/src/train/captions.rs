@@ -154,7 +154,7 @@ impl Captions {
 
 /// Begins a run.
 pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
-    args.refuse_beside("caption", &["from", "lora-rank", "labels", "config"])?;
+    args.refuse_beside("caption", &["from", "lora-rank", "config"])?;
     let images = &args.data.images;
     let own = args.data.tokenizer().map(Own::open).transpose()?;
     let captions = Captions::open(images, own)?;

@@ -6,7 +6,7 @@ use clap::Args;
 use indicatif::HumanCount;
 use x_transformers::{
     pretrained::Pretrained,
-    train::{BatchSource, ByteText, LabelledBatch, TokenBatch, TokenData},
+    train::{BatchSource, ByteText, Checkpoint, LabelledBatch, TokenBatch, TokenData},
 };
 
 use super::{
@@ -24,6 +24,7 @@ use crate::{
     markov::Markov,
     metrics::{Target, Unit},
     progress::bytes,
+    source,
     stored::StoredTokenizer,
     tokenize::{self, TRAIN, VALIDATION},
     tokenizer::Tokenizer,
@@ -133,12 +134,18 @@ impl Own {
         Ok(Self { language, stored: StoredTokenizer::of_pretrained(pretrained, given)?, path })
     }
 
-    /// The tokenizer in the file or folder `given`, or else the one that the checkpoint of a run keeps.
-    pub fn of_run(checkpoint: &Path, kept: Option<&str>, given: Option<&Path>) -> Result<Option<Self>> {
-        match (given, kept) {
-            (Some(given), _) => Self::open(given).map(Some),
-            (None, Some(name)) => Self::open(&checkpoint.join(name)).map(Some),
-            (None, None) => Ok(None),
+    /// Opens the tokenizer that `--tokenizer` names, or else the one that the checkpoint of a run keeps; `None` for bytes, and
+    /// for token files, which need none.
+    pub fn of_run(checkpoint: &Path, data: &DataArgs) -> Result<Option<Self>> {
+        if let Some(given) = data.tokenizer() {
+            return Self::open(given).map(Some);
+        }
+        // A folder with only a config and weights is a model of bytes.
+        let Ok(training) = Checkpoint::load_training(checkpoint) else { return Ok(None) };
+        match &training.tokenizer {
+            Some(name) => Self::open(&checkpoint.join(name)).map(Some),
+            None if data.are_tokens() => Ok(None),
+            None => source::check_bytes(checkpoint, &training).map(|()| None),
         }
     }
 

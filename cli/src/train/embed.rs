@@ -18,7 +18,7 @@ use x_transformers::{
 use super::{
     RATES, TrainArgs, begin as begin_run, check_vocabulary,
     data::{About, Data, DataArgs, Own},
-    fit,
+    fit, length,
     task::Task,
 };
 use crate::{
@@ -38,7 +38,7 @@ const SCORE: [&str; 4] = ["score", "label", "scores", "labels"];
 
 /// Begins a run that trains the encoder at a path.
 pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
-    args.refuse_beside("embed", &["labels", "field"])?;
+    args.refuse_beside("embed", &["field"])?;
     if args.lora.options().is_some() {
         return Err(Failure::new("`--lora-rank` requires `--task lm` or `dpo`; an encoder is trained in full"));
     }
@@ -76,8 +76,7 @@ pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
     check_vocabulary(&about, <Embedder as TrainModel>::num_tokens(&config))?;
     let longest =
         <Embedder as TrainModel>::max_seq_len(&config).min(config.options.max_seq_length.unwrap_or(usize::MAX));
-    let longest = if longest == usize::MAX { 0 } else { longest };
-    let options = args.train_options(longest, RATES[1]);
+    let options = args.train_options(length(longest), RATES[1]);
     if about.target == Target::Pair && negatives == 0 && options.batch_size < 2 {
         return Err(Failure::new("`--batch-size` must be at least 2: the other pairs of a batch are the negatives"));
     }

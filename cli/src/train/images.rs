@@ -238,7 +238,7 @@ fn hash(state: u64, bytes: &[u8]) -> u64 {
 /// Begins a run.
 pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
     let images = &args.data.images;
-    args.refuse_beside("image", &["from", "lora-rank", "labels", "tokenizer", "seq-len"])?;
+    args.refuse_beside("image", &["from", "lora-rank", "tokenizer", "seq-len"])?;
     let found = images.classes()?;
     let net = match (args.preset, &args.config) {
         (Some(preset), _) => Config::ViTransformerWrapper(preset.vision()?),

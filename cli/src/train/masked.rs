@@ -6,13 +6,13 @@ use x_transformers::{
     Device, Tensor,
     config::{Config, LayersKind, LayersPlan, TransformerWrapperConfig},
     pretrained::Pretrained,
-    train::{Checkpoint, Masked, MaskedBatch, MaskedLm, MaskedLmConfig, TrainModel, TrainOptions, Trainer},
+    train::{Masked, MaskedBatch, MaskedLm, MaskedLmConfig, TrainModel, TrainOptions, Trainer},
 };
 
 use super::{
     RATES, TrainArgs, begin as begin_run, check_vocabulary,
     data::{About, Data, DataArgs, Own},
-    fit,
+    fit, length,
     task::Task,
 };
 use crate::{
@@ -24,7 +24,6 @@ use crate::{
 
 /// Begins a run of a new encoder, or with the one at `--from`.
 pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
-    args.refuse_beside("mlm", &["labels"])?;
     if args.lora.options().is_some() {
         return Err(Failure::new("`--lora-rank` requires `--task lm` or `dpo`; an encoder is trained in full"));
     }
@@ -51,8 +50,7 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
         return Err(Failure::new(why).within(from));
     }
     let (config, weights) = MaskedLmConfig::load(&folder)?;
-    let kept = Checkpoint::load_training(&folder)?.tokenizer;
-    let own = Own::of_run(&folder, kept.as_deref(), args.data.tokenizer())?;
+    let own = Own::of_run(&folder, &args.data)?;
     start(args, with_probability(config, args), Some(weights), args.data.open(own)?, RATES[0], device)
 }
 
@@ -71,7 +69,7 @@ fn start(
 ) -> Result<()> {
     let (longest, num_tokens) =
         (<MaskedLm as TrainModel>::max_seq_len(&config), <MaskedLm as TrainModel>::num_tokens(&config));
-    let options = args.train_options(if longest == usize::MAX { 0 } else { longest }, rate);
+    let options = args.train_options(length(longest), rate);
     check_vocabulary(&data.about, num_tokens)?;
     fit::check_as(&Config::TransformerWrapper(config.encoder()?), &options, device, &|store| {
         MaskedLm::build(&config, store).map(drop)

@@ -17,9 +17,9 @@ use x_transformers::{
 };
 
 use super::{
-    RATES, TrainArgs, begin as begin_run,
+    RATES, TrainArgs, begin as begin_run, check_vocabulary,
     data::{About, Data, DataArgs, Own},
-    fit,
+    fit, length,
     task::Task,
 };
 use crate::{
@@ -37,7 +37,7 @@ const ANSWERS: [&str; 2] = ["chosen", "rejected"];
 
 /// Begins a run with the model at a path, in full or by an adapter.
 pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
-    args.refuse_beside("dpo", &["labels", "field"])?;
+    args.refuse_beside("dpo", &["field"])?;
     args.keep_reference(from)?;
     let lora = args.lora.options();
     let is_adapter = lora.is_some();
@@ -49,31 +49,19 @@ pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
             let why = "trains an adapter, which cannot be the reference; export the merged model first";
             return Err(Failure::new(why).within(from));
         }
-        let training = Checkpoint::load_training(&folder).ok();
-        let kept = training.as_ref().and_then(|training| training.tokenizer.as_deref());
-        let own = Own::of_run(&folder, kept, args.data.tokenizer())?;
-        // Preferences without a tokenizer are bytes too.
-        let are_bytes = training.is_none_or(|training| ["text", "groups"].contains(&training.data.kind.as_str()));
-        if own.is_none() && !are_bytes {
-            let why = "is a model of tokens whose run had no tokenizer; name one with `--tokenizer`";
-            return Err(Failure::new(why).within(from));
-        }
+        let own = Own::of_run(&folder, &args.data)?;
         (folder, own)
     };
     let config = DpoConfig::new(base, lora, args.dpo_beta.unwrap_or(0.1), args.options.seed)?;
     let (longest, num_tokens) =
         (<DpoModel as TrainModel>::max_seq_len(&config), <DpoModel as TrainModel>::num_tokens(&config));
-    let longest = if longest == usize::MAX { 0 } else { longest };
-    let options = args.train_options(longest, RATES[if is_adapter { 2 } else { 1 }]);
+    let options = args.train_options(length(longest), RATES[if is_adapter { 2 } else { 1 }]);
     if !is_adapter {
         let rows = options.batch_size.saturating_mul(ANSWERS.len());
         fit::check(&config.base_config()?, &TrainOptions { batch_size: rows, ..options.clone() }, device)?;
     }
     let Data { source, about } = open(&args.data, own, options.seq_len, true)?;
-    if let Some(own) = about.num_tokens.filter(|&own| own > num_tokens) {
-        let why = format!("the tokenizer has a vocabulary of {own} tokens, but the model has {num_tokens}");
-        return Err(Failure::new(why));
-    }
+    check_vocabulary(&about, num_tokens)?;
     let trainer = match is_adapter {
         true => Trainer::<DpoModel>::start(config, options, source, device)?,
         false => {

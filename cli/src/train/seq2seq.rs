@@ -149,7 +149,7 @@ fn of_tsv(line: &[u8]) -> std::result::Result<[String; 2], String> {
 
 /// Begins a run.
 pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
-    args.refuse_beside("seq2seq", &["from", "lora-rank", "labels", "preset"])?;
+    args.refuse_beside("seq2seq", &["from", "lora-rank", "preset"])?;
     let own = args.data.tokenizer().map(Own::open).transpose()?;
     let (pairs, about) = args.data.pairs.open(own)?;
     let num_tokens = about.num_tokens.unwrap_or_default();

@@ -11,9 +11,9 @@ use x_transformers::{
 };
 
 use super::{
-    RATES, TrainArgs, begin as begin_run,
+    RATES, TrainArgs, begin as begin_run, check_vocabulary,
     data::{About, Data, Own},
-    fit, longest,
+    fit, length, longest,
     task::Kind,
 };
 use crate::{
@@ -42,9 +42,7 @@ pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
         return whole(args, config.into(), weights, RATES[1], own, device);
     }
     let folder = files::checkpoint(from);
-    let training = Checkpoint::load_training(&folder).ok();
-    let kept = training.and_then(|training| training.tokenizer);
-    let own = Own::of_run(&folder, kept.as_deref(), args.data.tokenizer())?;
+    let own = Own::of_run(&folder, &args.data)?;
     if let Some(config) = LoraConfig::read(&folder)? {
         if lora.is_some() {
             let why = "trains an adapter, on which another one cannot be trained; export the merged model first";
@@ -79,7 +77,7 @@ pub fn labelled(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
     let (config, weights) = ClassifierConfig::of_pretrained(&pretrained, labels, args.options.seed)?;
     drop(pretrained);
     let longest = <Classifier as TrainModel>::max_seq_len(&config);
-    let options = args.train_options(longest, RATES[1]);
+    let options = args.train_options(length(longest), RATES[1]);
     let trainer = Trainer::<Classifier>::start_from(config, &weights, options, source, device)?;
     drop(weights);
     begin_run(args, trainer, about, device)
@@ -94,7 +92,7 @@ fn whole(
     own: Option<Own>,
     device: &Device,
 ) -> Result<()> {
-    let (longest, num_tokens) = (longest(&config), Some(num_tokens(&config)));
+    let (longest, num_tokens) = (longest(&config), num_tokens(&config));
     let options = args.train_options(longest, rate);
     fit::check(&config, &options, device)?;
     let Data { source, about } = open(args, own, options.seq_len, num_tokens)?;
@@ -107,7 +105,7 @@ fn whole(
 fn adapter(args: &TrainArgs, config: LoraConfig, own: Option<Own>, device: &Device) -> Result<()> {
     let base = config.base_config()?;
     let options = args.train_options(longest(&base), RATES[2]);
-    let Data { source, about } = open(args, own, options.seq_len, Some(num_tokens(&base)))?;
+    let Data { source, about } = open(args, own, options.seq_len, num_tokens(&base))?;
     begin_run(args, Trainer::<LoraModel>::start(config, options, source, device)?, about, device)
 }
 
@@ -116,14 +114,9 @@ fn num_tokens(config: &Config) -> usize {
 }
 
 /// Opens the data, with a warning about chats that are cut.
-fn open(args: &TrainArgs, own: Option<Own>, seq_len: usize, num_tokens: Option<usize>) -> Result<Data> {
+fn open(args: &TrainArgs, own: Option<Own>, seq_len: usize, num_tokens: usize) -> Result<Data> {
     let data = args.data.open(own)?;
-    if let (Some(own), Some(model)) = (data.about.num_tokens, num_tokens)
-        && own > model
-    {
-        let why = format!("the tokenizer has a vocabulary of {own} tokens, but the model has {model}");
-        return Err(Failure::new(why));
-    }
+    check_vocabulary(&data.about, num_tokens)?;
     warn_of_cut(&data.about, seq_len);
     Ok(data)
 }

@@ -168,6 +168,7 @@ fn preferences_are_learned() {
         "1",
         "--overwrite",
     ]);
+    succeeds(&["generate", "--checkpoint", &tuned, "--prompt", "a", "--length", "2", "--device", "cpu"]);
 }
 
 fn same_weights(one: &str, other: &str) {

@@ -238,6 +238,13 @@ fn tokens_without_a_tokenizer() {
     assert!(resumed.contains("2 already done"), "{resumed}");
     let message = fails(&["generate", "--checkpoint", &out, "--prompt", "x"]);
     assert!(message.contains("had no tokenizer; name one with `--tokenizer`"), "{message}");
+    // Nor is it trained on bytes, which its tokens were not.
+    let from = [&["train", "--from", &out, "--device", "cpu", "--steps", "1"][..], &TINY[6..]].concat();
+    let (text, again) = (at("text.txt"), at("again"));
+    fs::write(&text, "to be or not to be ".repeat(60)).expect("a text");
+    let message = fails(&[&from[..], &["--text", &text, "--out", &again]].concat());
+    assert!(message.contains("had no tokenizer; name one with `--tokenizer`"), "{message}");
+    succeeds(&[&from[..], &["--tokens", &nano, "--out", &again]].concat());
     // One file, the end of which validates; and files that are named.
     let one = at("nano/train.bin");
     let [set, size] = ["--set", "num_tokens=128"];

@@ -14,7 +14,8 @@ pub fn install() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         if Level::detected() >= Level::Amx {
-            return;
+            // Also at a lower level that `XT_CPU` names.
+            return EMULATED.store(true, Ordering::Release);
         }
         // SAFETY: the structure is plain data, for which zeros are valid; the handler has the signature that the flag
         // asks for.
