@@ -137,7 +137,7 @@ pub struct Captioner {
 impl Captioner {
     /// Reads the checkpoint of a run, with the averaged weights of one that has them.
     ///
-    /// Errors: those of [`Checkpoint::load`].
+    /// Errors: those of [`Checkpoint::load`](super::Checkpoint::load).
     pub fn load(folder: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
         super::model::load(folder.as_ref(), dtype, device)
     }

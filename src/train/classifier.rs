@@ -127,7 +127,7 @@ pub struct Classifier {
 impl Classifier {
     /// Reads the checkpoint of a run, with the averaged weights of one that has them.
     ///
-    /// Errors: those of [`Checkpoint::load`].
+    /// Errors: those of [`Checkpoint::load`](super::Checkpoint::load).
     pub fn load(folder: impl AsRef<std::path::Path>, dtype: DType, device: &Device) -> Result<Self> {
         super::model::load(folder.as_ref(), dtype, device)
     }

@@ -130,7 +130,7 @@ pub struct ImageClassifier {
 impl ImageClassifier {
     /// Reads the checkpoint of a run, with the averaged weights of one that has them.
     ///
-    /// Errors: those of [`Checkpoint::load`].
+    /// Errors: those of [`Checkpoint::load`](super::Checkpoint::load).
     pub fn load(folder: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
         super::model::load(folder.as_ref(), dtype, device)
     }

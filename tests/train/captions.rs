@@ -1,6 +1,6 @@
 //! Captions of images: steps of PyTorch x-transformers; see `tests/files/vision/make.py`.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::sync::Arc;
 
 use x_transformers::{
     DType, Result, Tensor,
@@ -12,6 +12,7 @@ use x_transformers::{
 use crate::{
     Folder,
     common::device,
+    resumed_alike,
     vision::{files, follows, initial, options, pixels, vit},
 };
 
@@ -70,19 +71,9 @@ fn runs_on_captions() -> Result<()> {
         let options =
             TrainOptions { steps: 6, batch_size: 4, accumulate: 2, seq_len: 5, recompute, ..Default::default() };
         let start = || Trainer::<Captioner>::start(config.clone(), options.clone(), source(13)?, device());
-        let (mut whole, mut parts) = (start()?, start()?);
-        for step in 0..6 {
-            let report = whole.step()?;
-            assert_eq!(parts.step()?, report);
-            if step == 2 {
-                parts.save(&run)?;
-                parts = Trainer::resume_from(&run, source(13)?, device())?;
-            }
-        }
-        let bits = |trainer: &Trainer<Captioner>| -> Result<BTreeMap<String, Vec<f64>>> {
-            trainer.params().iter().map(|(name, param)| Ok((name.to_string(), param.tensor().to_f64_vec()?))).collect()
-        };
-        assert!(bits(&whole)? == bits(&parts)?);
+        let (whole, parts) = (start()?, start()?);
+        let [whole, parts] =
+            resumed_alike([whole, parts], &run, None, || Trainer::resume_from(&run, source(13)?, device()))?;
         whole.validate()?;
         parts.save(&run)?;
         assert_eq!(CaptionerConfig::read(&run)?, Some(config.clone()));

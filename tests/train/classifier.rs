@@ -1,9 +1,9 @@
 //! Classifiers against BertForSequenceClassification of transformers; see `tests/files/classifier/make.py`.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::path::PathBuf;
 
 use x_transformers::{
-    DType, Result, Tape, Tensor,
+    DType, Result, Tape,
     config::{AttentionLayersConfig, TransformerWrapperConfig},
     io::read_safetensors,
     pretrained::Pretrained,
@@ -13,7 +13,7 @@ use x_transformers::{
     },
 };
 
-use crate::{Folder, common::device};
+use crate::{Folder, common::device, off, resumed_alike};
 
 fn files(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/files").join(name)
@@ -31,11 +31,6 @@ fn ours(name: &str) -> &'static str {
         "bert.encoder.layer.1.output.dense.weight" => "net.attn_layers.layers.3.1.net.3.weight",
         other => panic!("{other}"),
     }
-}
-
-fn off(one: &Tensor, other: &Tensor) -> Result<f64> {
-    assert_eq!(one.shape(), other.shape());
-    Ok(one.to_f64_vec()?.iter().zip(other.to_f64_vec()?).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max))
 }
 
 /// Logits, gradients and three steps of AdamW, for classes and for values.
@@ -112,20 +107,10 @@ fn runs_of_classifiers() -> Result<()> {
     let source = || LabelledTexts::new(texts(23), texts(5), 3);
     let options = TrainOptions { steps: 6, batch_size: 4, accumulate: 2, seq_len: 6, ..Default::default() };
     let start = || Trainer::<Classifier>::start(config.clone(), options.clone(), source()?, device());
-    let (mut whole, mut parts) = (start()?, start()?);
+    let (whole, parts) = (start()?, start()?);
     let run = folder.0.join("run");
-    for step in 0..6 {
-        let report = whole.step()?;
-        assert_eq!((parts.step()?, report.tokens), (report, 8));
-        if step == 2 {
-            parts.save(&run)?;
-            parts = Trainer::resume_from(&run, source()?, device())?;
-        }
-    }
-    let bits = |trainer: &Trainer<Classifier>| -> Result<BTreeMap<String, Vec<f64>>> {
-        trainer.params().iter().map(|(name, param)| Ok((name.to_string(), param.tensor().to_f64_vec()?))).collect()
-    };
-    assert!(bits(&whole)? == bits(&parts)?);
+    let [whole, parts] =
+        resumed_alike([whole, parts], &run, Some(8), || Trainer::resume_from(&run, source()?, device()))?;
     parts.save(&run)?;
     assert_eq!(ClassifierConfig::read(&run)?.map(|config| config.labels), Some(config.labels.clone()));
     let loaded = Classifier::load(&run, DType::F32, device())?;

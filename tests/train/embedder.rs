@@ -14,7 +14,7 @@ use x_transformers::{
     },
 };
 
-use crate::{Folder, common::device};
+use crate::{Folder, common::device, off, resumed_alike};
 
 fn files(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/files").join(name)
@@ -32,11 +32,6 @@ fn ours(name: &str) -> &str {
         "bert.encoder.layer.1.output.dense.weight" => "net.attn_layers.layers.3.1.net.3.weight",
         other => panic!("{other}"),
     }
-}
-
-fn off(one: &Tensor, other: &Tensor) -> Result<f64> {
-    assert_eq!(one.shape(), other.shape());
-    Ok(one.to_f64_vec()?.iter().zip(other.to_f64_vec()?).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max))
 }
 
 /// A folder of sentence-transformers with the drawn BERT and these modules after it.
@@ -166,20 +161,10 @@ fn runs_of_embedders() -> Result<()> {
         let source = || Groups::new(groups(23, score), groups(6, score));
         let options = TrainOptions { steps: 6, batch_size: 4, accumulate: 2, seq_len: 6, ..Default::default() };
         let start = || Trainer::<Embedder>::start(config.clone(), options.clone(), source()?, device());
-        let (mut whole, mut parts) = (start()?, start()?);
+        let (whole, parts) = (start()?, start()?);
         let run = folder.0.join(format!("run-{score}"));
-        for step in 0..6 {
-            let report = whole.step()?;
-            assert_eq!((parts.step()?, report.tokens), (report, 8));
-            if step == 2 {
-                parts.save(&run)?;
-                parts = Trainer::resume_from(&run, source()?, device())?;
-            }
-        }
-        let bits = |trainer: &Trainer<Embedder>| -> Result<BTreeMap<String, Vec<f64>>> {
-            trainer.params().iter().map(|(name, param)| Ok((name.to_string(), param.tensor().to_f64_vec()?))).collect()
-        };
-        assert!(bits(&whole)? == bits(&parts)?);
+        let [whole, parts] =
+            resumed_alike([whole, parts], &run, Some(8), || Trainer::resume_from(&run, source()?, device()))?;
         parts.save(&run)?;
         assert_eq!(EmbedderConfig::read(&run)?.as_ref(), Some(&config));
         let loaded = Embedder::load(&run, DType::F32, device())?;

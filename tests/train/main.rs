@@ -11,6 +11,7 @@ mod embedder;
 mod folder;
 mod masked_lm;
 mod optimizers;
+mod runs;
 mod seq2seq;
 mod sources;
 mod token_files;
@@ -19,3 +20,4 @@ mod tuned;
 mod vision;
 
 use folder::Folder;
+use runs::{off, resumed_alike};

@@ -13,7 +13,7 @@ use x_transformers::{
     },
 };
 
-use crate::{Folder, common::device};
+use crate::{Folder, common::device, off, resumed_alike};
 
 fn files(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/files").join(name)
@@ -32,11 +32,6 @@ fn ours(name: &str) -> &str {
         "bert.encoder.layer.1.output.dense.weight" => "net.attn_layers.layers.3.1.net.3.weight",
         other => panic!("{other}"),
     }
-}
-
-fn off(one: &Tensor, other: &Tensor) -> Result<f64> {
-    assert_eq!(one.shape(), other.shape());
-    Ok(one.to_f64_vec()?.iter().zip(other.to_f64_vec()?).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max))
 }
 
 /// A source of one batch.
@@ -185,19 +180,9 @@ fn runs_of_masked_models() -> Result<()> {
     let source = || Masked::new(ByteText::from_bytes(text.clone())?, 256, vec![b' '.into()]);
     let options = TrainOptions { steps: 6, batch_size: 3, accumulate: 2, seq_len: 12, ..Default::default() };
     let start = || Trainer::<MaskedLm>::start(config.clone(), options.clone(), source()?, device());
-    let (mut whole, mut parts) = (start()?, start()?);
+    let (whole, parts) = (start()?, start()?);
     let run = folder.0.join("run");
-    for step in 0..6 {
-        assert_eq!(whole.step()?, parts.step()?);
-        if step == 2 {
-            parts.save(&run)?;
-            parts = Trainer::resume_from(&run, source()?, device())?;
-        }
-    }
-    let bits = |trainer: &Trainer<MaskedLm>| -> Result<Vec<Vec<f64>>> {
-        trainer.params().iter().map(|(_, param)| param.tensor().to_f64_vec()).collect()
-    };
-    assert!(bits(&whole)? == bits(&parts)?);
+    let [whole, parts] = resumed_alike([whole, parts], &run, None, || Trainer::resume_from(&run, source()?, device()))?;
     parts.save(&run)?;
     assert_eq!(MaskedLmConfig::read(&run)?, Some(config.clone()));
     let loaded = MaskedLm::load(&run, DType::F32, device())?;

@@ -11,6 +11,7 @@ use x_transformers::{
 use crate::{
     Folder,
     common::device,
+    resumed_alike,
     vision::{files, follows, initial, options},
 };
 
@@ -85,19 +86,8 @@ fn runs_on_pairs() -> Result<()> {
             TrainOptions { steps: 6, batch_size: 4, accumulate: 2, seq_len: 6, recompute, ..Default::default() };
         let source = || Pairs::new(pairs(17), pairs(5), 0);
         let start = || Trainer::<XTransformer>::start(config("1"), options.clone(), source()?, device());
-        let (mut whole, mut parts) = (start()?, start()?);
-        for step in 0..6 {
-            let report = whole.step()?;
-            assert_eq!(parts.step()?, report);
-            if step == 2 {
-                parts.save(&run)?;
-                parts = Trainer::resume_from(&run, source()?, device())?;
-            }
-        }
-        let bits = |trainer: &Trainer<XTransformer>| -> Result<Vec<Vec<f64>>> {
-            trainer.params().iter().map(|(_, param)| param.tensor().to_f64_vec()).collect()
-        };
-        assert!(bits(&whole)? == bits(&parts)?);
+        let (whole, parts) = (start()?, start()?);
+        let [whole, _] = resumed_alike([whole, parts], &run, None, || Trainer::resume_from(&run, source()?, device()))?;
         whole.validate()?;
     }
     // What is longer is cut; a target that is cut has no end.

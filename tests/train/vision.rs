@@ -16,15 +16,10 @@ use x_transformers::{
     },
 };
 
-use crate::{Folder, common::device};
+use crate::{Folder, common::device, off, resumed_alike};
 
 pub fn files(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/files").join(name)
-}
-
-pub fn off(one: &Tensor, other: &Tensor) -> Result<f64> {
-    assert_eq!(one.shape(), other.shape());
-    Ok(one.to_f64_vec()?.iter().zip(other.to_f64_vec()?).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max))
 }
 
 /// Options of the runs of PyTorch.
@@ -193,19 +188,9 @@ fn runs_on_images() -> Result<()> {
     for recompute in [false, true] {
         let options = TrainOptions { steps: 6, batch_size: 4, accumulate: 2, recompute, ..Default::default() };
         let start = || Trainer::<ImageClassifier>::start(config.clone(), options.clone(), source(11)?, device());
-        let (mut whole, mut parts) = (start()?, start()?);
-        for step in 0..6 {
-            let report = whole.step()?;
-            assert_eq!((parts.step()?, report.tokens), (report, 8));
-            if step == 2 {
-                parts.save(&run)?;
-                parts = Trainer::resume_from(&run, source(11)?, device())?;
-            }
-        }
-        let bits = |trainer: &Trainer<ImageClassifier>| -> Result<Vec<Vec<f64>>> {
-            trainer.params().iter().map(|(_, param)| param.tensor().to_f64_vec()).collect()
-        };
-        assert!(bits(&whole)? == bits(&parts)?);
+        let (whole, parts) = (start()?, start()?);
+        let [whole, parts] =
+            resumed_alike([whole, parts], &run, Some(8), || Trainer::resume_from(&run, source(11)?, device()))?;
         whole.validate()?;
         parts.save(&run)?;
         assert_eq!(ImageClassifierConfig::read(&run)?, Some(config.clone()));
