@@ -10,12 +10,12 @@ use serde_json::Value;
 use x_transformers::{
     DType, Device, ParamStore, Result, Tensor, config::Config, io::read_safetensors, models::Model, models::RunOptions,
 };
-use x_transformers_parity::{Bounds, Case};
+use x_transformers_parity::{Bounds, Case, signed_sums};
 
 type Tensors = BTreeMap<String, Tensor>;
 
 /// Numbers that a gradient is summed up in.
-const SKETCHES: u64 = 8;
+const SUMS: usize = 8;
 
 fn device() -> Device {
     Device::parse(&std::env::var("XT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_string())).unwrap()
@@ -26,20 +26,6 @@ fn fnv1a(text: &str) -> String {
         .bytes()
         .fold(0xCBF2_9CE4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3));
     format!("{hash:016x}")
-}
-
-/// Sums of the elements with the signs that `make.py` draws.
-fn sketch(values: &[f64]) -> Vec<f64> {
-    let negative = |index: usize, row: u64| {
-        let mut x = (index as u64 + 1)
-            .wrapping_mul(0x9E37_79B9_7F4A_7C15)
-            .wrapping_add((row + 1).wrapping_mul(0xD1B5_4A32_D192_ED03));
-        x ^= x >> 32;
-        x = x.wrapping_mul(0xD6E8_FEB8_6659_FD93);
-        (x ^ (x >> 32)) >> 63 == 1
-    };
-    let sum = |row| values.iter().enumerate().map(|(i, &x)| if negative(i, row) { -x } else { x }).sum();
-    (0..SKETCHES).map(sum).collect()
 }
 
 fn shape(value: &Value) -> Vec<usize> {
@@ -150,10 +136,10 @@ fn compare(row: &Value, tensors: &Tensors, dtype: DType, options: &RunOptions) -
     if fnv1a(&names.join("\n")) != hash {
         wrong.push(format!("other gradients than expected: {names:?}"));
     }
-    for (name, sums) in names.iter().zip(sums.chunks(SKETCHES as usize)) {
-        let own = sketch(&actual[name].to_f64_vec()?);
-        actual.insert(name.clone(), tensor(own, vec![SKETCHES as usize]));
-        case.expected.insert(name.clone(), tensor(sums.to_vec(), vec![SKETCHES as usize]));
+    for (name, sums) in names.iter().zip(sums.chunks(SUMS)) {
+        let own = signed_sums(&actual[name].to_f64_vec()?, SUMS);
+        actual.insert(name.clone(), tensor(own, vec![SUMS]));
+        case.expected.insert(name.clone(), tensor(sums.to_vec(), vec![SUMS]));
     }
     let comparison = case.compare(&actual, &Bounds::of(dtype))?;
     println!("{name:40} {:.1e} {}", comparison.error, comparison.tensor);

@@ -3,7 +3,7 @@
 //! A case is a folder with `config.json`, `weights.safetensors`, `inputs.safetensors` and `expected.safetensors`. Those
 //! in `tests/parity` have the outputs of PyTorch x-transformers 0.22.0, computed in f64 and rounded to f32: their
 //! config may have a `call` beside the options, and the names are those of [`Model::run`]. A case of a custom model has
-//! the config that the model reads; see [`Case::run_with`].
+//! the config that the model reads; see [`Case::run_with`]. A large gradient may be given by its [`signed_sums`].
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs, missing_debug_implementations)]
@@ -72,7 +72,7 @@ pub struct Case {
     pub weights: BTreeMap<String, Tensor>,
     /// Inputs by name.
     pub inputs: BTreeMap<String, Tensor>,
-    /// Expected outputs by name.
+    /// Expected outputs by name; `sums.NAME` has the [`signed_sums`] of the output `NAME`, if that is not there itself.
     pub expected: BTreeMap<String, Tensor>,
 }
 
@@ -196,22 +196,31 @@ impl Case {
     /// Errors: tensors that cannot be read back.
     pub fn compare(&self, actual: &BTreeMap<String, Tensor>, bounds: &Bounds) -> Result<Comparison> {
         let mut comparison = Comparison { error: 0.0, tensor: String::new(), wrong: Vec::new() };
-        let unexpected = actual.keys().filter(|name| !self.expected.contains_key(*name));
+        let is_expected = |name: &str| self.expected.contains_key(name) || self.expected.contains_key(&sums_of(name));
+        let unexpected = actual.keys().filter(|name| !is_expected(name));
         comparison.wrong.extend(unexpected.map(|name| format!("{name} is unexpected")));
         let (mut gradients, mut expected_gradients) = (Vec::new(), Vec::new());
-        for (name, expected) in &self.expected {
+        for (key, expected) in &self.expected {
+            let name = key.strip_prefix(SUMS).unwrap_or(key);
             let Some(actual) = actual.get(name) else {
                 comparison.wrong.push(format!("{name} is missing"));
                 continue;
             };
             let (shape, is_float) = (expected.shape(), expected.dtype().is_float());
-            if actual.shape() != shape || actual.dtype().is_float() != is_float {
+            let is_summed = name != key;
+            if (!is_summed && actual.shape() != shape) || actual.dtype().is_float() != is_float {
                 let (found, dtype) = (actual.shape(), actual.dtype());
                 let wrong = format!("{name} is {found:?} {dtype}, expected {shape:?} {}", expected.dtype());
                 comparison.wrong.push(wrong);
                 continue;
             }
-            let (actual, expected) = (actual.to_f64_vec()?, expected.to_f64_vec()?);
+            let (mut actual, mut expected) = (actual.to_f64_vec()?, expected.to_f64_vec()?);
+            if is_summed {
+                // A sum is as large as the whole tensor, so that the gradients of a case have the weights of their elements.
+                let scale = (expected.len().max(1) as f64).sqrt().recip();
+                actual = signed_sums(&actual, expected.len());
+                actual.iter_mut().chain(&mut expected).for_each(|sum| *sum *= scale);
+            }
             let is_gradient = name.starts_with("grad.");
             let bound = match (is_float, is_gradient) {
                 (false, _) => 0.0,
@@ -247,6 +256,35 @@ impl Comparison {
             (self.error, self.tensor) = (error, name.to_string());
         }
     }
+}
+
+/// Returns sums of the elements with drawn signs: `Σ s(i, j) · values[i]` for each `j` below `count`, with
+///
+/// ```text
+/// x = (i + 1) · 9E3779B97F4A7C15 + (j + 1) · D1B54A32D192ED03     in hexadecimal, modulo 2⁶⁴
+/// x = (x ⊕ x / 2³²) · D6E8FEB86659FD93                           ⊕ is the exclusive or
+/// s = −1 if the first bit of x ⊕ x / 2³² is 1, else 1
+/// ```
+///
+/// They stand for many elements: their relative error is about that of the elements, however these differ.
+pub fn signed_sums(values: &[f64], count: usize) -> Vec<f64> {
+    let is_negative = |i: usize, j: usize| {
+        let mut x = (i as u64 + 1)
+            .wrapping_mul(0x9E37_79B9_7F4A_7C15)
+            .wrapping_add((j as u64 + 1).wrapping_mul(0xD1B5_4A32_D192_ED03));
+        x ^= x >> 32;
+        x = x.wrapping_mul(0xD6E8_FEB8_6659_FD93);
+        (x ^ (x >> 32)) >> 63 == 1
+    };
+    let sum = |j| values.iter().enumerate().map(|(i, &x)| if is_negative(i, j) { -x } else { x }).sum();
+    (0..count).map(sum).collect()
+}
+
+/// Prefix of the names of sums.
+const SUMS: &str = "sums.";
+
+fn sums_of(name: &str) -> String {
+    format!("{SUMS}{name}")
 }
 
 const CONFIG: &str = "config.json";
