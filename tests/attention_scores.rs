@@ -611,6 +611,7 @@ fn scores_at_every_level() {
     for test in [
         "common_scores_change_no_weight",
         "common_biases_change_no_weight",
+        "common_directions_cancel",
         "common_scores_keep_differences",
         "sharp_queries_keep_their_gradient",
         "one_key_passes_no_gradient",

@@ -15,7 +15,7 @@ use super::{
     tile::{KEYS, Tiles, add, dot, sum_rows},
 };
 use crate::{
-    Device, Result, Tensor,
+    DType, Device, Result, Tensor,
     collect::CollectVec,
     device::{
         cpu,
@@ -80,8 +80,9 @@ fn backward_as<A: Real + Multiply>(
     let delta = delta::<A>(out, kept.residual.as_ref(), &grad)?;
     let grad = widen::<A>(&grad, bf16)?;
     let [need_q, need_k, need_v] = need.operands;
-    let directions = if bf16 && need_q { without_common(&operands[1])? } else { None };
-    let directions = directions.unwrap_or_else(|| operands[1].clone());
+    // Also where products are in f32: `delta` is known to 16 bits.
+    let directions = if problem.k.dtype() == DType::BF16 && need_q { without_common(&problem.k)? } else { None };
+    let directions = directions.map_or_else(|| Ok(operands[1].clone()), |keys| widen::<A>(&keys, bf16))?;
     let pass = Pass::<A> {
         tiles: Tiles::new(problem, &operands)?,
         directions: Rows::new(&directions)?,

@@ -96,11 +96,11 @@ fn forward_block<A: Real + Multiply>(tiles: &Tiles<A>, at: At, out: &mut RowWrit
         let [largest, weight] = tiles.start(at.head);
         max.fill(largest);
         sum.fill(weight);
-        for seen in key_blocks(at, 0..keys).filter_map(|at| tiles.reach(at)) {
+        for seen in key_blocks(at, 0..keys).flat_map(|at| tiles.halves(at)).filter_map(|at| tiles.reach(at)) {
             let (first, last) = (seen.query - at.query, seen.query - at.query + seen.queries);
             let acc = &mut acc[first * e..last * e];
-            tiles.scores(seen, s);
-            softmax_step(s, seen.width(), &mut max[first..last], &mut sum[first..last], acc);
+            let factor = tiles.scores(seen, s);
+            softmax_step(s, seen.width(), factor, &mut max[first..last], &mut sum[first..last], acc);
             tiles.drop_weights(seen, kept, s, factors);
             add_values(tiles, seen, s, rounded, acc);
         }
@@ -134,10 +134,10 @@ fn forward_block<A: Real + Multiply>(tiles: &Tiles<A>, at: At, out: &mut RowWrit
             // weights they do not, unless one is infinite itself.
             let part = <A as Float>::from_f64(0.25);
             acc.fill(A::ZERO);
-            for seen in key_blocks(at, 0..keys).filter_map(|at| tiles.reach(at)) {
+            for seen in key_blocks(at, 0..keys).flat_map(|at| tiles.halves(at)).filter_map(|at| tiles.reach(at)) {
                 let (first, last) = (seen.query - at.query, seen.query - at.query + seen.queries);
-                tiles.scores(seen, s);
-                weights(s, seen.width(), part, &statistics[first..last]);
+                let factor = tiles.scores(seen, s);
+                weights(s, seen.width(), factor, part, &statistics[first..last]);
                 tiles.drop_weights(seen, kept, s, factors);
                 add_values(tiles, seen, s, rounded, &mut acc[first * e..last * e]);
             }

@@ -75,12 +75,12 @@ impl<A: Real + Multiply> Pass<'_, A> {
         };
         let statistics = self.per_query(at, self.statistics);
         if reach == Reach::Scores {
-            tiles.scores(at, work.p);
+            let factor = tiles.scores(at, work.p);
             if let Some(bound) = tiles.softclamp() {
                 clamp_slopes(&work.p[..at.queries * KEYS], work.slopes, bound);
             }
             // Fully masked queries come out with weight and gradient 0.
-            weights(work.p, at.width(), A::ONE, statistics);
+            weights(work.p, at.width(), factor, A::ONE, statistics);
             let grad = self.grad.block(at.batch, at.head, at.query);
             let v = transposed(tiles.v.block(at.batch, kv_head, at.key));
             product([at.queries, at.keys, tiles.sizes.e], grad, v, false, work.ds, KEYS);
@@ -140,12 +140,20 @@ impl<A: Real + Multiply> Pass<'_, A> {
                 dk.fill(A::ZERO);
                 dv.fill(A::ZERO);
                 for member in 0..group {
-                    for at in query_blocks(At { head: start.head + member, ..block }, 0..queries) {
+                    let blocks = query_blocks(At { head: start.head + member, ..block }, 0..queries);
+                    for at in blocks.flat_map(|at| self.tiles.halves(at)) {
                         let Some((at, reach)) = self.tile(at, &mut work) else { continue };
                         if want_v {
                             let grad = self.grad.block(batch, at.head, at.query);
                             let p = operand(&work.p[..at.queries * KEYS], at.keys, rounded);
-                            product([at.keys, e, at.queries], transposed(p), grad, true, dv, e);
+                            product(
+                                [at.keys, e, at.queries],
+                                transposed(p),
+                                grad,
+                                true,
+                                &mut dv[(at.key - block.key) * e..],
+                                e,
+                            );
                         }
                         if reach == Reach::Weights {
                             continue;
@@ -153,7 +161,14 @@ impl<A: Real + Multiply> Pass<'_, A> {
                         let ds = operand(&work.ds[..at.queries * KEYS], at.keys, rounded);
                         if want_k {
                             let q = self.tiles.q.block(batch, at.head, at.query);
-                            product([at.keys, d, at.queries], transposed(ds), q, true, dk, d);
+                            product(
+                                [at.keys, d, at.queries],
+                                transposed(ds),
+                                q,
+                                true,
+                                &mut dk[(at.key - block.key) * d..],
+                                d,
+                            );
                         }
                         if let Some(dq) = task.dq.get_mut(member) {
                             let k = self.directions.block(batch, kv_head, at.key);

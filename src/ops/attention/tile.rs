@@ -196,13 +196,18 @@ impl<'a, A: Real + Multiply> Tiles<'a, A> {
         Some((free, &mask[start..start + at.keys - free]))
     }
 
-    /// Computes `scale · q kᵀ` with biases, −∞ where masked; rows of `s` are [`KEYS`] apart.
-    pub fn scores(&self, at: At, s: &mut [A]) {
+    /// Computes scores with biases, −∞ where masked; rows of `s` are [`KEYS`] apart. They are to be multiplied by the
+    /// returned number, the scale if nothing but masks follows it: one pass less over the tile.
+    pub fn scores(&self, at: At, s: &mut [A]) -> A {
         let q = self.q.block(at.batch, at.head, at.query);
         let k = self.k.block(at.batch, at.head / self.sizes.group(), at.key);
         product([at.queries, at.keys, self.sizes.d], q, transposed(k), false, s, KEYS);
         let s = &mut s[..at.queries * KEYS];
+        let plain = self.curves.is_none() && self.bias.is_none() && self.softclamp.is_none();
+        // A negative scale would change the order, and −∞ times 0 is NaN.
+        let factor = if plain && self.scale > A::ZERO { self.scale } else { A::ONE };
         match &self.curves {
+            None if factor == self.scale => {}
             None => scale_rows(s, at.keys, self.scale),
             Some(curves) => {
                 let curve = self.curve(at);
@@ -231,6 +236,15 @@ impl<'a, A: Real + Multiply> Tiles<'a, A> {
             s[kept.end..].fill(A::NEG_INFINITY);
             behind.fill(A::NEG_INFINITY);
         }
+        factor
+    }
+
+    /// Returns the tile, in halves along the keys if causality cuts it: [`reach`](Tiles::reach) leaves fewer queries to each.
+    pub fn halves(&self, at: At) -> impl Iterator<Item = At> {
+        const HALF: usize = KEYS / 2;
+        let is_cut = self.causal && at.key + at.keys + self.sizes.queries > at.query + self.sizes.keys + 1;
+        let step = if is_cut && at.queries >= HALF { HALF } else { KEYS };
+        (0..at.keys).step_by(step).map(move |first| At { key: at.key + first, keys: step.min(at.keys - first), ..at })
     }
 
     /// Returns the part of the position bias that a tile reads: it starts with that of its last query and first key,
@@ -414,9 +428,15 @@ vectorized! {
 }
 
 vectorized! {
-    /// Performs one step of the online softmax: turns the scores of a tile into `exp(score − max)`, where `max` is that
-    /// of all tiles so far, and brings the sums so far (`sum`, and rows of `acc`) to that maximum.
-    pub(super) fn softmax_step<A: Real>(s: &mut [A], width: usize, max: &mut [A], sum: &mut [A], acc: &mut [A]) {
+    /// Performs one step of the online softmax: turns the scores of a tile, times `factor`, into `exp(score − max)`, where
+    /// `max` is that of all tiles so far, and brings the sums so far (`sum`, and rows of `acc`) to that maximum.
+    pub(super) fn softmax_step<A: Real>(
+        s: &mut [A],
+        width: usize, factor: A,
+        max: &mut [A],
+        sum: &mut [A],
+        acc: &mut [A],
+    ) {
         let e = acc.len() / max.len();
         for (row, s) in s.chunks_exact_mut(KEYS).take(max.len()).enumerate() {
             let s = &mut s[..width];
@@ -426,13 +446,13 @@ vectorized! {
                     *lane = lane.max(*s);
                 }
             }
-            let largest = lanes.iter().fold(max[row], |max, lane| max.max(*lane));
+            let largest = lanes.iter().fold(max[row], |max, lane| max.max(*lane * factor));
             // With no key kept so far, every exponential must be 0 and not NaN.
             let shift = if largest == A::NEG_INFINITY { A::ZERO } else { largest };
             let mut lanes = [A::ZERO; LANES];
             for s in s.chunks_exact_mut(LANES) {
                 for (lane, s) in lanes.iter_mut().zip(s) {
-                    *s = (*s - shift).probability::<FUSED>();
+                    *s = (*s * factor - shift).probability::<FUSED>();
                     *lane += *s;
                 }
             }
@@ -449,12 +469,12 @@ vectorized! {
 }
 
 vectorized! {
-    /// Weights from scores: `exp(score − largest)`, times the row's share and `part`.
-    pub(super) fn weights<A: Real>(s: &mut [A], width: usize, part: A, statistics: &[[A; 2]]) {
+    /// Weights from scores, times `factor`: `exp(score − largest)`, times the row's share and `part`.
+    pub(super) fn weights<A: Real>(s: &mut [A], width: usize, factor: A, part: A, statistics: &[[A; 2]]) {
         for (s, [largest, share]) in s.chunks_exact_mut(KEYS).zip(statistics) {
             let share = *share * part;
             for s in &mut s[..width] {
-                *s = (*s - *largest).probability::<FUSED>() * share;
+                *s = (*s * factor - *largest).probability::<FUSED>() * share;
             }
         }
     }
