@@ -185,6 +185,17 @@ fn parity_two_f32() {
     expect_all(DType::F32, &RunOptions::default());
 }
 
+/// Within the wider bounds of half types.
+#[test]
+fn parity_two_bf16() {
+    expect_all(DType::BF16, &RunOptions::default());
+}
+
+#[test]
+fn parity_two_f16() {
+    expect_all(DType::F16, &RunOptions::default());
+}
+
 /// The same with attention computed from the matrix of scores wherever the fused op would apply.
 #[test]
 fn parity_two_f64_explicit() {
