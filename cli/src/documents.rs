@@ -1,4 +1,4 @@
-//! Texts that become tokens: files, and the records of JSONL; which of them are for validation.
+//! Texts that become tokens: files, the records of JSONL and the rows of Parquet; which of them are for validation.
 
 use std::{
     fs::File,
@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 use x_transformers::train::ByteText;
 
 use crate::{
+    columns,
     failure::{Failure, Result},
     tokenizer::Tokenizer,
 };
@@ -26,8 +27,16 @@ pub struct RecordArgs {
     #[arg(long, value_name = "NAME", default_value = "text", requires = "jsonl")]
     pub field: String,
 
+    /// Paths of Parquet files: each row of their --column is a document (needs `xt` built with the feature `parquet`)
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "jsonl")]
+    pub parquet: Vec<PathBuf>,
+
+    /// Column of --parquet that holds the texts
+    #[arg(long, value_name = "NAME", default_value = "text", requires = "parquet")]
+    pub column: String,
+
     /// Text between the documents of a file of --text, such as <|endoftext|> [default: each file is a document]
-    #[arg(long, value_name = "TEXT", conflicts_with = "jsonl")]
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["jsonl", "parquet"])]
     pub separator: Option<String>,
 }
 
@@ -35,6 +44,21 @@ pub struct RecordArgs {
 pub enum Documents {
     Text { text: ByteText, separator: Option<String> },
     Records { paths: Vec<PathBuf>, field: String },
+    Rows { paths: Vec<PathBuf>, column: String },
+}
+
+impl RecordArgs {
+    /// Returns the documents of `--jsonl` or `--parquet`, if there are any.
+    pub fn documents(&self) -> Result<Option<Documents>> {
+        Ok(match (&self.jsonl[..], &self.parquet[..]) {
+            ([], []) => None,
+            ([], paths) => {
+                columns::check()?;
+                Some(Documents::Rows { paths: paths.to_vec(), column: self.column.clone() })
+            }
+            (paths, _) => Some(Documents::Records { paths: paths.to_vec(), field: self.field.clone() }),
+        })
+    }
 }
 
 /// Bytes that a line of JSONL may have.
@@ -50,6 +74,7 @@ impl Documents {
             Self::Records { paths, field } => Box::new(paths.iter().flat_map(move |path| {
                 lines(path, move |line| text_of(line, field)).map(|found| found.map(|(_, text)| text))
             })),
+            Self::Rows { paths, column } => Box::new(paths.iter().flat_map(move |path| columns::texts(path, column))),
         }
     }
 }

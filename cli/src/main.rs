@@ -6,6 +6,7 @@ mod allocator;
 mod bench;
 mod chat;
 mod classify;
+mod columns;
 mod compute;
 mod convert;
 mod corpus;

@@ -22,7 +22,8 @@ use crate::{
 #[derive(Args)]
 pub struct TokenizeArgs {
     /// Paths of text files or folders
-    #[arg(long, value_name = "FILE|DIR", num_args = 1.., required_unless_present = "jsonl", conflicts_with = "jsonl")]
+    #[arg(long, value_name = "FILE|DIR", num_args = 1.., required_unless_present_any = ["jsonl", "parquet"],
+          conflicts_with_all = ["jsonl", "parquet"])]
     text: Vec<PathBuf>,
 
     #[command(flatten)]
@@ -52,13 +53,13 @@ const END_OF_TEXT: &str = "<|endoftext|>";
 
 pub fn run(args: TokenizeArgs) -> Result<()> {
     let output = &args.output;
-    let documents = match &args.records.jsonl[..] {
-        [] => {
+    let documents = match args.records.documents()? {
+        Some(documents) => documents,
+        None => {
             let text = ByteText::from_paths(&args.text)?;
             crate::train::warn_of_skipped(&text);
             Documents::Text { text, separator: args.records.separator.clone() }
         }
-        paths => Documents::Records { paths: paths.to_vec(), field: args.records.field.clone() },
     };
     create_folders(output)?;
     for name in [TRAIN, VALIDATION, "tokenizer.json"] {

@@ -123,8 +123,8 @@ pub struct TrainArgs {
     tensorboard: bool,
 
     /// Folder of a run to resume, with its model, its tokenizer and all its options; requires the same data: --text,
-    /// --tokens with --validation, --jsonl, with the same --field and --separator, --pairs, or --images with
-    /// --validation-images. --steps and --every override those of the run; --device, --zero, --profile, --trace and
+    /// --tokens with --validation, --jsonl with the same --field, --parquet with the same --column, the same --separator,
+    /// --pairs, or --images with --validation-images. --steps and --every override those of the run; --device, --zero, --profile, --trace and
     /// --tensorboard are not saved with it
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
@@ -459,6 +459,8 @@ mod tests {
             ("validation", NotSaved("file")),
             ("jsonl", NotSaved("file")),
             ("field", NotSaved("name")),
+            ("parquet", NotSaved("file")),
+            ("column", NotSaved("name")),
             ("separator", NotSaved("|")),
             ("tokenizer", Folder("file")),
             ("images", NotSaved("folder")),
@@ -533,6 +535,7 @@ mod tests {
             let needs: &[&str] = match id {
                 "validation" => &["--tokens", "file"],
                 "field" => &["--jsonl", "file"],
+                "column" => &["--parquet", "file"],
                 "validation_images" | "image_size" | "patch_size" | "mean" | "std" | "flip" => &["--images", "folder"],
                 "lora_rank" => &["--from", "file"],
                 "dpo_beta" => &["--from", "file"],

@@ -34,12 +34,12 @@ use crate::{
 pub struct DataArgs {
     /// Paths of text files or folders; without --tokenizer the model reads bytes, the first 90% of which are for training,
     /// the rest for validation [default: eight plays of Shakespeare, built into this program]
-    #[arg(long, value_name = "FILE|DIR", num_args = 1.., conflicts_with_all = ["tokens", "jsonl"])]
+    #[arg(long, value_name = "FILE|DIR", num_args = 1.., conflicts_with_all = ["tokens", "jsonl", "parquet"])]
     pub text: Vec<PathBuf>,
 
     /// Paths of token files: those of `xt tokenize` (or its folder), llm.c's or nanoGPT's .bin; without --validation the
     /// last 10% of the tokens are for validation
-    #[arg(long, value_name = "FILE|DIR", num_args = 1.., conflicts_with = "jsonl")]
+    #[arg(long, value_name = "FILE|DIR", num_args = 1.., conflicts_with_all = ["jsonl", "parquet"])]
     tokens: Vec<PathBuf>,
 
     /// Paths of token files to validate on
@@ -177,7 +177,7 @@ impl DataArgs {
         if !self.tokens.is_empty() {
             return self.tokens(own);
         }
-        if self.records.jsonl.is_empty() {
+        let Some(documents) = self.records.documents()? else {
             let text = match &self.text[..] {
                 [] => ByteText::from_bytes(corpus::PLAYS)?,
                 paths => ByteText::from_paths(paths)?,
@@ -188,18 +188,21 @@ impl DataArgs {
                 None if self.records.separator.is_some() => Err(Failure::new("`--separator` requires `--tokenizer`")),
                 None => Ok(self.bytes(text)),
             };
-        }
+        };
         let Some(own) = own else {
-            return Err(Failure::new(
-                "`--jsonl` requires `--tokenizer`, such as one that `xt tokenize --train-bpe` learned, or `--from` a model \
+            let name = if self.records.jsonl.is_empty() { "parquet" } else { "jsonl" };
+            return Err(Failure::new(format_args!(
+                "`--{name}` requires `--tokenizer`, such as one that `xt tokenize --train-bpe` learned, or `--from` a model \
                  that has one",
-            ));
+            )));
         };
         let RecordArgs { jsonl, field, .. } = &self.records;
-        if chats::is_first(&jsonl[0], field)? {
+        if let Some(first) = jsonl.first()
+            && chats::is_first(first, field)?
+        {
             return chats(jsonl, own);
         }
-        encoded(Documents::Records { paths: jsonl.clone(), field: field.clone() }, own)
+        encoded(documents, own)
     }
 
     /// Opens texts with labels: of classes with these names, or those that occur if there are none; or, without classes, with

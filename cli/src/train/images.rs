@@ -35,7 +35,7 @@ use crate::{
 pub struct ImageArgs {
     /// Folder of images: for --task image a folder of PNG and JPEG files for each class, for --task caption a metadata.jsonl or
     /// captions.jsonl beside them, with the fields `file_name` and `text`
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["text", "tokens", "jsonl", "separator"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["text", "tokens", "jsonl", "parquet", "separator"])]
     pub images: Option<PathBuf>,
 
     /// Folder of images to validate on, with the same classes [default: every tenth image of --images, of each class]

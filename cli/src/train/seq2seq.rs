@@ -33,7 +33,8 @@ use crate::{
 pub struct PairArgs {
     /// Paths of files of pairs for --task seq2seq: JSONL with the fields `source` and `target`, or, ending in .tsv, a source,
     /// a tab and a target per line; without --tokenizer the model reads bytes
-    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["text", "tokens", "jsonl", "images", "separator"])]
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["text", "tokens", "jsonl", "parquet", "images",
+          "separator"])]
     pub pairs: Vec<PathBuf>,
 }
 

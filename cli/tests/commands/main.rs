@@ -14,6 +14,7 @@ mod generate;
 mod images;
 mod info;
 mod masked;
+mod parquet;
 mod preferences;
 mod pretrained;
 mod quantize;
