@@ -1,7 +1,14 @@
 //! Images: what PIL makes of them, and steps of PyTorch x-transformers; see `tests/files/images/make.py` and
 //! `tests/files/vision/make.py`.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use x_transformers::{
     DType, Result, Tape, Tensor,
@@ -198,6 +205,27 @@ fn runs_on_images() -> Result<()> {
         let batch = source(11)?.validation_batches(&options.request(0, 0, 0))?.remove(0).to_device(device())?;
         assert!(off(&loaded.logits(&batch.images)?, &whole.model().logits(&batch.images)?)? == 0.0);
     }
+    // A validation builds each image once, and no batch before the one before it was seen.
+    let loads = Arc::new(AtomicUsize::new(0));
+    let counted = {
+        let (loads, transform) = (loads.clone(), config.transform.clone());
+        let load = move |number: usize| {
+            loads.fetch_add(1, Ordering::Relaxed);
+            Ok::<_, x_transformers::Error>(vec![number as u8 * 9; 12 * 12 * 3])
+        };
+        let [train, validation] = [0..6, 6..17].map(|part| part.map(|number| (number, number % 2)).collect());
+        LabelledImages::new("counted", train, validation, 2, transform, load)?
+    };
+    let options = TrainOptions { batch_size: 4, ..Default::default() };
+    let trainer = Trainer::<ImageClassifier>::start(config.clone(), options, counted, device())?;
+    let mut seen = Vec::new();
+    let loss = trainer.validate_each(&mut |_, batch| {
+        seen.push(batch.labels.numel());
+        assert_eq!(loads.load(Ordering::Relaxed), seen.iter().sum::<usize>());
+        Ok(())
+    })?;
+    assert_eq!(seen, [4, 4, 3]);
+    assert_eq!(trainer.validate()?.to_bits(), loss.to_bits());
     // Images of training steps are mirrored now and then, others never.
     let request = TrainOptions { batch_size: 11, ..Default::default() }.request(0, 0, 0);
     let (flipped, plain) = (source(11)?.batch(&request)?, source(11)?.with_flip(false).batch(&request)?);

@@ -8,7 +8,7 @@ use std::{
 
 use indicatif::HumanCount;
 use x_transformers::{
-    Device,
+    Device, Result as LibraryResult,
     config::{
         AttentionLayersConfig, AutoregressiveConfig, Config, LayersPlan, TransformerWrapperConfig,
         ViTransformerWrapperConfig,
@@ -21,7 +21,7 @@ use super::{
     data::{About, Data, DataArgs, Own},
     fit,
     images::{ImageArgs, Loaded, load_all},
-    seq2seq::{about, exact, of_language, scores, two_texts},
+    seq2seq::{Exact, about, of_language, two_texts},
     task::Task,
 };
 use crate::{
@@ -193,6 +193,8 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
 }
 
 impl Task for Captioner {
+    type Seen = Exact;
+
     fn data(args: &DataArgs, own: Option<Own>, checkpoint: &Path) -> Result<Data<CaptionBatch>> {
         let missing = || Failure::new("is not a run of `--task caption`").within(checkpoint);
         let config = CaptionerConfig::read(checkpoint)?.ok_or_else(missing)?;
@@ -208,11 +210,13 @@ impl Task for Captioner {
         Some(format!("generate --checkpoint {dir} --image FILE"))
     }
 
-    fn scores(trainer: &Trainer<Self>) -> Result<Vec<(&'static str, f64)>> {
-        scores(trainer, &|model, batch| {
-            exact(&batch.captions, &mut |start, length, options| {
-                model.generate(&batch.images, start, length, options, &mut |_| true)
-            })
+    fn see(&self, batch: &CaptionBatch, seen: &mut Exact) -> LibraryResult<()> {
+        seen.see(&batch.captions, &mut |start, length, options| {
+            self.generate(&batch.images, start, length, options, &mut |_| true)
         })
+    }
+
+    fn scores(&self, seen: Exact, loss: f64) -> Vec<(&'static str, f64)> {
+        seen.scores(loss)
     }
 }

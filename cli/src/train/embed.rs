@@ -6,7 +6,7 @@ use indicatif::HumanCount;
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 use x_transformers::{
-    Device,
+    Device, Result as LibraryResult,
     config::{Config, LayersPlan},
     pretrained::{Family, Pretrained},
     train::{
@@ -278,7 +278,17 @@ fn values(fields: &Map<String, Value>, columns: &Columns) -> std::result::Result
     Ok((texts, columns.score.as_ref().map(score).transpose()?))
 }
 
+/// Cosines of pairs with their scores, or places of the right text among all.
+#[derive(Default)]
+pub struct Seen {
+    cosines: Vec<f64>,
+    scores: Vec<f64>,
+    places: Vec<usize>,
+}
+
 impl Task for Embedder {
+    type Seen = Seen;
+
     fn data(args: &DataArgs, _: Option<Own>, checkpoint: &Path) -> Result<Data<GroupBatch>> {
         let missing = || Failure::new("is not a run of `--task embed`").within(checkpoint);
         let config = EmbedderConfig::read(checkpoint)?.ok_or_else(missing)?;
@@ -293,32 +303,29 @@ impl Task for Embedder {
         Some(format!("embed --checkpoint {dir} --text \"…\" --text \"…\""))
     }
 
-    fn scores(trainer: &Trainer<Self>) -> Result<Vec<(&'static str, f64)>> {
-        let batches = trainer.validation_batches()?;
-        let (mut cosines, mut scores, mut places) = (Vec::new(), Vec::new(), Vec::new());
-        trainer.evaluate(|model| {
-            for batch in &batches {
-                let values = model.cosines(batch)?.to_f64_vec()?;
-                if let Some(own) = &batch.scores {
-                    cosines.extend(values);
-                    scores.extend(own.to_f64_vec()?);
-                    continue;
-                }
-                let rows = batch.tokens.dim(0)?;
-                for (own, row) in values.chunks(values.len() / rows).enumerate() {
-                    // Equal cosines count against the model: vectors that are all alike find nothing.
-                    let before = |&(at, &cosine): &(usize, &f64)| at != own && cosine >= row[own];
-                    places.push(row.iter().enumerate().filter(before).count() + 1);
-                }
-            }
-            Ok(())
-        })?;
+    fn see(&self, batch: &Self::Batch, seen: &mut Seen) -> LibraryResult<()> {
+        let values = self.cosines(batch)?.to_f64_vec()?;
+        if let Some(own) = &batch.scores {
+            seen.cosines.extend(values);
+            seen.scores.extend(own.to_f64_vec()?);
+            return Ok(());
+        }
+        let rows = batch.tokens.dim(0)?;
+        for (own, row) in values.chunks(values.len() / rows).enumerate() {
+            // Equal cosines count against the model: vectors that are all alike find nothing.
+            let before = |&(at, &cosine): &(usize, &f64)| at != own && cosine >= row[own];
+            seen.places.push(row.iter().enumerate().filter(before).count() + 1);
+        }
+        Ok(())
+    }
+
+    fn scores(&self, Seen { cosines, scores, places }: Seen, _: f64) -> Vec<(&'static str, f64)> {
         if !scores.is_empty() {
-            return Ok(vec![("spearman", spearman(&cosines, &scores))]);
+            return vec![("spearman", spearman(&cosines, &scores))];
         }
         let count = places.len().max(1) as f64;
         let first = places.iter().filter(|&&place| place == 1).count() as f64 / count;
         let reciprocal = places.iter().map(|&place| 1.0 / place as f64).sum::<f64>() / count;
-        Ok(vec![("recall@1", first), ("mrr", reciprocal)])
+        vec![("recall@1", first), ("mrr", reciprocal)]
     }
 }

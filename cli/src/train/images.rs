@@ -264,6 +264,9 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
 }
 
 impl Task for ImageClassifier {
+    /// Classes that the model predicts, and those of the images.
+    type Seen = [Vec<usize>; 2];
+
     fn data(args: &DataArgs, _: Option<Own>, checkpoint: &Path) -> Result<Data<ImageBatch>> {
         let missing = || Failure::new("is not a run of `--task image`").within(checkpoint);
         let config = ImageClassifierConfig::read(checkpoint)?.ok_or_else(missing)?;
@@ -278,19 +281,15 @@ impl Task for ImageClassifier {
         Some(format!("classify --checkpoint {dir} --image FILE"))
     }
 
-    fn scores(trainer: &Trainer<Self>) -> Result<Vec<(&'static str, f64)>> {
-        let batches = trainer.validation_batches()?;
-        let (mut predicted, mut labels) = (Vec::new(), Vec::new());
-        trainer.evaluate(|model| {
-            for batch in &batches {
-                predicted.extend(
-                    model.logits(&batch.images)?.argmax(1)?.to_vec::<i64>()?.iter().map(|&class| class as usize),
-                );
-                labels.extend(batch.labels.to_vec::<i64>()?.iter().map(|&class| class as usize));
-            }
-            Ok(())
-        })?;
-        Ok(vec![("accuracy", accuracy(&predicted, &labels)), ("f1", macro_f1(&predicted, &labels))])
+    fn see(&self, batch: &ImageBatch, [predicted, labels]: &mut Self::Seen) -> LibraryResult<()> {
+        let best = self.logits(&batch.images)?.argmax(1)?.to_vec::<i64>()?;
+        predicted.extend(best.into_iter().map(|class| class as usize));
+        labels.extend(batch.labels.to_vec::<i64>()?.into_iter().map(|class| class as usize));
+        Ok(())
+    }
+
+    fn scores(&self, [predicted, labels]: Self::Seen, _: f64) -> Vec<(&'static str, f64)> {
+        vec![("accuracy", accuracy(&predicted, &labels)), ("f1", macro_f1(&predicted, &labels))]
     }
 }
 

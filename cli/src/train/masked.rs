@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use x_transformers::{
-    Device, Tensor,
+    Device, Result as LibraryResult, Tensor,
     config::{Config, LayersKind, LayersPlan, TransformerWrapperConfig},
     pretrained::Pretrained,
     train::{Masked, MaskedBatch, MaskedLm, MaskedLmConfig, TrainModel, TrainOptions, Trainer},
@@ -155,6 +155,9 @@ fn masked(data: Data, config: &MaskedLmConfig) -> Result<Data<MaskedBatch>> {
 }
 
 impl Task for MaskedLm {
+    /// Targets that the model predicts, and all.
+    type Seen = [usize; 2];
+
     fn data(args: &DataArgs, own: Option<Own>, checkpoint: &Path) -> Result<Data<MaskedBatch>> {
         let missing = || Failure::new("is not a run of `--task mlm`").within(checkpoint);
         masked(args.open(own)?, &MaskedLmConfig::read(checkpoint)?.ok_or_else(missing)?)
@@ -169,18 +172,16 @@ impl Task for MaskedLm {
         about.tokenizer.as_ref().map(|_| format!("train --task embed --from {dir} --jsonl …"))
     }
 
-    fn scores(trainer: &Trainer<Self>) -> Result<Vec<(&'static str, f64)>> {
-        let batches = trainer.validation_batches()?;
-        let (mut right, mut all) = (0, 0);
-        trainer.evaluate(|model| {
-            for batch in batches.iter().filter(|batch| batch.labels.numel() > 0) {
-                let (predicted, labels) = (model.predict(batch)?.to_vec::<i64>()?, batch.labels.to_vec::<i64>()?);
-                right += predicted.iter().zip(&labels).filter(|(one, other)| one == other).count();
-                all += labels.len();
-            }
-            Ok(())
-        })?;
-        let loss = trainer.losses().last_validation.unwrap_or(f64::NAN);
-        Ok(vec![("perplexity", loss.exp()), ("accuracy", right as f64 / all.max(1) as f64)])
+    fn see(&self, batch: &MaskedBatch, [right, all]: &mut Self::Seen) -> LibraryResult<()> {
+        if batch.labels.numel() > 0 {
+            let (predicted, labels) = (self.predict(batch)?.to_vec::<i64>()?, batch.labels.to_vec::<i64>()?);
+            *right += predicted.iter().zip(&labels).filter(|(one, other)| one == other).count();
+            *all += labels.len();
+        }
+        Ok(())
+    }
+
+    fn scores(&self, [right, all]: Self::Seen, loss: f64) -> Vec<(&'static str, f64)> {
+        vec![("perplexity", loss.exp()), ("accuracy", right as f64 / all.max(1) as f64)]
     }
 }

@@ -6,7 +6,7 @@ use indicatif::HumanCount;
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 use x_transformers::{
-    Device,
+    Device, Result as LibraryResult,
     config::LayersPlan,
     models::AutoregressiveWrapper,
     pretrained::Pretrained,
@@ -240,6 +240,9 @@ fn encoded(record: &Record, language: &Language) -> Result<Group> {
 }
 
 impl Task for DpoModel {
+    /// Margins between the rewards of the chosen and the rejected answers.
+    type Seen = Vec<f64>;
+
     fn data(args: &DataArgs, own: Option<Own>, checkpoint: &Path) -> Result<Data<GroupBatch>> {
         open(args, own, Checkpoint::load_training(checkpoint)?.options.seq_len, false)
     }
@@ -263,17 +266,14 @@ impl Task for DpoModel {
         }
     }
 
-    fn scores(trainer: &Trainer<Self>) -> Result<Vec<(&'static str, f64)>> {
-        let batches = trainer.validation_batches()?;
-        let mut margins = Vec::new();
-        trainer.evaluate(|model| {
-            for batch in &batches {
-                margins.extend(model.rewards(batch)?.to_f64_vec()?.chunks(2).map(|pair| pair[0] - pair[1]));
-            }
-            Ok(())
-        })?;
+    fn see(&self, batch: &Self::Batch, margins: &mut Self::Seen) -> LibraryResult<()> {
+        margins.extend(self.rewards(batch)?.to_f64_vec()?.chunks(2).map(|pair| pair[0] - pair[1]));
+        Ok(())
+    }
+
+    fn scores(&self, margins: Self::Seen, _: f64) -> Vec<(&'static str, f64)> {
         let count = margins.len().max(1) as f64;
         let right = margins.iter().filter(|&&margin| margin > 0.0).count() as f64;
-        Ok(vec![("rewards/accuracies", right / count), ("rewards/margins", margins.iter().sum::<f64>() / count)])
+        vec![("rewards/accuracies", right / count), ("rewards/margins", margins.iter().sum::<f64>() / count)]
     }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use clap::ValueEnum;
 use indicatif::HumanCount;
 use x_transformers::{
+    Result as LibraryResult,
     config::LayersPlan,
     models::AutoregressiveWrapper,
     train::{Classifier, ClassifierConfig, LoraModel, TokenBatch, TrainModel, Trainer, accuracy, macro_f1, spearman},
@@ -38,6 +39,9 @@ pub enum Kind {
 
 /// Model that `xt train` trains.
 pub trait Task: TrainModel + Sized {
+    /// Predictions on the validation set, from which its scores are computed.
+    type Seen: Default;
+
     /// Opens the data of a run whose checkpoint is in a folder.
     fn data(args: &DataArgs, own: Option<Own>, checkpoint: &Path) -> Result<Data<Self::Batch>>;
 
@@ -59,13 +63,20 @@ pub trait Task: TrainModel + Sized {
         None
     }
 
+    /// Adds the predictions for a batch of the validation set.
+    fn see(&self, _batch: &Self::Batch, _seen: &mut Self::Seen) -> LibraryResult<()> {
+        Ok(())
+    }
+
     /// Scores of the validation set beside the loss.
-    fn scores(_trainer: &Trainer<Self>) -> Result<Vec<(&'static str, f64)>> {
-        Ok(Vec::new())
+    fn scores(&self, _seen: Self::Seen, _loss: f64) -> Vec<(&'static str, f64)> {
+        Vec::new()
     }
 }
 
 impl Task for AutoregressiveWrapper {
+    type Seen = ();
+
     fn data(args: &DataArgs, own: Option<Own>, _: &Path) -> Result<Data<TokenBatch>> {
         args.open(own)
     }
@@ -80,6 +91,8 @@ impl Task for AutoregressiveWrapper {
 }
 
 impl Task for LoraModel {
+    type Seen = ();
+
     fn data(args: &DataArgs, own: Option<Own>, _: &Path) -> Result<Data<TokenBatch>> {
         args.open(own)
     }
@@ -102,6 +115,9 @@ impl Task for LoraModel {
 }
 
 impl Task for Classifier {
+    /// Logits and labels.
+    type Seen = [Vec<f64>; 2];
+
     fn data(args: &DataArgs, own: Option<Own>, checkpoint: &Path) -> Result<Data<Self::Batch>> {
         let missing = || Failure::new("has no tokenizer").within(checkpoint);
         let (Some(config), Some(own)) = (ClassifierConfig::read(checkpoint)?, own) else { return Err(missing()) };
@@ -113,23 +129,20 @@ impl Task for Classifier {
         &self.net().plan().layers
     }
 
-    fn scores(trainer: &Trainer<Self>) -> Result<Vec<(&'static str, f64)>> {
-        let batches = trainer.validation_batches()?;
-        let (mut predicted, mut labels) = (Vec::new(), Vec::new());
-        let classes = trainer.config().labels.len();
-        trainer.evaluate(|model| {
-            for batch in &batches {
-                predicted.extend(model.logits(&batch.tokens, &batch.mask)?.to_f64_vec()?);
-                labels.extend(batch.labels.to_f64_vec()?);
-            }
-            Ok(())
-        })?;
+    fn see(&self, batch: &Self::Batch, [predicted, labels]: &mut Self::Seen) -> LibraryResult<()> {
+        predicted.extend(self.logits(&batch.tokens, &batch.mask)?.to_f64_vec()?);
+        labels.extend(batch.labels.to_f64_vec()?);
+        Ok(())
+    }
+
+    fn scores(&self, [predicted, labels]: Self::Seen, _: f64) -> Vec<(&'static str, f64)> {
+        let classes = self.config().labels.len();
         if classes == 0 {
-            return Ok(vec![("spearman", spearman(&predicted, &labels))]);
+            return vec![("spearman", spearman(&predicted, &labels))];
         }
         let best = |row: &[f64]| (0..row.len()).max_by(|&one, &other| row[one].total_cmp(&row[other])).unwrap_or(0);
         let predicted: Vec<usize> = predicted.chunks_exact(classes).map(best).collect();
         let labels: Vec<usize> = labels.into_iter().map(|label| label as usize).collect();
-        Ok(vec![("accuracy", accuracy(&predicted, &labels)), ("f1", macro_f1(&predicted, &labels))])
+        vec![("accuracy", accuracy(&predicted, &labels)), ("f1", macro_f1(&predicted, &labels))]
     }
 }

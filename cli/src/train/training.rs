@@ -159,13 +159,14 @@ impl<T: Task> Training<'_, T> {
     /// Validates and, if there is something new, samples and saves.
     fn milestone(&mut self, save: bool) -> Result<()> {
         let done = self.trainer.steps_done();
-        let loss = self.trainer.validate()?;
+        let mut seen = T::Seen::default();
+        let loss = self.trainer.validate_each(&mut |model, batch| model.see(batch, &mut seen))?;
         let written = self.metrics.validation(done, loss);
         written.map_err(|failure| self.unsaved(failure))?;
         self.event(done, &[("loss/validation", loss)])?;
         let steps = self.trainer.options().steps;
         let mut line = format!("step {done}/{steps}  validation loss {}", self.about.unit().show(loss));
-        for (name, score) in T::scores(&self.trainer)? {
+        for (name, score) in self.trainer.model().scores(seen, loss) {
             let written = self.metrics.score(done, name, score);
             written.map_err(|failure| self.unsaved(failure))?;
             self.event(done, &[(name, score)])?;

@@ -77,6 +77,18 @@ pub trait BatchSource: Send + Sync {
     /// Errors: those of [`BatchSource::batch`].
     fn validation_batches(&self, request: &BatchRequest) -> Result<Vec<Self::Batch>>;
 
+    /// Calls `each` with every batch of [`BatchSource::validation_batches`], in their order. A source whose batches are large
+    /// overrides it to hold one at a time; by default all are built first.
+    ///
+    /// Errors: those of [`BatchSource::batch`] and of `each`, which end it.
+    fn each_validation_batch(
+        &self,
+        request: &BatchRequest,
+        each: &mut dyn FnMut(Self::Batch) -> Result<()>,
+    ) -> Result<()> {
+        self.validation_batches(request)?.into_iter().try_for_each(each)
+    }
+
     /// Checks, before a run starts or resumes, that all its requests can be met.
     ///
     /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for too few data or a vocabulary that is too small.
@@ -110,6 +122,10 @@ macro_rules! pointed {
 
             fn validation_batches(&self, request: &BatchRequest) -> Result<Vec<S::Batch>> {
                 (**self).validation_batches(request)
+            }
+
+            fn each_validation_batch(&self, request: &BatchRequest, each: &mut dyn FnMut(S::Batch) -> Result<()>) -> Result<()> {
+                (**self).each_validation_batch(request, each)
             }
 
             fn check(&self, request: &BatchRequest) -> Result<()> {

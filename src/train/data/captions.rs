@@ -122,6 +122,11 @@ impl CaptionedImages {
         self.parts.iter().flatten().filter(|(_, caption)| caption.len() >= seq_len).count()
     }
 
+    fn validation(&self, request: &BatchRequest) -> impl Iterator<Item = Result<CaptionBatch>> {
+        let part = |chosen: &[Caption]| self.of(&chosen.iter().collect_vec(), request, false);
+        self.parts[1].chunks(request.rows.max(1)).map(part)
+    }
+
     fn of(&self, chosen: &[&Caption], request: &BatchRequest, train: bool) -> Result<CaptionBatch> {
         let numbers = chosen.iter().map(|(number, _)| *number).collect_vec();
         let rows = chosen.iter().map(|(_, caption)| &caption[..]).collect_vec();
@@ -140,8 +145,15 @@ impl BatchSource for CaptionedImages {
     }
 
     fn validation_batches(&self, request: &BatchRequest) -> Result<Vec<CaptionBatch>> {
-        let part = |chosen: &[Caption]| self.of(&chosen.iter().collect_vec(), request, false);
-        self.parts[1].chunks(request.rows.max(1)).map(part).try_collect_vec()
+        self.validation(request).try_collect_vec()
+    }
+
+    fn each_validation_batch(
+        &self,
+        request: &BatchRequest,
+        each: &mut dyn FnMut(CaptionBatch) -> Result<()>,
+    ) -> Result<()> {
+        self.validation(request).try_for_each(|batch| each(batch?))
     }
 
     fn check(&self, request: &BatchRequest) -> Result<()> {

@@ -170,6 +170,10 @@ impl LabelledImages {
         self.parts.each_ref().map(Vec::as_slice)
     }
 
+    fn validation(&self, request: &BatchRequest) -> impl Iterator<Item = Result<ImageBatch>> {
+        self.parts[1].chunks(request.rows.max(1)).map(|chosen| self.of(chosen, None))
+    }
+
     fn of(&self, chosen: &[(usize, usize)], train: Option<&BatchRequest>) -> Result<ImageBatch> {
         let (numbers, classes): (Vec<usize>, Vec<i64>) = chosen.iter().map(|&(at, class)| (at, class as i64)).unzip();
         let count = [classes.len()];
@@ -194,7 +198,15 @@ impl BatchSource for LabelledImages {
     }
 
     fn validation_batches(&self, request: &BatchRequest) -> Result<Vec<ImageBatch>> {
-        self.parts[1].chunks(request.rows.max(1)).map(|chosen| self.of(chosen, None)).try_collect_vec()
+        self.validation(request).try_collect_vec()
+    }
+
+    fn each_validation_batch(
+        &self,
+        request: &BatchRequest,
+        each: &mut dyn FnMut(ImageBatch) -> Result<()>,
+    ) -> Result<()> {
+        self.validation(request).try_for_each(|batch| each(batch?))
     }
 
     fn check(&self, _request: &BatchRequest) -> Result<()> {

@@ -99,6 +99,10 @@ impl<B: Batch> BatchSource for Mixture<B> {
             .collect_vec())
     }
 
+    fn each_validation_batch(&self, request: &BatchRequest, each: &mut dyn FnMut(B) -> Result<()>) -> Result<()> {
+        self.each(request, |source, request| source.each_validation_batch(request, each)).map(drop)
+    }
+
     fn check(&self, request: &BatchRequest) -> Result<()> {
         self.each(request, |source, request| source.check(request)).map(drop)
     }

@@ -339,10 +339,15 @@ impl<M: TrainModel> Trainer<M> {
         })
     }
 
-    /// Returns numbers of which this rank has computed its share, those with its remainder, as all ranks have them.
-    pub(super) fn shared(&self, count: usize, one: impl Fn(usize) -> Result<f64>) -> Result<Vec<f64>> {
+    /// Returns `true` if this rank computes the number at an index: one in turn.
+    pub(super) fn is_mine(&self, index: usize) -> bool {
         let [rank, size] = self.ranks.place().map(|number| number as usize);
-        let mine = (rank..count).step_by(size).map(one).try_collect_vec()?;
+        index % size == rank
+    }
+
+    /// Returns all numbers, `mine` of which this rank has computed.
+    pub(super) fn gathered(&self, count: usize, mine: Vec<f64>) -> Result<Vec<f64>> {
+        let [_, size] = self.ranks.place().map(|number| number as usize);
         let Some(ranks) = self.ranks.communicator() else { return Ok(mine) };
         let mut bytes = mine.into_iter().flat_map(f64::to_le_bytes).collect::<Vec<u8>>();
         bytes.resize(8 * count.div_ceil(size), 0);

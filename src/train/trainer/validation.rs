@@ -8,6 +8,9 @@ use crate::{
     train::{Batch, Losses, TrainModel},
 };
 
+/// Function that takes the batches of a validation, with the model.
+type Each<'e, M> = &'e mut dyn FnMut(&M, &<M as TrainModel>::Batch) -> Result<()>;
+
 impl<M: TrainModel> Trainer<M> {
     /// Returns the batches of the validation set, on the device of the run.
     ///
@@ -25,17 +28,40 @@ impl<M: TrainModel> Trainer<M> {
     /// Errors: those of [`BatchSource::validation_batches`](crate::train::BatchSource::validation_batches);
     /// [`ErrorKind::NonFinite`]; out of memory.
     pub fn validate(&self) -> Result<f64> {
+        self.validate_with(None)
+    }
+
+    /// Computes [`Trainer::validate`] and calls `each` with the model and every batch of the validation set, on the device of
+    /// the run: what metrics of the caller's own need. Each batch is built once, and image sources hold one at a time.
+    ///
+    /// Errors: those of [`Trainer::validate`] and of `each`.
+    pub fn validate_each(&self, each: &mut dyn FnMut(&M, &M::Batch) -> Result<()>) -> Result<f64> {
+        self.validate_with(Some(each))
+    }
+
+    fn validate_with(&self, mut each: Option<Each<M>>) -> Result<f64> {
         self.lead(Command::Validate)?;
         let request = self.options.request(0, 0, M::num_tokens(&self.config));
-        let batches = self.data.source().validation_batches(&request)?;
-        let weights: f64 = batches.iter().map(Batch::weight).sum();
-        ensure!(weights > 0.0, Error::argument("data", "no target of the validation set counts"));
-        let total = self.evaluate(|model| {
-            let counted = batches.iter().filter(|batch| batch.weight() > 0.0).collect_vec();
-            let one = |at: usize| Ok(model.loss(&counted[at].to_device(&self.device)?)?.item()? * counted[at].weight());
-            Ok(self.shared(counted.len(), one)?.into_iter().fold(0.0, |total, loss| total + loss))
+        // Batches with targets, their weights, and the losses of those that are this rank's.
+        let (mut count, mut weights, mut mine) = (0, 0.0, Vec::new());
+        self.evaluate(|model| {
+            self.data.source().each_validation_batch(&request, &mut |batch| {
+                let weight = batch.weight();
+                let (counts, is_mine) = (weight > 0.0, self.is_mine(count));
+                if counts && is_mine || each.is_some() {
+                    let batch = batch.to_device(&self.device)?;
+                    if counts && is_mine {
+                        mine.push(model.loss(&batch)?.item()? * weight);
+                    }
+                    each.as_mut().map_or(Ok(()), |each| each(model, &batch))?;
+                }
+                count += usize::from(counts);
+                weights += weight;
+                Ok(())
+            })
         })?;
-        let loss = total / weights;
+        ensure!(weights > 0.0, Error::argument("data", "no target of the validation set counts"));
+        let loss = self.gathered(count, mine)?.into_iter().fold(0.0, |total, loss| total + loss) / weights;
         ensure!(
             loss.is_finite(),
             Error::new(ErrorKind::NonFinite { step: self.step, what: "validation loss".to_string() })
