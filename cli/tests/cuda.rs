@@ -8,7 +8,7 @@ mod command;
 
 use std::{fs, io::Write, path::Path};
 
-use command::{TINY, fails, path, refuses, succeeds, write_text};
+use command::{TINY, failed, fails, path, refuses, start, succeeds, write_text};
 
 fn device(test: &str) -> Option<String> {
     let device = std::env::var("XT_TEST_DEVICE").ok().filter(|name| name != "cpu");
@@ -98,6 +98,28 @@ fn a_case_runs_as_on_the_cpu() {
         let norm: f64 = expected.iter().map(|e| e * e).sum::<f64>().sqrt().max(1e-6);
         assert!(error <= 1e-11 * norm, "{name}: {:e}", error / norm);
     }
+}
+
+/// Before its first step, whatever memory the card has.
+#[test]
+fn runs_that_cannot_fit() {
+    let Some(device) = device("runs_that_cannot_fit") else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (corpus, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
+    write_text(&corpus);
+    let train = ["train", "--text", &corpus, "--out", &out, "--device", &device, "--steps", "1", "--seq-len", "16"];
+    let expected = format!("of memory are available on {device}");
+    let message = fails(&[&train[..], &["--dim", "65536", "--depth", "100", "--heads", "8"]].concat());
+    assert!(message.contains("a step needs about") && message.contains(&expected), "{message}");
+    assert!(!Path::new(&out).join("checkpoint").exists(), "nothing was begun");
+    if std::env::var_os("XT_EMULATOR").is_none() {
+        return;
+    }
+    // A small card. Of 1.6 million weights in f32 with gradients and two moments.
+    let small = [&train[..], &["--dim", "256", "--depth", "2", "--heads", "2", "--batch-size", "1"]].concat();
+    let output = start(&small).env("XT_EMULATOR_MEMORY", "20000000").output().expect("xt starts");
+    let message = failed(&small, output);
+    assert!(message.contains("needs about") && message.contains(&expected), "{message}");
 }
 
 #[test]

@@ -46,6 +46,16 @@ impl CpuBuffer {
     }
 }
 
+/// Returns the number of bytes that the system can give, where Linux tells it.
+pub(super) fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim_start_matches(':').trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()
+    };
+    Some((field("MemAvailable")? + field("SwapFree").unwrap_or(0)) * 1024)
+}
+
 /// An empty slice that is aligned for every element type, so that it can be cast.
 fn empty() -> &'static mut [u8] {
     // SAFETY: a slice of length 0 needs only a non-null, aligned pointer.

@@ -142,6 +142,12 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
     /// Returns the memory in use and kept for reuse.
     fn memory(&self) -> MemoryStats;
 
+    /// Returns the bytes that new tensors can take: those that are free on the card, with those kept for reuse. Default
+    /// `None`: not known.
+    fn available_memory(&self) -> Option<u64> {
+        None
+    }
+
     /// Returns the properties by which ops choose kernels.
     fn limits(&self) -> Limits {
         Limits::default()

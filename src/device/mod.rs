@@ -111,6 +111,16 @@ impl Device {
         }
     }
 
+    /// Returns the bytes that new tensors can take: of a GPU its free memory, of the processor the memory and swap that Linux can
+    /// give, both with what is kept for reuse. `None` where the system does not tell.
+    #[doc(alias = "mem_get_info")]
+    pub fn available_memory(&self) -> Option<u64> {
+        match self {
+            Self::Cpu => Some(cpu::available_memory()? + cpu_heap().stats().cached as u64),
+            Self::Gpu(gpu) => gpu.available_memory(),
+        }
+    }
+
     /// Resets [`MemoryStats::peak`] to the memory in use now.
     pub fn reset_peak_memory(&self) {
         match self {

@@ -1,7 +1,5 @@
 //! Memory that a run needs, before its first step.
 
-use std::fs;
-
 use x_transformers::{
     DType, Device, ParamStore, Result as LibraryResult,
     config::Config,
@@ -15,21 +13,24 @@ use crate::{
     progress::bytes,
 };
 
-/// Refuses a run on the CPU whose weights, gradients, optimizer and activations do not fit into the memory that is left.
+/// Refuses a run whose weights, gradients, optimizer and activations do not fit into the memory that the device has left.
 pub fn check(config: &Config, options: &TrainOptions, device: &Device) -> Result<()> {
     check_as(config, options, device, &|store| <AutoregressiveWrapper as TrainModel>::build(config, store).map(drop))
 }
 
 /// [`check`] of a model that `build` makes, whose steps cost as much as those of the config.
 pub fn check_as(config: &Config, options: &TrainOptions, device: &Device, build: Build) -> Result<()> {
-    let (Device::Cpu, Some(available)) = (device, available()) else { return Ok(()) };
-    let needed = needed(config, options, build)?;
+    let Some(available) = device.available_memory() else { return Ok(()) };
+    compare(needed(config, options, build)?, available, device)
+}
+
+fn compare(needed: f64, available: u64, device: &Device) -> Result<()> {
     if needed <= available as f64 {
         return Ok(());
     }
     Err(Failure::new(format_args!(
-        "a step needs about {}, but {} of memory are available; use a smaller model, `--batch-size` (with `--accumulate`) or \
-         `--seq-len`",
+        "a step needs about {}, but {} of memory are available on {device}; use a smaller model, `--batch-size` (with \
+         `--accumulate`), `--seq-len` or `--recompute`",
         bytes(needed as u64),
         bytes(available)
     )))
@@ -58,12 +59,24 @@ fn needed(config: &Config, options: &TrainOptions, build: Build) -> Result<f64> 
     Ok(weights + float * saved)
 }
 
-/// Returns the number of bytes that the system can give, where Linux tells it.
-fn available() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let field = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        line.trim_start_matches(':').trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()
-    };
-    Some((field("MemAvailable")? + field("SwapFree").unwrap_or(0)) * 1024)
+#[cfg(test)]
+mod tests {
+    use x_transformers::config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig};
+
+    use super::*;
+
+    /// The memory of a step lies between that of the weights alone and that which is left.
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let net = TransformerWrapperConfig::new(256, 64, AttentionLayersConfig::decoder(64, 2));
+        let config: Config = AutoregressiveConfig { net, ..Default::default() }.into();
+        let options = TrainOptions { batch_size: 4, seq_len: 64, ..Default::default() };
+        let build = |store: &_| <AutoregressiveWrapper as TrainModel>::build(&config, store).map(drop);
+        let step = needed(&config, &options, &build).expect("bytes");
+        let more = TrainOptions { batch_size: 8, ..options.clone() };
+        assert!(needed(&config, &more, &build).is_ok_and(|more| more > step && more < 2.0 * step));
+        assert!(compare(step, step as u64 + 1, &Device::Cpu).is_ok());
+        let message = compare(step, step as u64 - 1, &Device::Cpu).expect_err("too little").to_string();
+        assert!(message.contains("are available on cpu; use a smaller model"), "{message}");
+    }
 }

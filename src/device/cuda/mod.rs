@@ -417,6 +417,12 @@ unsafe impl Gpu for CudaDevice {
         self.pool.stats()
     }
 
+    fn available_memory(&self) -> Option<u64> {
+        self.bind().ok()?;
+        let (free, _) = result::mem_get_info().ok()?;
+        Some(free as u64 + self.pool.stats().cached as u64)
+    }
+
     fn reset_peak_memory(&self) {
         self.pool.reset_peak();
     }
