@@ -1,4 +1,4 @@
-// Driver API for devices, contexts, memory and modules. There is one device.
+// Driver API for devices, contexts, memory and modules. There is one device, under several numbers if that is asked for.
 
 #include <atomic>
 #include <cstdio>
@@ -43,6 +43,7 @@ constexpr Name NAMES[] = {
     {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
     {ILLEGAL_STATE, "CUDA_ERROR_ILLEGAL_STATE", "the operation cannot be performed in the present state"},
     {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
+    {NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
     {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
     {LAUNCH_OUT_OF_RESOURCES, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch"},
     {NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
@@ -85,6 +86,15 @@ int attribute(int which) {
         case 115: return 1;                                    // MEMORY_POOLS_SUPPORTED
         default: return 0;
     }
+}
+
+// Number of cards, which share everything.
+int cards() {
+    static const int number = [] {
+        const char* const text = getenv("XT_EMULATOR_CARDS");
+        return text == nullptr ? 1 : atoi(text);
+    }();
+    return number;
 }
 
 int allocate_checked(uintptr_t* address, size_t bytes) {
@@ -230,24 +240,24 @@ XT_EXPORT int cuDriverGetVersion(int* version) {
 }
 
 XT_EXPORT int cuDeviceGetCount(int* count) {
-    *count = 1;
+    *count = cards();
     return SUCCESS;
 }
 
 XT_EXPORT int cuDeviceGet(int* device, int ordinal) {
-    if (ordinal != 0) return INVALID_DEVICE;
-    *device = 0;
+    if (ordinal < 0 || ordinal >= cards()) return INVALID_DEVICE;
+    *device = ordinal;
     return SUCCESS;
 }
 
 XT_EXPORT int cuDeviceGetName(char* name, int length, int device) {
-    if (device != 0) return INVALID_DEVICE;
+    if (device < 0 || device >= cards()) return INVALID_DEVICE;
     snprintf(name, length, "Emulated card sm_%u", card().architecture);
     return SUCCESS;
 }
 
 XT_EXPORT int cuDeviceGetAttribute(int* value, int which, int device) {
-    if (device != 0) return INVALID_DEVICE;
+    if (device < 0 || device >= cards()) return INVALID_DEVICE;
     *value = attribute(which);
     return SUCCESS;
 }
@@ -270,7 +280,7 @@ XT_EXPORT int cuMemGetInfo_v2(size_t* unused, size_t* total) {
 }
 
 XT_EXPORT int cuDevicePrimaryCtxRetain(void** handle, int device) {
-    if (device != 0) return INVALID_DEVICE;
+    if (device < 0 || device >= cards()) return INVALID_DEVICE;
     ++retained;
     count_alive(CONTEXT, 1);
     *handle = &context;
@@ -278,7 +288,7 @@ XT_EXPORT int cuDevicePrimaryCtxRetain(void** handle, int device) {
 }
 
 XT_EXPORT int cuDevicePrimaryCtxRelease_v2(int device) {
-    if (device != 0) return INVALID_DEVICE;
+    if (device < 0 || device >= cards()) return INVALID_DEVICE;
     count_alive(CONTEXT, -1);
     if (--retained == 0) context_lost = false;
     return SUCCESS;

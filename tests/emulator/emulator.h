@@ -114,7 +114,7 @@ size_t shared_bytes_of(const Module& module, const XtKernel& kernel);
 
 // --- faults.cpp: injected errors.
 
-enum Kind { ALLOC, LAUNCH, COPY, COMPILE, PIN, FUNCTION, BLAS, KINDS };
+enum Kind { ALLOC, LAUNCH, COPY, COMPILE, PIN, FUNCTION, BLAS, NCCL, KINDS };
 // Counts a call and returns true if it must fail.
 bool shall_fail(Kind kind);
 
@@ -144,6 +144,11 @@ bool is_recording(Stream* stream);
 // While a stream is recorded, calls that wait or allocate are errors and end the recording.
 int refuse_while_recording();
 
+// --- nccl.cpp: operations of several processes, which are the only work of a stream that is not done at once.
+
+bool collectives_pending();
+void await_collectives();
+
 // --- driver.cpp
 
 enum Result {
@@ -158,6 +163,7 @@ enum Result {
     NO_BINARY_FOR_GPU = 209,
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
+    NOT_READY = 600,
     ILLEGAL_ADDRESS = 700,
     LAUNCH_OUT_OF_RESOURCES = 701,
     NOT_SUPPORTED = 801,

@@ -10,7 +10,7 @@
 namespace xt {
 namespace {
 
-const char* const NAMES[KINDS] = {"alloc", "launch", "copy", "compile", "pin", "function", "blas"};
+const char* const NAMES[KINDS] = {"alloc", "launch", "copy", "compile", "pin", "function", "blas", "nccl"};
 const char* const THING_NAMES[THINGS] = {"context", "stream", "event", "graph", "executable", "module", "blas", "pinned"};
 std::atomic<int64_t> alive[THINGS];
 
@@ -49,7 +49,7 @@ void read_environment() {
         const char* const colon = strchr(text, ':');
         if (colon == nullptr || !arrange(text, colon - text, strtoull(colon + 1, nullptr, 10))) {
             report(std::string("XT_EMULATOR_FAIL is a list of kind:number, with kinds alloc, launch, copy, compile, ") +
-                   "pin, function and blas; got " + text);
+                   "pin, function, blas and nccl; got " + text);
             return;
         }
         text = strchr(colon, ',');

@@ -132,6 +132,7 @@ void postpone(std::function<void()> copy) {
 }
 
 void catch_up() {
+    await_collectives();
     std::lock_guard guard(late_lock);
     for (const std::function<void()>& copy : late) copy();
     late.clear();
@@ -191,7 +192,7 @@ XT_EXPORT int cuStreamSynchronize(Stream* handle) {
     return lost();
 }
 
-XT_EXPORT int cuStreamQuery(Stream* stream) { return cuStreamSynchronize(stream); }
+XT_EXPORT int cuStreamQuery(Stream* stream) { return collectives_pending() ? int(NOT_READY) : cuStreamSynchronize(stream); }
 XT_EXPORT int cuStreamWaitEvent(Stream*, Event*, unsigned) { return lost(); }
 
 XT_EXPORT int cuLaunchHostFunc(Stream*, void (*function)(void*), void* data) {
@@ -225,7 +226,7 @@ XT_EXPORT int cuEventSynchronize(Event*) {
     catch_up();
     return lost();
 }
-XT_EXPORT int cuEventQuery(Event* event) { return cuEventSynchronize(event); }
+XT_EXPORT int cuEventQuery(Event* event) { return collectives_pending() ? int(NOT_READY) : cuEventSynchronize(event); }
 
 XT_EXPORT int cuEventElapsedTime_v2(float* milliseconds, const Event* from, const Event* to) {
     if (!from->recorded || !to->recorded) return INVALID_HANDLE;
