@@ -72,7 +72,7 @@
 //!
 //! | feature | default | effect |
 //! |---|---|---|
-//! | `cuda` | yes | [`Device::cuda`]: the driver, NVRTC and cuBLAS are opened when a program asks for a GPU; a build needs none of them |
+//! | `cuda` | yes | [`Device::cuda`]: the driver, NVRTC and cuBLAS are opened when a program asks for a GPU, and NCCL for several; a build needs none of them |
 //!
 //! | `mpi` | no | [`distributed`] over MPI: a build needs the system's MPI library and libclang |
 //!

@@ -8,8 +8,8 @@ use crate::{Device, Error, Result, Tensor, error::ensure};
 ///
 /// Every rank calls the same methods in the same order, with tensors of the same shape and dtype: each call waits for
 /// the others. A tensor of a GPU passes through the memory of the CPU, unless an implementation says otherwise. Sums
-/// are added in the order of ranks, in f32 or wider: all ranks get the same bits, those of one process that adds in
-/// this order.
+/// are added in f32 or wider, and all ranks get the same bits: in the order of ranks those of one process that adds in
+/// this order, unless an implementation [has an order of its own](Communicator::sums_in_rank_order).
 ///
 /// An implementation moves bytes; the methods on tensors are made of that.
 pub trait Communicator: fmt::Debug + Send + Sync {
@@ -22,6 +22,12 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     /// Returns `true` if any thread may call the methods, one at a time: gradients are then summed while the backward
     /// pass runs. Default `true`.
     fn takes_any_thread(&self) -> bool {
+        true
+    }
+
+    /// Returns `true` if sums have the bits of one process that adds in the order of ranks. Otherwise gradients are
+    /// summed over micro-batches before they are over ranks. Default `true`.
+    fn sums_in_rank_order(&self) -> bool {
         true
     }
 
@@ -109,11 +115,11 @@ fn on_cpu(tensor: &Tensor) -> Result<Tensor> {
     tensor.detach().contiguous()?.to_device(&Device::Cpu)
 }
 
-fn rows(op: &'static str, tensor: &Tensor) -> Result<usize> {
+pub(super) fn rows(op: &'static str, tensor: &Tensor) -> Result<usize> {
     tensor.shape().first().copied().ok_or_else(|| Error::shape(op, "expected [n, ..], got a scalar"))
 }
 
-fn part_of(op: &'static str, tensor: &Tensor, size: usize) -> Result<usize> {
+pub(super) fn part_of(op: &'static str, tensor: &Tensor, size: usize) -> Result<usize> {
     let rows = rows(op, tensor)?;
     ensure!(
         size > 0 && rows.is_multiple_of(size),

@@ -1,18 +1,24 @@
 //! Training by several processes: collective operations, and sums of gradients over ranks.
 //!
-//! A program is launched once for each rank, by `mpirun` for instance. Every rank has the whole model and a part of
+//! A program is launched once for each rank, by `torchrun` or `mpirun` for instance. Every rank has the whole model and a part of
 //! each batch; [`DataParallel`] starts all from the same weights and sums their gradients, so that they stay equal.
 
 mod bucket;
 mod communicator;
 mod data_parallel;
 mod launcher;
+#[cfg(feature = "cuda")]
+mod meeting;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "cuda")]
+mod nccl;
 mod reducer;
 
 #[cfg(feature = "mpi")]
 pub use self::mpi::Mpi;
+#[cfg(feature = "cuda")]
+pub use self::nccl::Nccl;
 pub(crate) use self::{
     bucket::{Bucket, Piece},
     data_parallel::agree,

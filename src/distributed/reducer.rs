@@ -18,7 +18,8 @@ use crate::{
 pub(crate) const BUCKET: usize = 8 << 20;
 
 /// Sums of gradients over ranks. Each rank adds its part of every bucket, to which all give theirs, in the order of
-/// ranks: N ranks that add M rounds have the bits of one process that adds N · M gradients.
+/// ranks: N ranks that add M rounds have the bits of one process that adds N · M gradients. Ranks whose sums have an
+/// order of their own add up the rounds first, where there is memory for whole gradients, and then over ranks once.
 pub(crate) struct Reducer {
     ranks: Arc<dyn Communicator>,
     buckets: Arc<Vec<Bucket>>,
@@ -59,9 +60,10 @@ impl Reducer {
         let places = places.collect();
         let of_params = |bucket: &Bucket| bucket.params.len();
         let on_cpu = buckets.iter().all(|bucket| bucket.device == Device::Cpu);
-        let adder =
-            Adder { ranks: ranks.clone(), buckets: buckets.clone(), sums: buckets.iter().map(|_| None).collect() };
-        let adding = if overlap && on_cpu && ranks.takes_any_thread() && ranks.size() > 1 {
+        let sums = buckets.iter().map(|_| None).collect();
+        let own_order = !ranks.sums_in_rank_order();
+        let adder = Adder { ranks: ranks.clone(), buckets: buckets.clone(), sums, own_order, whole: own_order };
+        let adding = if overlap && on_cpu && !own_order && ranks.takes_any_thread() && ranks.size() > 1 {
             Adding::Thread(Worker::start(adder)?)
         } else {
             Adding::Caller(adder)
@@ -74,7 +76,10 @@ impl Reducer {
 
     /// Gives buckets away while the backward pass runs, even if the pass waits for their sums: gradients take less
     /// memory.
-    pub fn eagerly(self) -> Self {
+    pub fn eagerly(mut self) -> Self {
+        if let Adding::Caller(adder) = &mut self.adding {
+            adder.whole = false;
+        }
         Self { eager: true, ..self }
     }
 
@@ -151,7 +156,7 @@ impl Reducer {
     /// Returns the sums of all rounds since the last call.
     pub fn finish(&mut self) -> Result<Sums> {
         let sums = match &mut self.adding {
-            Adding::Caller(adder) => adder.take(),
+            Adding::Caller(adder) => adder.finish()?,
             Adding::Thread(worker) => worker.take()?,
         };
         let mine = self.reached.concat();
@@ -187,11 +192,23 @@ struct Adder {
     ranks: Arc<dyn Communicator>,
     buckets: Arc<Vec<Bucket>>,
     sums: Vec<Option<Tensor>>,
+    /// If `true`, the ranks add in an order of their own.
+    own_order: bool,
+    /// If `true`, sums are of whole buckets and this rank, until [`Adder::finish`].
+    whole: bool,
 }
 
 impl Adder {
     fn add(&mut self, bucket: usize, flat: &Tensor) -> Result<()> {
         let len = self.buckets[bucket].len;
+        if self.own_order {
+            let part = if self.whole { flat.clone() } else { self.ranks.reduce_scatter(flat)? };
+            self.sums[bucket] = Some(match self.sums[bucket].take() {
+                None => part.to_owned_copy()?,
+                Some(sum) => sum.accumulate(&part)?,
+            });
+            return Ok(());
+        }
         let parts = self.ranks.all_to_all(flat)?;
         for rank in 0..self.ranks.size() {
             let part = parts.narrow(0, rank * len, len)?;
@@ -205,6 +222,17 @@ impl Adder {
 
     fn take(&mut self) -> Vec<Option<Tensor>> {
         self.sums.iter_mut().map(Option::take).collect_vec()
+    }
+
+    /// Returns this rank's part of the sums.
+    fn finish(&mut self) -> Result<Vec<Option<Tensor>>> {
+        let sums = self.take();
+        if !self.whole {
+            return Ok(sums);
+        }
+        // All ranks have done as many rounds, each with all buckets.
+        let part = |sum: Option<Tensor>| sum.map(|sum| self.ranks.reduce_scatter(&sum)).transpose();
+        sums.into_iter().map(part).try_collect_vec()
     }
 }
 

@@ -1,4 +1,4 @@
-//! Search for the driver, NVRTC and cuBLAS.
+//! Search for the driver, NVRTC, cuBLAS and NCCL.
 //!
 //! cudarc panics in calls to missing libraries or symbols. So it is not called before all three libraries have been
 //! opened and every symbol in use has been looked up.
@@ -30,7 +30,7 @@ struct Wanted {
     hint: &'static str,
     symbols: &'static [&'static str],
     is_present: unsafe fn() -> bool,
-    opened: unsafe fn() -> &'static Library,
+    opened: unsafe fn() -> Option<&'static Library>,
 }
 
 /// Functions of the driver that this crate and cudarc call.
@@ -71,6 +71,7 @@ const DRIVER: &[&str] = &[
     "cuEventCreate",
     "cuEventRecord",
     "cuEventSynchronize",
+    "cuEventQuery",
     "cuEventDestroy_v2",
     "cuGetErrorName",
     "cuGetErrorString",
@@ -118,7 +119,8 @@ const CUBLASLT: Wanted = Wanted {
         "cublasLtMatmul",
     ],
     is_present: cublaslt::sys::is_culib_present,
-    opened: cublaslt::sys::culib,
+    // SAFETY: called once the library is known to be present, so that it does not panic.
+    opened: || Some(unsafe { cublaslt::sys::culib() }),
 };
 
 const WANTED: [Wanted; 3] = [
@@ -128,7 +130,8 @@ const WANTED: [Wanted; 3] = [
         hint: "install the NVIDIA driver, version 525 or later for CUDA 12, 580 or later for CUDA 13",
         symbols: DRIVER,
         is_present: driver::sys::is_culib_present,
-        opened: driver::sys::culib,
+        // SAFETY: called once the library is known to be present, so that it does not panic.
+        opened: || Some(unsafe { driver::sys::culib() }),
     },
     Wanted {
         what: "NVRTC",
@@ -137,7 +140,8 @@ const WANTED: [Wanted; 3] = [
                before 580)",
         symbols: NVRTC,
         is_present: nvrtc::sys::is_culib_present,
-        opened: nvrtc::sys::culib,
+        // SAFETY: called once the library is known to be present, so that it does not panic.
+        opened: || Some(unsafe { nvrtc::sys::culib() }),
     },
     Wanted {
         what: "cuBLAS",
@@ -146,14 +150,43 @@ const WANTED: [Wanted; 3] = [
                580)",
         symbols: CUBLAS,
         is_present: cublas::sys::is_culib_present,
-        opened: cublas::sys::culib,
+        // SAFETY: called once the library is known to be present, so that it does not panic.
+        opened: || Some(unsafe { cublas::sys::culib() }),
     },
 ];
+
+/// Needed by several processes only.
+const NCCL: Wanted = Wanted {
+    what: "NCCL",
+    name: "nccl",
+    hint: "install NCCL 2.14 or later, for instance by `pip install nvidia-nccl-cu13` (nvidia-nccl-cu12 for CUDA 12)",
+    symbols: &[
+        "ncclGetVersion",
+        "ncclGetUniqueId",
+        "ncclGetErrorString",
+        "ncclGetLastError",
+        "ncclCommInitRankConfig",
+        "ncclCommGetAsyncError",
+        "ncclCommFinalize",
+        "ncclCommDestroy",
+        "ncclCommAbort",
+        "ncclAllReduce",
+        "ncclReduceScatter",
+        "ncclAllGather",
+        "ncclBroadcast",
+        "ncclSend",
+        "ncclRecv",
+        "ncclGroupStart",
+        "ncclGroupEnd",
+    ],
+    is_present: || nccl_library().is_some(),
+    opened: || nccl_library(),
+};
 
 /// Result of the search for one library.
 #[derive(Clone, Debug)]
 pub struct Found {
-    /// `driver`, `NVRTC` or `cuBLAS`.
+    /// `driver`, `NVRTC`, `cuBLAS` or `NCCL`.
     pub what: &'static str,
     /// Its location, or the reason why it cannot be used and the remedy.
     pub state: Result<String, String>,
@@ -175,6 +208,23 @@ pub fn nvrtc() -> &'static Found {
 pub fn has_cublaslt() -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
     *FOUND.get_or_init(|| CUBLASLT.find().is_ok())
+}
+
+/// Searches for NCCL, once per process, in the folders of [`find`].
+pub fn nccl() -> &'static Found {
+    static FOUND: OnceLock<Found> = OnceLock::new();
+    FOUND.get_or_init(|| Found { what: NCCL.what, state: NCCL.find() })
+}
+
+/// Returns NCCL if it is open already or the dynamic loader finds it. To be called after [`nccl`] has found it.
+pub fn nccl_library() -> Option<&'static Library> {
+    static OPENED: OnceLock<Library> = OnceLock::new();
+    if OPENED.get().is_none() {
+        // SAFETY: opens a library by the names that it is installed under; its initialisers are NVIDIA's.
+        let opened = ["libnccl.so.2", "libnccl.so"].iter().find_map(|name| unsafe { Library::new(*name) }.ok())?;
+        return Some(OPENED.get_or_init(|| opened));
+    }
+    OPENED.get()
 }
 
 /// Returns `cuEventElapsedTime` of the driver: the second version from CUDA 12.8 on (driver 570), else the first.
@@ -221,7 +271,7 @@ impl Wanted {
         let library = unsafe { (self.opened)() };
         let missing = self.symbols.iter().find(|symbol| {
             // SAFETY: the symbol is only looked up, never called through this type.
-            unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) }.is_err()
+            library.is_none_or(|library| unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) }.is_err())
         });
         match missing {
             Some(symbol) => Err(format!("lib{} in {place} is too old: it lacks `{symbol}`; {}", self.name, self.hint)),
@@ -314,7 +364,7 @@ fn refuse_foreign(search: Option<&OsStr>) -> Result<(), String> {
             let cuda = |name: &OsString| {
                 let name = name.to_string_lossy();
                 let rest = name.strip_prefix(env::consts::DLL_PREFIX).unwrap_or_default();
-                ["cuda", "nvcuda", "nvrtc", "cublas"].iter().any(|library| rest.starts_with(library))
+                ["cuda", "nvcuda", "nvrtc", "cublas", "nccl"].iter().any(|library| rest.starts_with(library))
             };
             if let Some(name) = names.into_iter().find(cuda) {
                 return Err(format!(

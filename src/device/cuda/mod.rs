@@ -10,6 +10,7 @@ mod gate;
 mod graph;
 mod libraries;
 mod memory;
+mod nccl;
 mod pool;
 mod resources;
 mod staging;
@@ -45,6 +46,7 @@ use crate::{Error, ErrorKind, Result};
 
 pub use compile::{Cached, Compiled, compile, cubin, cubin_in, folder, nvrtc_version};
 use memory::{Block, CudaMemory};
+pub(crate) use nccl::{Collective, Comm, Element, Id};
 use pool::Pool;
 use resources::{Context, Module, Plain, Stream};
 pub use target::{Architecture, Target};

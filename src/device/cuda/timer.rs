@@ -55,6 +55,15 @@ impl Event {
         device.check("cuEventRecord", unsafe { result::event::record(self.handle, device.stream.0) })
     }
 
+    /// Returns `true` if the device has reached the point at which the event was last recorded.
+    pub fn is_reached(&self, device: &CudaDevice) -> Result<bool> {
+        // SAFETY: the event is alive.
+        match unsafe { sys::cuEventQuery(self.handle) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            outcome => device.check("cuEventQuery", outcome.result()).map(|()| true),
+        }
+    }
+
     /// Waits until the device reaches the point at which the event was last recorded.
     pub fn wait(&self, device: &CudaDevice) -> Result<()> {
         // SAFETY: the event is alive.

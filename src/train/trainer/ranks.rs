@@ -14,7 +14,8 @@ use crate::{
     train::{Sharded, TrainModel, sharded::Shards},
 };
 
-/// Options of a trainer that is one of several ranks; none changes any bit of what it computes.
+/// Options of a trainer that is one of several ranks. None changes any bit of what it computes, if the ranks [sum in
+/// their order](Communicator::sums_in_rank_order).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RankOptions {
     /// If `true`, gradients are summed while the backward pass runs: on the CPU, where the ranks
@@ -116,8 +117,8 @@ impl<M: TrainModel> Trainer<M> {
     ///
     /// Each rank does [`accumulate`](crate::train::TrainOptions::accumulate) micro-batches a step; the options and
     /// checkpoints then have the number of all ranks together. The micro-batches of a step go to the ranks in turn, and
-    /// gradients are summed in the order of micro-batches: N ranks give the bits of one process with N times as many.
-    /// So does a run that is resumed with another number of ranks, up to one for each micro-batch of a step.
+    /// gradients are summed in the order of micro-batches: N ranks give the bits of one process with N times as many, if
+    /// they [sum in their order](Communicator::sums_in_rank_order), and else other roundings. So does a run that is resumed with another number of ranks, up to one for each micro-batch of a step.
     ///
     /// Validation is shared too, and [`Trainer::save`] writes on rank 0.
     ///
