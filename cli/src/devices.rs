@@ -6,6 +6,6 @@ use crate::{
 };
 
 pub fn run() -> Result<()> {
-    let lines = x_transformers::device::describe().into_iter().chain([ranks::describe()]);
+    let lines = x_transformers::device::describe().into_iter().chain(ranks::describe());
     lines.into_iter().try_for_each(|line| print(format_args!("{line}\n")))
 }

@@ -257,7 +257,7 @@ fn check_vocabulary(about: &About, model: usize) -> Result<()> {
 const RATES: [f64; 3] = [1e-3, 5e-5, 2e-4];
 
 pub fn run(args: TrainArgs) -> Result<()> {
-    ranks::join()?;
+    ranks::join(&args.device)?;
     let result = train(args);
     ranks::leave(&result);
     result

@@ -63,6 +63,7 @@ fn help_and_devices() {
         let library = line.strip_prefix("cuda: ");
         line.starts_with("cuda:0: ")
             || line.starts_with("ranks: one process")
+            || line.starts_with("ranks on GPUs: ")
             || library.is_some_and(|line| line.contains(" found in ") || line.contains("install"))
     };
     assert!(lines.clone().count() > 0 && lines.all(known), "{devices}");
