@@ -87,7 +87,9 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
     copy_keys(key, 0);
     ptx_cp_async_wait<0>();
     __syncthreads();
-    const bool has_common = key < seen.end && common_part<N>(common, k_tile(0), scores, key);
+    // A sink takes a part of the gradients, and a soft clamp changes each: their sum is not zero.
+    const bool cancels = scores.bound == 0 && scores.sink == -infinity();
+    const bool has_common = cancels && key < seen.end && common_part<N>(common, k_tile(0), scores, key);
     const auto of_warp = [&](auto holds) { return warp_any(warp, warp + 16 * M, holds); };
     const bool large = of_warp([&](i32 row) { return Tiles::is_large(row_statistics[row]); });
     const bool sharp = of_warp([&](i32 row) { return Tiles::is_sharp(row_statistics[row]); });

@@ -73,7 +73,6 @@
 //! | feature | default | effect |
 //! |---|---|---|
 //! | `cuda` | yes | [`Device::cuda`]: the driver, NVRTC and cuBLAS are opened when a program asks for a GPU, and NCCL for several; a build needs none of them |
-//!
 //! | `mpi` | no | [`distributed`] over MPI: a build needs the system's MPI library and libclang |
 //!
 //! # Errors and threads

@@ -209,7 +209,7 @@ fn attention_half_types_follow_f64() {
     let _alone = alone();
     type Spec = for<'a> fn(&'a Extras) -> AttentionSpec<'a>;
     // Batch, heads, key heads, queries, keys, d and e.
-    let cases: [(&str, [usize; 7], Spec); 14] = [
+    let cases: [(&str, [usize; 7], Spec); 16] = [
         ("causal", [1, 2, 1, 70, 140, 64, 64], |_| AttentionSpec { causal: true, ..AttentionSpec::default() }),
         ("blind queries", [1, 2, 2, 140, 70, 64, 40], |_| AttentionSpec {
             causal: true,
@@ -254,6 +254,15 @@ fn attention_half_types_follow_f64() {
         ("clamped slopes", [2, 2, 2, 70, 140, 24, 32], |x| AttentionSpec {
             softclamp: Some(2.0),
             position_bias: Some(PositionBias::SymmetricAlibi { slopes: x.slopes.clone() }),
+            sink: Some(&x.sink),
+            ..AttentionSpec::default()
+        }),
+        // Of these, keys are alike in their first feature.
+        ("common clamp", [1, 2, 1, 70, 70, 64, 64], |_| AttentionSpec {
+            softclamp: Some(1.5),
+            ..AttentionSpec::default()
+        }),
+        ("common sink", [1, 2, 1, 70, 70, 64, 64], |x| AttentionSpec {
             sink: Some(&x.sink),
             ..AttentionSpec::default()
         }),
@@ -303,10 +312,19 @@ fn attention_half_types_follow_f64() {
                 let x = random(shape, DType::F64, stream).to_device(device).unwrap().to_dtype(dtype).unwrap();
                 x.detach().requires_grad().unwrap()
             };
+            let keys_alike = || {
+                let x = random(&[batch, keys, kv_heads, d], DType::F64, 1);
+                let common = Tensor::generate([d], DType::F64, x.device(), |f| if f == 0 { 6.0 } else { 0.0 }).unwrap();
+                x.add(&common).unwrap().to_device(device).unwrap().to_dtype(dtype).unwrap()
+            };
             let bools = |shape: &[usize], every: usize| bools(shape, |i| i % every != 0).to_device(device).unwrap();
             let leaves = [
                 leaf(&[batch, queries, heads, d], 0),
-                leaf(&[batch, keys, kv_heads, d], 1),
+                if name.starts_with("common") {
+                    keys_alike().detach().requires_grad().unwrap()
+                } else {
+                    leaf(&[batch, keys, kv_heads, d], 1)
+                },
                 leaf(&[batch, keys, kv_heads, e], 2),
             ];
             let extras = Extras {

@@ -197,7 +197,7 @@ fn collectives() -> Result<()> {
     assert!(
         ranks.broadcast(&rough, size).is_err() && ranks.all_gather(&Tensor::full([], 1.0, DType::F32, &gpu)?).is_err()
     );
-    assert!(ranks.reduce_scatter(&rough.narrow(0, 0, 1201 % 1200 + 1)?).is_err() || size == 2);
+    assert!(ranks.reduce_scatter(&rough.narrow(0, 0, size + 1)?).is_err());
     let message = Graph::capture(std::slice::from_ref(&rough), &ParamStore::new(0, DType::F32, &gpu).params(), |x| {
         ranks.all_reduce(&x[0])
     });
@@ -300,7 +300,7 @@ fn fails(scenario: &str) -> Result<()> {
                 // SAFETY: ends this process.
                 unsafe { libc::raise(libc::SIGKILL) };
             }
-            "hangs" => sleep(Duration::from_secs(4)),
+            "hangs" => sleep(Duration::from_secs(9)),
             "leaves" => return Ok(()),
             _ => {}
         }
@@ -337,7 +337,8 @@ fn a_rank_that_is_killed_ends_the_others() {
             }
             _ => assert!(said[0].contains("ncclAllReduce: remote process exited"), "{said:?}"),
         }
-        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+        // Long before the ranks would give up by themselves.
+        assert!(began.elapsed() < Duration::from_secs(50), "{:?}", began.elapsed());
     }
 }
 
@@ -346,8 +347,8 @@ fn a_rank_that_hangs_is_waited_for_so_long() {
     if !is_emulated("a_rank_that_hangs_is_waited_for_so_long") {
         return;
     }
-    let said = ranks("hangs", 2, |_| vec![(PATIENCE, "2")]);
-    assert!(said[0].contains("rank 0 of 2 has waited 2 s for another rank, which hangs or has died"), "{said:?}");
+    let said = ranks("hangs", 2, |_| vec![(PATIENCE, "5")]);
+    assert!(said[0].contains("rank 0 of 2 has waited 5 s for another rank, which hangs or has died"), "{said:?}");
 }
 
 #[test]
@@ -413,7 +414,7 @@ fn a_rank_that_never_comes_is_named() {
         return;
     }
     let port = free_port();
-    let first = start("refused", [0, 3], port, &[(PATIENCE, "3")]);
+    let first = start("refused", [0, 3], port, &[(PATIENCE, "15")]);
     let second = start("refused", [1, 3], port, &[]);
     let said = [first, second].map(|child| end(child).unwrap_or_else(|why| panic!("{why}")));
     assert!(said[0].contains("rank 2 of 3 did not come to 127.0.0.1:"), "{said:?}");

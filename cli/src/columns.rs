@@ -24,10 +24,10 @@ mod with_parquet {
 
     use crate::failure::{Failure, Result};
 
-    /// Rows that are decoded at a time; of a file, these and a page are in memory.
+    /// Rows decoded at a time; only these and one page are in memory.
     const ROWS: usize = 64;
 
-    /// Refuses files where they cannot be read.
+    /// Returns an error if `xt` was built without the feature `parquet`.
     pub fn check() -> Result<()> {
         Ok(())
     }
@@ -273,10 +273,10 @@ mod without_parquet {
 
     use crate::failure::{Failure, Result};
 
-    /// Refuses files where they cannot be read.
+    /// Returns an error if `xt` was built without the feature `parquet`.
     pub fn check() -> Result<()> {
         Err(Failure::new(
-            "`--parquet` requires `xt` built with the feature `parquet`: `cargo install x-transformers-cli --features parquet`",
+            "`--parquet` requires `xt` built with the feature `parquet`: `cargo install --path cli --features parquet`",
         ))
     }
 

@@ -57,6 +57,11 @@ pub fn is_first() -> bool {
     PLACE.get().is_none_or(|[rank, _]| *rank == 0)
 }
 
+/// Returns the number of processes of the run.
+pub fn count() -> usize {
+    PLACE.get().map_or(1, |[_, size]| *size)
+}
+
 /// Joins the other processes that a launcher started, if there are any: by NCCL where each has a GPU, else by MPI.
 ///
 /// Errors: variables of launchers that are wrong or contradict each other; a launcher that this program cannot join.
@@ -102,7 +107,7 @@ fn meet(launch: &Launch, device: &Device, patience: u64) -> Result<Joined> {
         let (rank, size) = (launch.rank, launch.size);
         let why = match device {
             Device::Cpu => "processes on the CPU need MPI",
-            _ => "processes need MPI or NCCL",
+            _ => "processes need MPI, or NCCL with the feature `cuda`",
         };
         let _ = patience;
         Err(Failure::new(format_args!(

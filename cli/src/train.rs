@@ -124,8 +124,8 @@ pub struct TrainArgs {
 
     /// Folder of a run to resume, with its model, its tokenizer and all its options; requires the same data: --text,
     /// --tokens with --validation, --jsonl with the same --field, --parquet with the same --column, the same --separator,
-    /// --pairs, or --images with --validation-images. --steps and --every override those of the run; --device, --zero, --profile, --trace and
-    /// --tensorboard are not saved with it
+    /// --pairs, or --images with --validation-images. --steps and --every override those of the run; --device, --zero,
+    /// --profile, --trace and --tensorboard are not saved with it
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
 
@@ -329,7 +329,7 @@ fn train(args: TrainArgs) -> Result<()> {
             let Data { source, about } = args.data.open(None)?;
             let config = args.config(about.num_tokens)?;
             let options = args.train_options(longest(&config), RATES[0]);
-            fit::check(&config, &options, &device)?;
+            fit::check(&args, &config, &options, &device)?;
             begin(&args, Trainer::new(config, options, source, &device)?, about, &device)
         }
     }

@@ -111,8 +111,8 @@ impl Device {
         }
     }
 
-    /// Returns the bytes that new tensors can take: of a GPU its free memory, of the processor the memory and swap that Linux can
-    /// give, both with what is kept for reuse. `None` where the system does not tell.
+    /// Returns the number of bytes available for new tensors: free memory of the GPU, or on the CPU available memory plus
+    /// free swap (on Linux only), with the memory that is kept for reuse. `None` if it is not known.
     #[doc(alias = "mem_get_info")]
     pub fn available_memory(&self) -> Option<u64> {
         match self {

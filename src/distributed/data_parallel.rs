@@ -81,8 +81,8 @@ impl DataParallel {
     /// A parameter that a rank's loss does not reach counts as 0 there, and has no gradient if none reaches it. With
     /// one rank, gradients stay as they are.
     ///
-    /// N ranks that add the bits of one process that [accumulates](Gradients::accumulate) N batches in the order of
-    /// ranks.
+    /// The sum has the bits of one process that [accumulates](Gradients::accumulate) the N batches in the order of ranks,
+    /// if the ranks [sum in that order](Communicator::sums_in_rank_order).
     ///
     /// Errors: a failed transfer; out of memory.
     pub fn reduce(&self, mut grads: Gradients) -> Result<Gradients> {

@@ -20,7 +20,7 @@ const HELLO: usize = 20;
 /// The magic bytes, a version of NCCL as u32, and the name.
 const ANSWER: usize = 12 + NAME;
 const NAME: usize = 128;
-/// Version in the answer to a rank that has another NCCL, to which 0 stands for the end of the text.
+/// Version field of a refusal; the version of rank 0 follows as text, padded with zeros.
 const OTHER_VERSION: u32 = 0;
 /// Time that a connection may take to say who it is.
 const GREETING: Duration = Duration::from_secs(10);
@@ -53,7 +53,7 @@ impl Place {
                 OP,
                 format_args!(
                     "{name} is not set; NCCL's ranks meet at MASTER_ADDR, the address of the machine of rank 0, on the port \
-                     after MASTER_PORT. torchrun sets both"
+                     after MASTER_PORT. torchrun sets both; mpirun passes them on by `-x MASTER_ADDR=HOST -x MASTER_PORT=29500`"
                 ),
             )
         };
@@ -114,20 +114,16 @@ impl Meeting {
     ///
     /// Errors: variables that are wrong; a port that another program has; a program there that is not rank 0; a rank
     /// that does not come in time; other versions of NCCL.
-    pub fn new(
-        me: Member,
-        patience: Duration,
-        name: impl FnOnce() -> Result<[u8; NAME]>,
-    ) -> Result<(Self, [u8; NAME])> {
+    pub fn new(me: Member, timeout: Duration, name: impl FnOnce() -> Result<[u8; NAME]>) -> Result<(Self, [u8; NAME])> {
         let place = Place::from_env()?;
-        let until = Instant::now() + patience;
+        let until = Instant::now() + timeout;
         if me.rank > 0 {
-            let (rank_0, name) = follow(&place, me, until, patience)?;
+            let (rank_0, name) = follow(&place, me, until, timeout)?;
             return Ok((Self { others: vec![(0, rank_0)] }, name));
         }
         let listener = place.listen()?;
         let name = name()?;
-        let others = gather(&listener, &place, me, until, patience)?;
+        let others = gather(&listener, &place, me, until, timeout)?;
         let answer = [&MAGIC[..], &me.version.to_le_bytes(), &name].concat();
         for (rank, stream) in &others {
             let mut stream = stream;
@@ -137,14 +133,18 @@ impl Meeting {
         Ok((Self { others }, name))
     }
 
-    /// Returns a rank whose process has ended. Ranks other than 0 know of rank 0 alone.
+    /// Returns a rank whose process has ended. Ranks other than 0 only know about rank 0.
     pub fn lost(&self) -> Option<usize> {
-        let ended = |stream: &TcpStream| match stream.peek(&mut [0]) {
-            Ok(bytes) => bytes == 0,
-            Err(why) => !matches!(why.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
-        };
-        self.others.iter().find(|(_, stream)| ended(stream)).map(|(rank, _)| *rank)
+        lost(&self.others)
     }
+}
+
+fn lost(others: &[(usize, TcpStream)]) -> Option<usize> {
+    let ended = |stream: &TcpStream| match stream.peek(&mut [0]) {
+        Ok(bytes) => bytes == 0,
+        Err(why) => !matches!(why.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
+    };
+    others.iter().find(|(_, stream)| ended(stream)).map(|(rank, _)| *rank)
 }
 
 /// Connection whose hello is being read.
@@ -161,7 +161,7 @@ fn gather(
     place: &Place,
     me: Member,
     until: Instant,
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<Vec<(usize, TcpStream)>> {
     let (mut guests, mut came) = (Vec::<Guest>::new(), Vec::<(usize, TcpStream)>::new());
     let mut stranger = String::new();
@@ -196,6 +196,9 @@ fn gather(
                 }
             }
         }
+        if let Some(rank) = lost(&came) {
+            return Err(Error::argument(OP, format_args!("rank {rank} has gone before the run began")));
+        }
         if Instant::now() >= until {
             let missing = (1..me.size).filter(|rank| came.iter().all(|(other, _)| other != rank));
             let missing = missing.map(|rank| rank.to_string()).collect_vec();
@@ -206,7 +209,7 @@ fn gather(
                     missing.join(", "),
                     me.size,
                     place.name(),
-                    patience.as_secs_f64()
+                    timeout.as_secs_f64()
                 ),
             ));
         }
@@ -270,12 +273,12 @@ fn word(bytes: &[u8], at: usize) -> u32 {
 }
 
 /// Connects to rank 0, and waits for the name.
-fn follow(place: &Place, me: Member, until: Instant, patience: Duration) -> Result<(TcpStream, [u8; NAME])> {
+fn follow(place: &Place, me: Member, until: Instant, timeout: Duration) -> Result<(TcpStream, [u8; NAME])> {
     let failed = |why: &dyn std::fmt::Display| {
         let name = place.name();
         Error::argument(OP, format_args!("rank {} cannot join rank 0 at {name}: {why}", me.rank))
     };
-    let mut stream = connect(place, until, patience).map_err(|why| failed(&why))?;
+    let mut stream = connect(place, until, timeout).map_err(|why| failed(&why))?;
     let numbers = [me.rank as u32, me.size as u32, me.version].map(u32::to_le_bytes).concat();
     let mut answer = [0; ANSWER];
     let mut got = 0;
@@ -291,7 +294,7 @@ fn follow(place: &Place, me: Member, until: Instant, patience: Duration) -> Resu
             Ok(count) => got += count,
             Err(why) if why.kind() == ErrorKind::Interrupted => {}
             Err(why) if why.kind() == ErrorKind::WouldBlock => {
-                let waited = patience.as_secs_f64();
+                let waited = timeout.as_secs_f64();
                 let why = format_args!("it did not answer within {waited} s; another rank may be missing").to_string();
                 ensure!(Instant::now() < until, failed(&why));
                 thread::sleep(LOOK);
@@ -315,7 +318,7 @@ fn follow(place: &Place, me: Member, until: Instant, patience: Duration) -> Resu
 }
 
 /// Connects as soon as somebody listens.
-fn connect(place: &Place, until: Instant, patience: Duration) -> std::result::Result<TcpStream, String> {
+fn connect(place: &Place, until: Instant, timeout: Duration) -> std::result::Result<TcpStream, String> {
     loop {
         let left = until.saturating_duration_since(Instant::now());
         let addresses = (place.host.as_str(), place.port).to_socket_addrs();
@@ -333,7 +336,7 @@ fn connect(place: &Place, until: Instant, patience: Duration) -> std::result::Re
             }
         }
         if Instant::now() >= until {
-            return Err(format!("{said} (tried for {} s)", patience.as_secs_f64()));
+            return Err(format!("{said} (tried for {} s)", timeout.as_secs_f64()));
         }
         thread::sleep(10 * LOOK);
     }

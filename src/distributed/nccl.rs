@@ -23,6 +23,9 @@ use crate::{
 /// Bytes that an operation on bytes moves at once, in all for all ranks.
 const PIECE: usize = 4 << 20;
 
+/// The longest timeout: 136 years.
+const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
+
 /// Time that an operation goes on after another process has ended: it may have finished its part.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -33,9 +36,9 @@ const GRACE: Duration = Duration::from_secs(2);
 /// same ranks, machines and NCCL, and all ranks get the same bits. Tensors of half types are summed in f32. An
 /// operation cannot be part of a [`Graph`](crate::Graph).
 ///
-/// A rank that does not take part in an operation within the time that [`Nccl::new`] is given ends it with an error; so
-/// does a process that ends, within seconds, if the ranks have met by TCP. After an error of NCCL all further operations
-/// are errors: the processes must be started anew.
+/// If a rank does not take part in an operation within the timeout, it returns an error on the others; if the process of a
+/// rank ends, it does so within seconds, where the ranks have met by TCP. After an error of NCCL all further operations are
+/// errors: the processes must be started anew.
 ///
 /// ```no_run
 /// use std::{sync::Arc, time::Duration};
@@ -53,7 +56,7 @@ const GRACE: Duration = Duration::from_secs(2);
 pub struct Nccl {
     rank: usize,
     size: usize,
-    patience: Duration,
+    timeout: Duration,
     device: Device,
     gpu: &'static CudaDevice,
     comm: Comm,
@@ -78,27 +81,29 @@ impl Nccl {
     ///
     /// They meet at `MASTER_ADDR`, on the port after `MASTER_PORT` or that of `XT_NCCL_PORT`, where rank 0 tells the
     /// others NCCL's 128 bytes; the connections then stay open, and silent, to show that a process has ended. The ranks
-    /// wait `patience` for each other, here and in each operation.
+    /// wait `timeout` for each other, here and in each operation.
     ///
     /// Errors: a device that is not a GPU of CUDA; no NCCL, another version than 2.14 or a later 2, or than that of
     /// rank 0; variables that are missing or wrong; a port that another program has; a rank that does not come; errors
     /// of NCCL.
-    pub fn new(device: &Device, patience: Duration) -> Result<Self> {
+    pub fn new(device: &Device, timeout: Duration) -> Result<Self> {
+        let timeout = timeout.min(FOREVER);
         let Launch { rank, size, .. } = Launch::from_env()?;
         let gpu = gpu_of(device)?;
         let (version, _) = Comm::version()?;
         let me = Member { rank, size, version: version as u32, text: Comm::text };
         let (meeting, id) = match size {
             1 => (None, Comm::id(gpu)?),
-            _ => Meeting::new(me, patience, || Comm::id(gpu)).map(|(meeting, id)| (Some(meeting), id))?,
+            _ => Meeting::new(me, timeout, || Comm::id(gpu)).map(|(meeting, id)| (Some(meeting), id))?,
         };
-        Self::join([rank, size], device, gpu, id, meeting, patience)
+        Self::join([rank, size], device, gpu, id, meeting, timeout)
     }
 
     /// Joins the ranks of another communicator, such as an `Mpi`, by which they get NCCL's 128 bytes.
     ///
     /// Errors: those of [`Nccl::new`] that are not about TCP; a failed transfer.
-    pub fn with_ranks(device: &Device, ranks: &dyn Communicator, patience: Duration) -> Result<Self> {
+    pub fn with_ranks(device: &Device, ranks: &dyn Communicator, timeout: Duration) -> Result<Self> {
+        let timeout = timeout.min(FOREVER);
         // All ranks take part in the exchange, or else some would wait for those that failed.
         let mut name = [0; 1 + size_of::<Id>()];
         let prepared = gpu_of(device).and_then(|gpu| Comm::version().map(|(version, _)| (gpu, version)));
@@ -115,12 +120,16 @@ impl Nccl {
         let (gpu, _) = made?;
         let versions = versions.chunks_exact(4).map(|bytes| i32::from_le_bytes(std::array::from_fn(|at| bytes[at])));
         if let Some((rank, other)) = versions.enumerate().find(|(_, other)| *other != version) {
-            let other = if other == 0 { "cannot use NCCL, as its message says".into() } else { Comm::text(other) };
-            let why = format!("rank {rank}: {other}; rank {}: {}", ranks.rank(), Comm::text(version));
-            return Err(Error::argument("ranks", format_args!("ranks of different versions of NCCL: {why}")));
+            if other == 0 {
+                let why = format!("rank {rank} cannot use NCCL; its own message says why");
+                return Err(Error::argument("ranks", why));
+            }
+            let why =
+                format!("rank {rank} has NCCL {}, rank {} {}", Comm::text(other), ranks.rank(), Comm::text(version));
+            return Err(Error::argument("ranks", format_args!("{why}; give all ranks the same library")));
         }
         let id = std::array::from_fn(|at| name[1 + at]);
-        Self::join([ranks.rank(), ranks.size()], device, gpu, id, None, patience)
+        Self::join([ranks.rank(), ranks.size()], device, gpu, id, None, timeout)
     }
 
     fn join(
@@ -129,11 +138,11 @@ impl Nccl {
         gpu: &'static CudaDevice,
         id: Id,
         meeting: Option<Meeting>,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<Self> {
         let place = (rank, size, meeting.as_ref());
-        let comm = Comm::join(gpu, id, [rank, size], &mut patient("joining", place, patience))?;
-        Ok(Self { rank, size, patience, device: device.clone(), gpu, comm, meeting, buffer: Mutex::default() })
+        let comm = Comm::join(gpu, id, [rank, size], &mut patient("joining", place, timeout))?;
+        Ok(Self { rank, size, timeout, device: device.clone(), gpu, comm, meeting, buffer: Mutex::default() })
     }
 
     /// Returns the version of the library and where it was found.
@@ -143,13 +152,13 @@ impl Nccl {
         Ok(Comm::version()?.1)
     }
 
-    /// Returns a rank whose process has ended, if the ranks have met by TCP; ranks other than 0 know of rank 0 alone.
+    /// Returns a rank whose process has ended, if the ranks have met by TCP; ranks other than 0 only know about rank 0.
     pub fn lost(&self) -> Option<usize> {
         self.meeting.as_ref().and_then(Meeting::lost)
     }
 
     fn patient(&self, op: &'static str) -> impl FnMut() -> Result<()> + '_ {
-        patient(op, (self.rank, self.size, self.meeting.as_ref()), self.patience)
+        patient(op, (self.rank, self.size, self.meeting.as_ref()), self.timeout)
     }
 
     /// Returns the tensor, contiguous, in this dtype; `None` if it is on the CPU.
@@ -234,7 +243,7 @@ fn gpu_of(device: &Device) -> Result<&'static CudaDevice> {
 fn patient<'a>(
     op: &'static str,
     (rank, size, meeting): (usize, usize, Option<&'a Meeting>),
-    patience: Duration,
+    timeout: Duration,
 ) -> impl FnMut() -> Result<()> + 'a {
     /// Time between two looks at the connections.
     const LOOK: Duration = Duration::from_millis(100);
@@ -245,12 +254,13 @@ fn patient<'a>(
         waited += last.elapsed().min(5 * LOOK);
         last = Instant::now();
         ensure!(
-            waited < patience,
+            waited < timeout,
             Error::device(
                 op,
                 format_args!(
-                    "rank {rank} of {size} has waited {} s for another rank, which hangs or has died",
-                    patience.as_secs_f64()
+                    "rank {rank} of {size} has waited {} s for another rank, which hangs or has died; if it is only slow, \
+                     allow more time",
+                    timeout.as_secs_f64()
                 )
             )
         );

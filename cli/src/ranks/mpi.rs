@@ -90,6 +90,11 @@ pub fn meet(device: &Device, patience: u64) -> Result<Joined> {
             let nccl = Arc::new(Nccl::with_ranks(device, &*mpi, Duration::from_secs(patience))?);
             return Ok(Joined { ranks: nccl.clone(), nccl: Some(nccl), mpi: Some(mpi) });
         }
+        if let (0, true, Some(rank)) = (mpi.rank(), *device != Device::Cpu, all.iter().position(|&has| has == 0)) {
+            crate::failure::warn(format_args!(
+                "rank {rank} has no GPU or no NCCL, see its `xt devices`; gradients pass through the memory of the CPU"
+            ));
+        }
     }
     let _ = device;
     Ok(Joined {

@@ -182,7 +182,7 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
     let build = |store: &_| Captioner::build(&config, store).map(drop);
     // The two models are about as large; what is counted is the larger share of either.
     for part in [&encoder, &decoder] {
-        fit::check_as(part, &options, device, &build)?;
+        fit::check_as(args, part, &options, device, &build)?;
     }
     let (source, about) = captions.load(&config)?;
     let cut = source.cut(options.seq_len);

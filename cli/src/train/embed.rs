@@ -88,7 +88,7 @@ pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
     }
     let rows = options.batch_size.saturating_mul(2 + negatives);
     let sequences = TrainOptions { batch_size: rows, ..options.clone() };
-    fit::check_as(&Config::from_value(config.net.clone())?, &sequences, device, &|store| {
+    fit::check_as(args, &Config::from_value(config.net.clone())?, &sequences, device, &|store| {
         Embedder::build(&config, store).map(drop)
     })?;
     let trainer = Trainer::<Embedder>::start_from(config, &weights, options, source, device)?;

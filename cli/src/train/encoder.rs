@@ -34,7 +34,7 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
     let config = ClassifierConfig::new(TransformerWrapperConfig { pooler: true, ..net.clone() }, labels)?;
     let longest = length(<Classifier as TrainModel>::max_seq_len(&config));
     let options = args.train_options(longest, RATES[0] / 10.0);
-    fit::check_as(&Config::TransformerWrapper(net), &options, device, &|store| {
+    fit::check_as(args, &Config::TransformerWrapper(net), &options, device, &|store| {
         Classifier::build(&config, store).map(drop)
     })?;
     super::begin(args, Trainer::<Classifier>::start(config, options, source, device)?, about, device)

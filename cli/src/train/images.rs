@@ -256,7 +256,7 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
     images.prepare(&mut config.transform)?;
     config.flip = images.flip;
     let options = args.train_options(1, RATES[0]);
-    fit::check_as(&Config::from_value(config.net.clone())?, &options, device, &|store| {
+    fit::check_as(args, &Config::from_value(config.net.clone())?, &options, device, &|store| {
         ImageClassifier::build(&config, store).map(drop)
     })?;
     let Data { source, about } = images.open(found, &config)?;

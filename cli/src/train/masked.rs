@@ -71,7 +71,7 @@ fn start(
         (<MaskedLm as TrainModel>::max_seq_len(&config), <MaskedLm as TrainModel>::num_tokens(&config));
     let options = args.train_options(length(longest), rate);
     check_vocabulary(&data.about, num_tokens)?;
-    fit::check_as(&Config::TransformerWrapper(config.encoder()?), &options, device, &|store| {
+    fit::check_as(args, &Config::TransformerWrapper(config.encoder()?), &options, device, &|store| {
         MaskedLm::build(&config, store).map(drop)
     })?;
     let Data { source, about } = masked(data, &config)?;

@@ -58,7 +58,7 @@ pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
     let options = args.train_options(length(longest), RATES[if is_adapter { 2 } else { 1 }]);
     if !is_adapter {
         let rows = options.batch_size.saturating_mul(ANSWERS.len());
-        fit::check(&config.base_config()?, &TrainOptions { batch_size: rows, ..options.clone() }, device)?;
+        fit::check(args, &config.base_config()?, &TrainOptions { batch_size: rows, ..options.clone() }, device)?;
     }
     let Data { source, about } = open(&args.data, own, options.seq_len, true)?;
     check_vocabulary(&about, num_tokens)?;

@@ -180,7 +180,9 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
     let config = args.keywords.apply(config)?;
     super::check_vocabulary(&about, <XTransformer as TrainModel>::num_tokens(&config))?;
     let options = args.train_options(super::length(<XTransformer as TrainModel>::max_seq_len(&config)), RATES[0]);
-    fit::check_as(&config, &options, device, &|store| <XTransformer as TrainModel>::build(&config, store).map(drop))?;
+    fit::check_as(args, &config, &options, device, &|store| {
+        <XTransformer as TrainModel>::build(&config, store).map(drop)
+    })?;
     let (cut, count) = (pairs.cut(options.seq_len), pairs.parts().map(<[Pair]>::len).iter().sum::<usize>());
     if cut > 0 {
         let length = options.seq_len;

@@ -94,7 +94,7 @@ fn whole(
 ) -> Result<()> {
     let (longest, num_tokens) = (longest(&config), num_tokens(&config));
     let options = args.train_options(longest, rate);
-    fit::check(&config, &options, device)?;
+    fit::check(args, &config, &options, device)?;
     let Data { source, about } = open(args, own, options.seq_len, num_tokens)?;
     let trainer = Trainer::<AutoregressiveWrapper>::start_from(config, &weights, options, source, device)?;
     drop(weights);

@@ -198,9 +198,11 @@ fn competed(scores: &Tensor, dropped: Option<&Tensor>) -> Result<Tensor> {
     if let Some(dropped) = dropped {
         weights = weights.masked_fill(dropped, 0.0)?;
     }
-    let sums = weights.sum(&[-1])?.unsqueeze(-1)?;
+    // In f16 the least sum would be 0.
+    let wide = weights.to_dtype(scores.dtype().accumulator())?;
+    let sums = wide.sum(&[-1])?.unsqueeze(-1)?;
     let least = Tensor::full((), 1e-8, sums.dtype(), sums.device())?;
-    weights.div(&sums.detach().lt(&least)?.where_cond(&least, &sums)?)
+    wide.div(&sums.detach().lt(&least)?.where_cond(&least, &sums)?)?.to_dtype(scores.dtype())
 }
 
 /// Returns scores plus, in training, the noise whose largest sum is a draw from their softmax (Jang et al.,

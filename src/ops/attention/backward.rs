@@ -81,8 +81,9 @@ fn backward_as<A: Real + Multiply>(
     let grad = widen::<A>(&grad, bf16)?;
     let [need_q, need_k, need_v] = need.operands;
     // Also where products are in f32: `delta` is known to 16 bits.
-    let directions = if problem.k.dtype() == DType::BF16 && need_q { without_common(&problem.k)? } else { None };
-    let directions = directions.map_or_else(|| Ok(operands[1].clone()), |keys| widen::<A>(&keys, bf16))?;
+    let cancels = problem.k.dtype() == DType::BF16 && problem.sink.is_none() && problem.softclamp.is_none();
+    let directions = if cancels && need_q { without_common(&problem.k, operands[1].dtype())? } else { None };
+    let directions = directions.unwrap_or_else(|| operands[1].clone());
     let pass = Pass::<A> {
         tiles: Tiles::new(problem, &operands)?,
         directions: Rows::new(&directions)?,

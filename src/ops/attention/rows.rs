@@ -187,11 +187,11 @@ pub(super) fn widen<A: Real>(x: &Tensor, multiplies_bf16: bool) -> Result<Tensor
 /// Number of keys from which the common part of a head is estimated.
 const SAMPLE: usize = 64;
 
-/// Returns a packed copy of keys `[batch, heads, key, d]` without the common part of each feature over all keys of a
-/// head, where that exceeds their differences; `None` if there is none. The gradients of a query's scores sum to zero,
-/// so that they may be multiplied by either; but rounded to a half type they do not quite, and the common part would
-/// multiply the difference.
-pub(super) fn without_common(keys: &Tensor) -> Result<Option<Tensor>> {
+/// Returns a packed copy of keys in bf16, `[batch, heads, key, d]`, in bf16 or f32, without the common part of each feature
+/// over all keys of a head, where that exceeds their differences; `None` if there is none. Without a sink or a soft clamp
+/// the gradients of a query's scores sum to zero, so that they may be multiplied by either; but rounded, or from a rounded
+/// `delta`, they do not quite, and the common part would multiply the difference.
+pub(super) fn without_common(keys: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
     let [batch, heads, count, d] = [0, 1, 2, 3].map(|dim| keys.shape()[dim]);
     let (layout, storage) = (*keys.layout(), keys.storage::<bf16>()?);
     let row = |head: usize, key: usize| &storage[layout.row_offset(head * count + key)..][..d];
@@ -208,13 +208,22 @@ pub(super) fn without_common(keys: &Tensor) -> Result<Option<Tensor>> {
     if common.iter().all(|common| *common == 0.0) {
         return Ok(None);
     }
-    let mut rest = Tensor::uninit(Shape::new(&[batch, heads, count, d])?, DType::BF16, keys.device())?;
-    cpu::for_rows(rest.values_mut::<bf16>()?, d, d, |first, rest| {
-        for (index, rest) in (first..).zip(rest.chunks_exact_mut(d)) {
-            let head = index / count;
-            subtract(row(head, index % count), &common[head * d..][..d], rest);
-        }
-    });
+    let mut rest = Tensor::uninit(Shape::new(&[batch, heads, count, d])?, dtype, keys.device())?;
+    let key = |index: usize| (row(index / count, index % count), &common[index / count * d..][..d]);
+    if dtype == DType::BF16 {
+        cpu::for_rows(rest.values_mut::<bf16>()?, d, d, |first, rest| {
+            (first..)
+                .map(key)
+                .zip(rest.chunks_exact_mut(d))
+                .for_each(|((row, common), rest)| subtract(row, common, rest));
+        });
+    } else {
+        cpu::for_rows(rest.values_mut::<f32>()?, d, d, |first, rest| {
+            (first..).map(key).zip(rest.chunks_exact_mut(d)).for_each(|((row, common), rest)| {
+                subtract_wide(row, common, rest);
+            });
+        });
+    }
     Ok(Some(rest))
 }
 
@@ -238,6 +247,14 @@ vectorized! {
             let (mean, variance) = (from.to_acc() + shift, *square * part - shift * shift);
             let common = mean * mean > variance + variance + variance + variance;
             *sum = if common { bf16::from_acc(mean).to_acc() } else { 0.0 };
+        }
+    }
+}
+
+vectorized! {
+    fn subtract_wide(row: &[bf16], common: &[f32], to: &mut [f32]) {
+        for ((row, common), to) in row.iter().zip(common).zip(to) {
+            *to = row.to_acc() - *common;
         }
     }
 }

@@ -100,7 +100,18 @@ impl<B: Batch> BatchSource for Mixture<B> {
     }
 
     fn each_validation_batch(&self, request: &BatchRequest, each: &mut dyn FnMut(B) -> Result<()>) -> Result<()> {
-        self.each(request, |source, request| source.each_validation_batch(request, each)).map(drop)
+        // An error of `each` is not one of the source.
+        let mut failed = None;
+        let done = self.each(request, |source, request| {
+            source.each_validation_batch(request, &mut |batch| {
+                each(batch).map_err(|why| {
+                    let stop = Error::argument("data", "stopped");
+                    failed = Some(why);
+                    stop
+                })
+            })
+        });
+        failed.map_or(done.map(drop), Err)
     }
 
     fn check(&self, request: &BatchRequest) -> Result<()> {

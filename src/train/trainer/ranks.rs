@@ -19,7 +19,7 @@ use crate::{
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RankOptions {
     /// If `true`, gradients are summed while the backward pass runs: on the CPU, where the ranks
-    /// [take calls from any thread](Communicator::takes_any_thread). Default `true`.
+    /// [take calls from any thread](Communicator::takes_any_thread) and sum in their order. Default `true`.
     pub overlap: bool,
     /// Stage of ZeRO: with 1 each rank keeps its part of the optimizer's state, with 2 of the summed gradients too; see
     /// [`Sharded`]. Default 0.
@@ -118,7 +118,8 @@ impl<M: TrainModel> Trainer<M> {
     /// Each rank does [`accumulate`](crate::train::TrainOptions::accumulate) micro-batches a step; the options and
     /// checkpoints then have the number of all ranks together. The micro-batches of a step go to the ranks in turn, and
     /// gradients are summed in the order of micro-batches: N ranks give the bits of one process with N times as many, if
-    /// they [sum in their order](Communicator::sums_in_rank_order), and else other roundings. So does a run that is resumed with another number of ranks, up to one for each micro-batch of a step.
+    /// they [sum in their order](Communicator::sums_in_rank_order); otherwise the results differ by rounding. A run may be
+    /// resumed with another number of ranks, up to one for each micro-batch of a step.
     ///
     /// Validation is shared too, and [`Trainer::save`] writes on rank 0.
     ///

@@ -32,7 +32,8 @@ impl<M: TrainModel> Trainer<M> {
     }
 
     /// Computes [`Trainer::validate`] and calls `each` with the model and every batch of the validation set, on the device of
-    /// the run: what metrics of the caller's own need. Each batch is built once, and image sources hold one at a time.
+    /// the run, for metrics of your own; not again after an error. Each batch is built once, and image sources hold one at a
+    /// time. Of several ranks, those that give an `each` have it called with the batches of all.
     ///
     /// Errors: those of [`Trainer::validate`] and of `each`.
     pub fn validate_each(&self, each: &mut dyn FnMut(&M, &M::Batch) -> Result<()>) -> Result<f64> {
@@ -43,7 +44,7 @@ impl<M: TrainModel> Trainer<M> {
         self.lead(Command::Validate)?;
         let request = self.options.request(0, 0, M::num_tokens(&self.config));
         // Batches with targets, their weights, and the losses of those that are this rank's.
-        let (mut count, mut weights, mut mine) = (0, 0.0, Vec::new());
+        let (mut count, mut weights, mut mine, mut failed) = (0, 0.0, Vec::new(), None);
         self.evaluate(|model| {
             self.data.source().each_validation_batch(&request, &mut |batch| {
                 let weight = batch.weight();
@@ -53,7 +54,10 @@ impl<M: TrainModel> Trainer<M> {
                     if counts && is_mine {
                         mine.push(model.loss(&batch)?.item()? * weight);
                     }
-                    each.as_mut().map_or(Ok(()), |each| each(model, &batch))?;
+                    // The loss says more about a run that has diverged, and other ranks wait for it.
+                    if let (Some(each), None) = (&mut each, &failed) {
+                        failed = each(model, &batch).err();
+                    }
                 }
                 count += usize::from(counts);
                 weights += weight;
@@ -66,6 +70,7 @@ impl<M: TrainModel> Trainer<M> {
             loss.is_finite(),
             Error::new(ErrorKind::NonFinite { step: self.step, what: "validation loss".to_string() })
         );
+        failed.map_or(Ok(()), Err)?;
         let losses = self.losses.get();
         let improved = losses.best_validation.is_none_or(|best| loss < best);
         self.losses.set(Losses {
