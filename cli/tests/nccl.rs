@@ -87,7 +87,9 @@ fn what_ranks_cannot_do_is_said() {
     let said = outputs.iter().map(|output| (output.status.code(), text(&output.stderr))).collect::<Vec<_>>();
     let words = "rank 1 has `options.lr` = 0.5, rank 0 0.001; start all ranks with the same command";
     assert!(said[0].0 == Some(1) && said[0].1.lines().count() == 1 && said[0].1.contains(words), "{said:?}");
-    assert_eq!(said[1], (Some(1), String::new()), "rank 0 has said it");
+    // Rank 0 has said it; where it takes long to end, rank 1 says it too.
+    let (code, second) = &said[1];
+    assert!(*code == Some(1) && (second.is_empty() || second.starts_with("xt: rank 1 of 2: ")), "{said:?}");
     for output in ends(launch(&[line(&["--device", "cpu"]), line(&["--device", "cpu"])], &[])) {
         let said = text(&output.stderr);
         assert!(output.status.code() == Some(1) && said.contains("processes on the CPU need MPI"), "{said}");
@@ -122,7 +124,8 @@ fn long(signal: &str, variables: &[(&str, &str)]) -> String {
     assert!(sent.expect("kill").success());
     let began = Instant::now();
     let first = ends(children).remove(0);
-    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+    // Not the half hour that ranks wait by default.
+    assert!(began.elapsed() < Duration::from_secs(120), "{:?}", began.elapsed());
     // A stopped process cannot end by itself.
     let _ = second.kill();
     let _ = second.wait();
@@ -143,6 +146,6 @@ fn a_rank_that_dies_or_hangs_ends_the_run() {
     }
     let said = long("-KILL", &[]);
     assert!(said.contains("the process of rank 1 of 2 has ended"), "{said}");
-    let said = long("-STOP", &[("XT_RANK_TIMEOUT", "2")]);
-    assert!(said.contains("rank 0 of 2 has waited 2 s for another rank, which hangs or has died"), "{said}");
+    let said = long("-STOP", &[("XT_RANK_TIMEOUT", "15")]);
+    assert!(said.contains("rank 0 of 2 has waited 15 s for another rank, which hangs or has died"), "{said}");
 }
