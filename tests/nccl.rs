@@ -193,7 +193,7 @@ fn collectives() -> Result<()> {
         "all_to_all"
     );
     ranks.barrier()?;
-    // What does not fit is refused before others are waited for.
+    // Arguments that do not fit are refused before the call waits for the other ranks.
     assert!(
         ranks.broadcast(&rough, size).is_err() && ranks.all_gather(&Tensor::full([], 1.0, DType::F32, &gpu)?).is_err()
     );
@@ -480,7 +480,7 @@ fn strangers_are_sent_away() {
         if bytes.len() > 8 {
             stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a time");
             let got = stream.read(&mut [0; 200]);
-            assert!(!matches!(got, Ok(1..)), "nothing is told to strangers: {got:?}");
+            assert!(!matches!(got, Ok(1..)), "a stranger got an answer: {got:?}");
         }
     }
     let second = start("leaves", [1, 2], port, &[]);

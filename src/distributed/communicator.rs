@@ -47,11 +47,7 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     ///
     /// Errors: a rank that does not exist; a failed transfer.
     fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Tensor> {
-        const OP: &str = "broadcast";
-        ensure!(
-            root < self.size(),
-            Error::argument(OP, format_args!("expected a rank below {}, got {root}", self.size()))
-        );
+        check_root(root, self.size())?;
         let mut values = Tensor::uninit(*tensor.shape(), tensor.dtype(), &Device::Cpu)?;
         values.bytes_mut()?.copy_from_slice(on_cpu(tensor)?.bytes()?);
         self.broadcast_bytes(values.bytes_mut()?, root)?;
@@ -161,6 +157,12 @@ impl Communicator for Alone {
 fn copy(op: &'static str, from: &[u8], to: &mut [u8]) -> Result<()> {
     check_sizes(op, from.len(), to.len())?;
     to.copy_from_slice(from);
+    Ok(())
+}
+
+/// Fails unless the rank that all others get something from exists.
+pub(super) fn check_root(root: usize, size: usize) -> Result<()> {
+    ensure!(root < size, Error::argument("broadcast", format_args!("expected a rank below {size}, got {root}")));
     Ok(())
 }
 

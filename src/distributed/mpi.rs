@@ -15,7 +15,10 @@ use mpi::{
     traits::{Communicator as _, CommunicatorCollectives as _, Root as _},
 };
 
-use super::{Communicator, Launch, communicator::check_sizes};
+use super::{
+    Communicator, Launch,
+    communicator::{check_root, check_sizes},
+};
 use crate::{Error, Result, error::ensure};
 
 /// Bytes that a call of MPI moves for a rank at most: it counts with 32 bits.
@@ -121,10 +124,7 @@ impl Communicator for Mpi {
     }
 
     fn broadcast_bytes(&self, bytes: &mut [u8], root: usize) -> Result<()> {
-        ensure!(
-            root < self.size,
-            Error::argument("broadcast", format_args!("expected a rank below {}, got {root}", self.size))
-        );
+        check_root(root, self.size)?;
         let turn = self.turn()?;
         let world = turn.world();
         let root = world.process_at_rank(root as i32);

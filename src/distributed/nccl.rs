@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     Communicator, Launch,
-    communicator::check_sizes,
+    communicator::{check_root, check_sizes, part_of, rows},
     meeting::{Meeting, Member},
 };
 use crate::{
@@ -295,7 +295,7 @@ impl Communicator for Nccl {
     }
 
     fn broadcast_bytes(&self, bytes: &mut [u8], root: usize) -> Result<()> {
-        self.check_root(root)?;
+        check_root(root, self.size)?;
         for piece in bytes.chunks_mut(PIECE) {
             let (mine, count) = (piece.to_vec(), piece.len());
             self.through("broadcast", Collective::Broadcast(root), &mine, piece, count)?;
@@ -338,7 +338,7 @@ impl Communicator for Nccl {
     }
 
     fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Tensor> {
-        self.check_root(root)?;
+        check_root(root, self.size)?;
         match self.own("broadcast", tensor, tensor.dtype())? {
             None => ByBytes(self).broadcast(tensor, root),
             Some(sent) => {
@@ -350,7 +350,7 @@ impl Communicator for Nccl {
     }
 
     fn all_gather(&self, tensor: &Tensor) -> Result<Tensor> {
-        let rows = super::communicator::rows("all_gather", tensor)?;
+        let rows = rows("all_gather", tensor)?;
         match self.own("all_gather", tensor, tensor.dtype())? {
             None => ByBytes(self).all_gather(tensor),
             Some(sent) => {
@@ -363,7 +363,7 @@ impl Communicator for Nccl {
     }
 
     fn all_to_all(&self, tensor: &Tensor) -> Result<Tensor> {
-        super::communicator::part_of("all_to_all", tensor, self.size)?;
+        part_of("all_to_all", tensor, self.size)?;
         match self.own("all_to_all", tensor, tensor.dtype())? {
             None => ByBytes(self).all_to_all(tensor),
             Some(sent) => {
@@ -376,7 +376,7 @@ impl Communicator for Nccl {
 
     fn reduce_scatter(&self, tensor: &Tensor) -> Result<Tensor> {
         tensor.dtype().expect_float("reduce_scatter")?;
-        let rows = super::communicator::part_of("reduce_scatter", tensor, self.size)?;
+        let rows = part_of("reduce_scatter", tensor, self.size)?;
         let sum = self.sum("reduce_scatter", Collective::ReduceScatter, tensor, Some(rows))?;
         sum.map_or_else(|| ByBytes(self).reduce_scatter(tensor), Ok)
     }
@@ -385,16 +385,6 @@ impl Communicator for Nccl {
         tensor.dtype().expect_float("all_reduce")?;
         let sum = self.sum("all_reduce", Collective::AllReduce, tensor, None)?;
         sum.map_or_else(|| ByBytes(self).all_reduce(tensor), Ok)
-    }
-}
-
-impl Nccl {
-    fn check_root(&self, root: usize) -> Result<()> {
-        ensure!(
-            root < self.size,
-            Error::argument("broadcast", format_args!("expected a rank below {}, got {root}", self.size))
-        );
-        Ok(())
     }
 }
 

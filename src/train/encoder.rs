@@ -19,7 +19,7 @@ pub(super) fn encoder(net: &Value) -> Result<TransformerWrapperConfig> {
     }
 }
 
-/// Returns the longest sequence that an encoder reads; without absolute positions there is no limit.
+/// Returns the maximum sequence length of an encoder, `usize::MAX` without absolute positions.
 pub(super) fn max_seq_len(net: &TransformerWrapperConfig) -> usize {
     if net.max_seq_len == 0 { usize::MAX } else { net.max_seq_len }
 }
