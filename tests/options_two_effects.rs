@@ -246,8 +246,10 @@ fn of_wrapper() -> Vec<Row> {
     ]
 }
 
-/// Options that act only on gradients or losses, or where masks and causality together leave no key, or in cross-attention.
-const ELSEWHERE: [&str; 6] = [
+/// Options that act only on gradients or losses, or where masks and causality together leave no key, or in
+/// cross-attention; and `dim_out`, which has one value.
+const ELSEWHERE: [&str; 7] = [
+    "dim_out",
     "add_continuous_pred_head",
     "emb_frac_gradient",
     "sparse_topk_straight_through",
@@ -351,6 +353,8 @@ fn every_option_changes_an_output() -> Result<()> {
             assert!(changes, "{prefix} {name} = {value} changes nothing");
         }
     }
+    let other = Config::from_value(config(&json!({"ff_dim_out": 12}), &json!({})))?.plan().unwrap_err().to_string();
+    assert!(other.contains("`ff_dim_out`") && other.contains("expected 16") && other.contains("got 12"), "{other}");
     // No option is left out.
     let path = |file: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("src/config/v2").join(file);
     let read = |file: &str, class: &str| {

@@ -220,6 +220,8 @@ def public_cases():
     P("use_layerscale", tw(dec(depth=1, use_layerscale=True)), x12)
 
     # --- feedforward ------------------------------------------------------------------------------------------------
+    # the only width that can be added to the input
+    P("ff_dim_out", tw(dec(ff_dim_out=D, depth=1)), x12, same=("ff_dim_out",))
     P("ff_glu", tw(dec(ff_glu=True, depth=1)), x12)
     P("ff_swish", tw(dec(ff_swish=True, depth=1)), x12)
     P("ff_glu_swish_no_bias", tw(dec(ff_glu=True, ff_swish=True, ff_no_bias=True, depth=1)), x12)

@@ -426,6 +426,8 @@ options! {
     pub struct FeedForwardConfig {
         /// Ratio of the inner width, which is rounded down, to the width of the model.
         mult: f64 = 4.0,
+        /// Width of the output. Default and only value: `dim`, since the output is added to the input.
+        dim_out: Option<usize> = None,
         /// If `true`, gates the activation (GLU). <https://arxiv.org/abs/2002.05202>
         glu: bool = false,
         /// If `true`, the gated activation is multiplied by a learned vector.

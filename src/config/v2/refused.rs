@@ -16,7 +16,7 @@ pub(super) const ATTENTION: &str = "
 ";
 
 /// Options of the feedforward, without the prefix `ff_`.
-pub(super) const FEEDFORWARD: &str = "dim_out=null output_proj_depth=null";
+pub(super) const FEEDFORWARD: &str = "output_proj_depth=null";
 
 /// Options of `TransformerWrapper`.
 pub(super) const TRANSFORMER: &str = "token_emb=null ff_deep_embed=false to_logits=null";

@@ -345,6 +345,14 @@ pub(super) fn feedforwards(config: &AttentionLayersConfig, count: usize) -> Resu
         return Ok(Vec::new());
     }
     let plan = |options: &FeedForwardConfig| {
+        let dim_out = options.dim_out.unwrap_or(config.dim);
+        ensure!(
+            dim_out == config.dim,
+            Error::option(
+                "ff_dim_out",
+                format_args!("expected {}, `dim`: the output is added to the input, got {dim_out}", config.dim)
+            )
+        );
         let other = options.custom_activation.is_some() || options.relu_squared;
         ensure!(!(options.solu && other), Error::option("ff_solu", "cannot be used with another activation"));
         ensure!(
@@ -372,7 +380,7 @@ pub(super) fn feedforwards(config: &AttentionLayersConfig, count: usize) -> Resu
             norm: options.post_act_ln.then_some(NormPlan::Gamma { eps: 1e-5, offset: 0.0 }),
             sublayer_dropout: options.sublayer_dropout,
             place: ("ff", if options.post_act_ln { 3 } else { 2 }),
-            ..feedforward(config.dim, config.dim, &widths, zero_init)?
+            ..feedforward(config.dim, dim_out, &widths, zero_init)?
         };
         plan.check()?;
         Ok(plan)
