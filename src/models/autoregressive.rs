@@ -4,10 +4,10 @@ use super::{Output, TransformerWrapper, looped};
 use crate::{
     DType, Error, ParamStore, Philox, QuantType, Result, Tensor,
     autograd::dropout_stream,
-    collect::CollectVec,
     config::{AutoregressiveConfig, AutoregressivePlan, LossPlan, TransformerPlan},
     error::{ErrorContext, ensure},
     nn::ForwardOptions,
+    sort::order,
 };
 
 /// Language model: predicts each token from those before it.
@@ -236,10 +236,9 @@ fn drawn_mask(tokens: &Tensor, share: f64, draws: Philox) -> Result<Tensor> {
     let masked = ((n as f64 * share) as usize).min(n - 1);
     let mut keep = vec![true; b * n];
     for (row, keep) in keep.chunks_mut(n).enumerate() {
-        let mut order: Vec<usize> = (1..n).collect_vec();
-        let draw = |at: usize| draws.uniform((row * n + at) as u64);
-        order.sort_by(|&a, &b| draw(a).total_cmp(&draw(b)));
-        order.into_iter().take(masked).for_each(|at| keep[at] = false);
+        let draw = |at: usize| draws.uniform((row * n + 1 + at) as u64);
+        let order = order(n - 1, |a, b| draw(a).total_cmp(&draw(b)));
+        order.into_iter().take(masked).for_each(|at| keep[1 + at] = false);
     }
     Tensor::from_vec(keep, [b, n], tokens.device())
 }

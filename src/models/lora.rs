@@ -10,6 +10,7 @@ use crate::{
     collect::CollectVec,
     error::ensure,
     nn::{Linear, Lora, LoraPart, lengths},
+    sort::sort_by,
 };
 
 /// Options of a low-rank adapter, with PEFT's names and defaults.
@@ -221,7 +222,7 @@ impl TransformerWrapper {
                 parts.push(LoraPart { rows, a, b, magnitude, scale: options.scale() });
                 places.push(target.place.clone());
             }
-            parts.sort_by_key(|part| part.rows.start);
+            sort_by(&mut parts, |a, b| a.rows.start.cmp(&b.rows.start));
             linear.set_lora(Some(Lora { parts, dropout: options.lora_dropout }));
             Ok(())
         })?;

@@ -16,6 +16,7 @@ use crate::{
     config::TransformerWrapperConfig,
     error::{ErrorContext, ensure},
     io::{create_folders, write_safetensors},
+    ordered::ordered,
 };
 
 /// Writes a model of this crate as a folder of `transformers`: `config.json`, `model.safetensors` and, with end tokens,
@@ -95,7 +96,7 @@ pub fn write_folder(
     write_safetensors(
         folder.join("model.safetensors"),
         &weights,
-        &BTreeMap::from([("format".to_string(), "pt".to_string())]),
+        &ordered([("format".to_string(), "pt".to_string())]),
     )?;
     // Last: a folder without it is not a model.
     write("config.json", &options)?;

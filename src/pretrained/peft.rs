@@ -11,6 +11,7 @@ use crate::{
     error::{ErrorContext, ensure},
     io::{Format, TensorFile, create_folders, write_safetensors},
     models::{AutoregressiveWrapper, LoraAdapter, LoraOptions, LoraTarget},
+    ordered::{ordered, try_ordered},
 };
 
 const CONFIG: &str = "adapter_config.json";
@@ -98,8 +99,7 @@ impl Pretrained {
         let (options, weights) = read(folder)?;
         let (model, adapter) = self.with_lora(&options, 0, dtype, device).context(folder.display())?;
         let wide = weights.into_iter().map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?.to_device(device)?)));
-        let wide: BTreeMap<String, Tensor> = wide.collect::<Result<_>>()?;
-        adapter.params().load(&wide).context(folder.join(WEIGHTS).display())?;
+        adapter.params().load(&try_ordered(wide)?).context(folder.join(WEIGHTS).display())?;
         Ok((model, adapter))
     }
 
@@ -117,9 +117,8 @@ impl Pretrained {
             "use_rslora": use_rslora, "use_dora": use_dora, "bias": "none", "fan_in_fan_out": false,
             "inference_mode": true, "target_modules": adapter.places(),
         });
-        let weights: BTreeMap<String, Tensor> =
-            adapter.params().iter().map(|(name, param)| (name.to_string(), param.tensor().detach())).collect();
-        write_safetensors(folder.join(WEIGHTS), &weights, &BTreeMap::from([("format".to_string(), "pt".to_string())]))?;
+        let weights = ordered(adapter.params().iter().map(|(name, param)| (name.to_string(), param.tensor().detach())));
+        write_safetensors(folder.join(WEIGHTS), &weights, &ordered([("format".to_string(), "pt".to_string())]))?;
         let text = format!("{config:#}\n");
         write_atomically(folder.join(CONFIG), |file| file.write_all(text.as_bytes()))
     }

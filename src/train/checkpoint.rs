@@ -10,6 +10,7 @@ use crate::{
     config::Config,
     error::ensure,
     io::{FileSet, Writer, pack, read_limited, read_with_metadata},
+    ordered::ordered,
 };
 
 pub(super) const CONFIG: &str = "config.json";
@@ -154,7 +155,7 @@ impl<C: Serialize> Checkpoint<C> {
 
     /// Metadata of the files of tensors.
     pub(super) fn metadata(&self) -> BTreeMap<String, String> {
-        BTreeMap::from([("format".to_string(), "pt".to_string()), ("step".to_string(), self.training.step.to_string())])
+        ordered([("format".to_string(), "pt".to_string()), ("step".to_string(), self.training.step.to_string())])
     }
 
     /// Saves the checkpoint like [`Checkpoint::save`], with the optimizer's file that `optimizer` writes.

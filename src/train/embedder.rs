@@ -18,6 +18,7 @@ use crate::{
         DenseActivation, DenseLayer, DenseResidual, Features, Pooling, SentenceEncoder, SentenceModule,
         TransformerWrapper, embed_by, normalized,
     },
+    ordered::ordered,
     pretrained::{Pretrained, SentenceOptions},
 };
 
@@ -196,7 +197,7 @@ impl EmbedderConfig {
         Embedder::build(self, &store)?;
         let own = store.params();
         let named = weights.into_iter().map(|(name, value)| (format!("net.{name}"), value));
-        Ok(named.filter(|(name, _)| own.get(name).is_some()).collect())
+        Ok(ordered(named.filter(|(name, _)| own.get(name).is_some())))
     }
 
     /// Reads the options of the checkpoint in a folder; `None` if it is not that of an embedder.

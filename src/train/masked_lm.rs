@@ -14,6 +14,7 @@ use crate::{
     config::{Config, LayersKind, TransformerWrapperConfig},
     error::{ErrorContext, ensure},
     models::{ForwardOptions, TransformerWrapper},
+    ordered::ordered,
     pretrained::Pretrained,
 };
 
@@ -70,7 +71,7 @@ impl MaskedLmConfig {
         );
         let (net, mut weights) = pretrained.encoder_state_dict()?;
         weights.retain(|name, _| !name.starts_with("pooler."));
-        let weights = weights.into_iter().map(|(name, value)| (format!("net.{name}"), value)).collect();
+        let weights = ordered(weights.into_iter().map(|(name, value)| (format!("net.{name}"), value)));
         Ok((Self::new(net, mask_token)?, weights))
     }
 
@@ -97,7 +98,7 @@ impl MaskedLmConfig {
     ) -> Result<(TransformerWrapperConfig, BTreeMap<String, Tensor>)> {
         let (config, weights) = Self::load(folder)?;
         let weights = weights.into_iter().filter_map(|(name, value)| Some((name.strip_prefix("net.")?.into(), value)));
-        Ok((config.encoder()?, weights.collect()))
+        Ok((config.encoder()?, ordered(weights)))
     }
 
     /// Returns the options of the encoder.

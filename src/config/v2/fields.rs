@@ -9,7 +9,7 @@ use super::{
     },
     SwitchOrFactor,
 };
-use crate::{Error, Result, collect::CollectVec};
+use crate::{Error, Result};
 
 /// Value of an option.
 pub(super) trait Field {
@@ -27,7 +27,10 @@ pub(super) trait Options: Clone + Default {
     const NAMES: &'static [&'static str];
 
     /// Returns all values.
-    fn fields(&mut self) -> Vec<&mut dyn Field>;
+    fn fields(&self) -> Vec<&dyn Field>;
+
+    /// Returns all values, to be changed.
+    fn fields_mut(&mut self) -> Vec<&mut dyn Field>;
 }
 
 /// Declares a struct of options: each field is an option with its default.
@@ -43,6 +46,8 @@ macro_rules! options {
         }
 
         impl Default for $Name {
+            // Many places have some of its values.
+            #[inline(never)]
             fn default() -> Self {
                 Self { $($field: $default,)* $($($other: Default::default(),)*)? }
             }
@@ -51,7 +56,11 @@ macro_rules! options {
         impl $crate::config::v2::fields::Options for $Name {
             const NAMES: &'static [&'static str] = &[$(stringify!($field)),*];
 
-            fn fields(&mut self) -> Vec<&mut dyn $crate::config::v2::fields::Field> {
+            fn fields(&self) -> Vec<&dyn $crate::config::v2::fields::Field> {
+                vec![$(&self.$field),*]
+            }
+
+            fn fields_mut(&mut self) -> Vec<&mut dyn $crate::config::v2::fields::Field> {
                 vec![$(&mut self.$field),*]
             }
         }
@@ -63,7 +72,7 @@ pub(super) use options;
 ///
 /// Errors: a value of another type.
 pub(super) fn take<T: Options>(into: &mut T, prefix: &str, map: &mut Map) -> Result<()> {
-    take_fields(T::NAMES, into.fields(), prefix, map)
+    take_fields(T::NAMES, into.fields_mut(), prefix, map)
 }
 
 fn take_fields(names: &[&str], fields: Vec<&mut dyn Field>, prefix: &str, map: &mut Map) -> Result<()> {
@@ -80,13 +89,14 @@ fn take_fields(names: &[&str], fields: Vec<&mut dyn Field>, prefix: &str, map: &
 
 /// Returns the options that differ from the others, with a prefix.
 pub(super) fn differing<T: Options>(options: &T, others: &T, prefix: &str) -> Map {
-    let values = |options: &T| -> Vec<Value> {
-        let mut options = options.clone();
-        options.fields().into_iter().map(|field| field.write()).collect_vec()
-    };
+    differing_fields(T::NAMES, &options.fields(), &others.fields(), prefix)
+}
+
+fn differing_fields(names: &[&str], fields: &[&dyn Field], others: &[&dyn Field], prefix: &str) -> Map {
     let mut map = Map::new();
-    for ((name, value), other) in T::NAMES.iter().zip(values(options)).zip(values(others)) {
-        if value != other {
+    for ((name, field), other) in names.iter().zip(fields).zip(others) {
+        let value = field.write();
+        if value != other.write() {
             map.insert(format!("{prefix}{name}"), value);
         }
     }

@@ -436,7 +436,7 @@ fn write_per_layer<T: Options>(options: &PerLayer<T>, others: &T, prefix: &str) 
     };
     let mut map = Map::new();
     for (index, name) in T::NAMES.iter().enumerate() {
-        let value = |options: &T| options.clone().fields()[index].write();
+        let value = |options: &T| options.fields()[index].write();
         let values: Vec<Value> = each.iter().map(value).collect_vec();
         if values.iter().all(|one| *one == values[0]) {
             if values.first().is_some_and(|one| *one != value(others)) {
@@ -470,8 +470,8 @@ pub(super) fn inherited(own: &PerLayer<AttentionConfig>) -> AttentionConfig {
         PerLayer::All(all) => return all.clone(),
         PerLayer::Each(each) => each,
     };
-    for (index, field) in inherited.fields().into_iter().enumerate() {
-        let mut values = each.iter().map(|options| options.clone().fields()[index].write());
+    for (index, field) in inherited.fields_mut().into_iter().enumerate() {
+        let mut values = each.iter().map(|options| options.fields()[index].write());
         if let Some(first) = values.next()
             && values.all(|value| value == first)
         {
