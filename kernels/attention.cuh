@@ -85,6 +85,8 @@ struct Spec {
     const bool *mask, *query_mask, *key_mask;
     const T* bias;
     const Acc *curves, *sinks;
+    // Where the seed of a recorded graph lies, or none.
+    const u64* seed_at;
     Layout mask_at, bias_at;
     // Number of leading keys that `key_mask` does not cover: the memory keys, or 0.
     i32 unmasked, mem_keys;
@@ -103,11 +105,11 @@ struct Spec {
 
 // The same as parameters, inputs and values; and a Spec of these.
 #define SPEC_INPUTS const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const Acc* curves, \
-                    const Acc* sinks
+                    const Acc* sinks, const u64* seed_at
 #define SPEC_VALUES Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 unbiased, WINDOW_VALUES, \
                     i32 causal, i32 linear, f64 scale, f64 softclamp, u64 seed, u64 stream, u64 threshold, f64 factor
-#define SPEC {mask, query_mask, key_mask, bias, curves, sinks, mask_at, bias_at, unmasked, mem_keys, unbiased, WINDOW, \
-              causal, linear, scale, softclamp, seed, stream, threshold, factor}
+#define SPEC {mask, query_mask, key_mask, bias, curves, sinks, seed_at, mask_at, bias_at, unmasked, mem_keys, \
+              unbiased, WINDOW, causal, linear, scale, softclamp, seed, stream, threshold, factor}
 
 // The scores of one head. Kernels keep it in shared memory: it would take some forty registers of every thread.
 struct Scores {
@@ -146,7 +148,7 @@ struct Scores {
         if constexpr (!IS_F16) {
             for (i32 rest = keys - 1; rest > 0; rest /= 2) part /= 2;
         }
-        seed = spec.seed, stream = spec.stream, threshold = spec.threshold;
+        seed = spec.seed_at ? *spec.seed_at : spec.seed, stream = spec.stream, threshold = spec.threshold;
         drops = spec.threshold != 0 || spec.factor != 1;
         first = ((u64)batch * heads + head) * queries * keys;
         const auto start = [&](const Layout& at) {

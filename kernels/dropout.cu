@@ -1,8 +1,8 @@
 // Dropout: y_i = x_i scale + residual_i if word i of a Philox stream is at least `threshold`, else residual_i. The
 // backward pass is the same function of the gradient, without a residual.
 //
-// Shapes: y, x, residual [n], packed; y may be x; residual may be none, which counts as 0. T: f32, f64, bf16, f16;
-// computed in f32 (f64 for f64).
+// Shapes: y, x, residual [n], packed; y may be x; residual may be none, which counts as 0; seed_at [1] or none: a graph
+// reads its seed there. T: f32, f64, bf16, f16; computed in f32 (f64 for f64).
 // Variants: DTYPE=FLOATS
 //
 // Each thread takes groups of 16 bytes or more that begin with a block of four words, a grid apart.
@@ -21,8 +21,9 @@ constexpr int GROUP = LANES < 4 ? 4 : LANES;
 __device__ __forceinline__ f32 product(f32 a, f32 b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ f64 product(f64 a, f64 b) { return __dmul_rn(a, b); }
 
-extern "C" __global__ void dropout_mask(T* y, const T* x, const T* residual, i64 n, u64 seed, u64 stream, u64 threshold,
-                                        f64 scale) {
+extern "C" __global__ void dropout_mask(T* y, const T* x, const T* residual, const u64* seed_at, i64 n, u64 seed,
+                                        u64 stream, u64 threshold, f64 scale) {
+    if (seed_at != nullptr) seed = *seed_at;
     const bool packed = aligned(y) && aligned(x) && aligned(residual);
     const auto masked = [=](T value, u32 word) {
         return word >= threshold ? product(Element<T>::to_acc(value), (Acc)scale) : Acc(0);

@@ -1,6 +1,7 @@
 // The moving averages of many parameters at once: average += weight (value - average).
 //
 // Shapes: any; a row of the table has the addresses of the average (f32, f64 for f64) and of the value (T).
+// Does nothing if grad_scale, [1] or none, is NaN: a graph's step whose gradients are not finite.
 // Variants: DTYPE=FLOATS
 //
 // A block takes a chunk of a tensor (see many.cuh), its threads groups of elements. Moves 12 bytes per f32 parameter,
@@ -13,7 +14,8 @@ typedef Element<T>::Acc Acc;
 
 enum { AVERAGE, VALUE, POINTERS };
 
-extern "C" __global__ void ema_update(const u64* table, u32 tensors, f64 weight) {
+extern "C" __global__ void ema_update(const u64* table, const f64* grad_scale, u32 tensors, f64 weight) {
+    if (grad_scale != nullptr && *grad_scale != *grad_scale) return;
     const Chunk chunk = chunk_of_block<POINTERS>(table, tensors);
     Acc* averages = chunk.at<Acc>(AVERAGE);
     const T* values = chunk.at<const T>(VALUE);

@@ -48,6 +48,9 @@ impl<R> fmt::Debug for Graph<R> {
     }
 }
 
+/// Function that is run and then recorded.
+type Function<'f> = &'f mut dyn FnMut(bool) -> Result<()>;
+
 /// Address and layout of a parameter.
 type Place = (Address, Layout);
 
@@ -67,6 +70,24 @@ impl<R> Graph<R> {
     /// Errors: inputs that are not on one GPU or require a gradient, a tape of this thread, another recording that has
     /// not ended, or an operation in `f` that a graph cannot record. The device stays usable, even if `f` panics.
     pub fn capture(inputs: &[Tensor], params: &ParamMap, f: impl Fn(&[Tensor]) -> Result<R>) -> Result<Self> {
+        Self::capture_by(inputs, params, f, |device, f| device.record(f))
+    }
+
+    /// Records `f` like [`Graph::capture`], but the calls of other threads to the device wait for it.
+    pub(crate) fn capture_patiently(
+        inputs: &[Tensor],
+        params: &ParamMap,
+        f: impl Fn(&[Tensor]) -> Result<R>,
+    ) -> Result<Self> {
+        Self::capture_by(inputs, params, f, |device, f| device.record_patiently(f))
+    }
+
+    fn capture_by(
+        inputs: &[Tensor],
+        params: &ParamMap,
+        f: impl Fn(&[Tensor]) -> Result<R>,
+        record: fn(&'static dyn Gpu, Function) -> Result<Box<dyn Replay>>,
+    ) -> Result<Self> {
         ensure!(
             !is_recording(),
             Error::argument(
@@ -93,7 +114,7 @@ impl<R> Graph<R> {
             params.iter().map(|(name, param)| Ok((name.to_string(), place(param)?))).collect()
         };
         let (mut params_at, mut output) = (Vec::new(), None);
-        let recorded = device.record(&mut |capturing| {
+        let recorded = record(device, &mut |capturing| {
             let value = f(&inputs)?;
             let now = places()?;
             if capturing {
@@ -122,13 +143,9 @@ impl<R> Graph<R> {
             return Err(Error::argument("graph", format_args!("expected {expected} inputs as recorded, got {given}")));
         }
         discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
-        for (name, recorded) in &self.params {
-            if self.map.get(name).map(place).transpose()?.as_ref() != Some(recorded) {
-                return Err(Error::argument(
-                    "graph",
-                    format_args!("`{name}` was replaced since the recording; record again"),
-                ));
-            }
+        if let Some(name) = self.replaced()? {
+            let message = format_args!("`{name}` was replaced since the recording; record again");
+            return Err(Error::argument("graph", message));
         }
         for (index, (to, from)) in self.inputs.iter().zip(inputs).enumerate() {
             if to.shape() != from.shape() || to.dtype() != from.dtype() || to.device() != from.device() {
@@ -152,6 +169,16 @@ impl<R> Graph<R> {
         }
         self.recorded.replay()?;
         Ok(&self.output)
+    }
+
+    /// Returns the name of a parameter that was replaced since the recording.
+    pub(crate) fn replaced(&self) -> Result<Option<&str>> {
+        for (name, recorded) in &self.params {
+            if self.map.get(name).map(place).transpose()?.as_ref() != Some(recorded) {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
     }
 
     /// Returns the value that the recorded function returned. Before the first replay the contents of its tensors are

@@ -10,6 +10,8 @@
 mod common;
 #[path = "graphs/threads.rs"]
 mod threads;
+#[path = "graphs/trainer.rs"]
+mod trainer;
 
 use std::{
     cell::{Cell, RefCell},

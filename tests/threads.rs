@@ -85,11 +85,11 @@ mod table {
         {
             use x_transformers::{Graph, device::CudaDevice};
             types!(table, has Send, has Sync: CudaDevice);
-            types!(table, lacks Send, lacks Sync: RecordedStep, RecordedDecode);
-            lacks!(Send: Graph<Tensor>);
+            types!(table, has Send, lacks Sync: RecordedStep, RecordedDecode);
+            has!(Send: Graph<Tensor>);
             lacks!(Sync: Graph<Tensor>);
         }
-        table.insert("Graph", (false, false));
+        table.insert("Graph", (true, false));
         table
     }
 

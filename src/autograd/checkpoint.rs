@@ -17,6 +17,7 @@ use super::{
     Mode, Recording, Tape,
     belonging::{tracks, untaped},
     record::{needs, push},
+    seed::Seed,
     stack,
     walk::{Input, Node, Rule},
     with_stack,
@@ -77,7 +78,7 @@ pub(super) struct Segment {
     /// Inputs as separate leaves, or constants.
     inputs: Vec<Tensor>,
     mode: Mode,
-    seed: u64,
+    seed: Seed,
     stream: u64,
     nest: Nest,
     /// Leaves that it uses beside its inputs.
@@ -95,7 +96,7 @@ impl Segment {
 
     /// Runs the segment with a tape. Returns the recording and the slot of the output.
     pub fn run_again(&self, grad: &Tensor) -> Result<(Recording, GradSlot)> {
-        let mut tape = Tape::start(self.mode, self.seed, self.stream, false, self.nest.clone());
+        let mut tape = Tape::start(self.mode, self.seed.clone(), self.stream, false, self.nest.clone());
         let output = (self.f)(&self.inputs)?;
         let same = output.shape() == grad.shape() && output.dtype() == grad.dtype() && output.device() == grad.device();
         ensure!(same && tracks(tape.id, OP, &[&output])?, differs());
@@ -179,7 +180,7 @@ fn plain(f: Box<Function>, inputs: &[&Tensor]) -> Result<Tensor> {
 struct Call {
     inputs: Vec<Tensor>,
     mode: Mode,
-    seed: u64,
+    seed: Seed,
     stream: u64,
     nest: Nest,
     /// Its entry on the trace, if this is the first run of a deep one.
@@ -197,7 +198,9 @@ impl Call {
     #[inline(never)]
     fn begin(inputs: &[&Tensor]) -> Result<Option<Box<Self>>> {
         let Some((mode, seed, stream, mut nest)) = with_stack(|stack| {
-            stack.last().map(|recording| (recording.mode, recording.seed, recording.stream, recording.nest.clone()))
+            stack
+                .last()
+                .map(|recording| (recording.mode, recording.seed.clone(), recording.stream, recording.nest.clone()))
         }) else {
             return Ok(None);
         };
@@ -279,7 +282,7 @@ impl Call {
     /// Starts the run that keeps nothing.
     #[inline(never)]
     fn start(&self) -> Tape {
-        Tape::start(self.mode, self.seed, self.stream, true, self.nest.clone())
+        Tape::start(self.mode, self.seed.clone(), self.stream, true, self.nest.clone())
     }
 
     /// Ends that run.

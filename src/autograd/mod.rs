@@ -13,6 +13,7 @@ mod gradcheck;
 mod gradients;
 mod record;
 mod rule;
+mod seed;
 mod stack;
 mod walk;
 
@@ -21,6 +22,7 @@ use std::{cell::RefCell, fmt, marker::PhantomData};
 use self::{
     belonging::tracks,
     checkpoint::Nest,
+    seed::Seed,
     walk::{Node, walk},
 };
 use crate::{
@@ -32,13 +34,16 @@ use crate::{
 
 #[cfg(feature = "cuda")]
 pub(crate) use self::record::is_recording;
-pub(crate) use self::record::{computed, dropout_stream, needs, record_beside, record_cheap, record_cheap_after};
 pub use self::{
     checkpoint::checkpoint,
     gradcheck::{Gradcheck, GradcheckReport, InputReport, gradcheck},
     gradients::Gradients,
     record::{discrete, record},
     rule::{Backward, InputGrad, InputGrads},
+};
+pub(crate) use self::{
+    record::{computed, needs, record_beside, record_cheap, record_cheap_after},
+    seed::{MaskStream, dropout_stream, mask_stream},
 };
 
 thread_local! {
@@ -60,7 +65,7 @@ struct Recording {
     thread: ThreadMark,
     nodes: Vec<Node>,
     mode: Mode,
-    seed: u64,
+    seed: Seed,
     stream: u64,
     /// `true` inside the forward pass of `checkpoint`: outputs are marked as tracked, but nothing is kept.
     discard: bool,
@@ -105,15 +110,15 @@ impl fmt::Debug for Tape {
 impl Tape {
     /// Starts a tape with dropout; the seed determines every mask.
     pub fn train(seed: u64) -> Self {
-        Self::start(Mode::Train, seed, 0, false, Nest::default())
+        Self::start(Mode::Train, Seed::known(seed), 0, false, Nest::default())
     }
 
     /// Starts a tape without dropout.
     pub fn grad() -> Self {
-        Self::start(Mode::Grad, 0, 0, false, Nest::default())
+        Self::start(Mode::Grad, Seed::known(0), 0, false, Nest::default())
     }
 
-    fn start(mode: Mode, seed: u64, stream: u64, discard: bool, nest: Nest) -> Self {
+    fn start(mode: Mode, seed: Seed, stream: u64, discard: bool, nest: Nest) -> Self {
         profile::pause();
         let (id, thread) = (next_id(), ThreadMark::here());
         let (nodes, used) = (Vec::new(), Vec::new());

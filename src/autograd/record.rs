@@ -1,7 +1,7 @@
 //! Recording: ops put themselves on the tape of their thread.
 
 use super::{
-    Mode, Recording,
+    Recording,
     belonging::{tracks, untaped},
     rule::Backward,
     walk::{Input, Node, Rule},
@@ -10,7 +10,6 @@ use super::{
 use crate::{
     Device, Error, ErrorKind, Result,
     error::ensure,
-    philox::Philox,
     profile::{self, Cost},
     tensor::{GradSlot, Recompute, Tensor},
 };
@@ -234,13 +233,4 @@ pub fn discrete(op: &'static str, inputs: &[&Tensor]) -> Result<()> {
 #[cfg(feature = "cuda")]
 pub(crate) fn is_recording() -> bool {
     with_stack(|stack| !stack.is_empty())
-}
-
-/// Returns a fresh stream for a dropout mask, or `None` where dropout does not act.
-pub(crate) fn dropout_stream() -> Option<Philox> {
-    with_stack(|stack| {
-        let recording = stack.last_mut().filter(|recording| recording.mode == Mode::Train)?;
-        recording.stream += 1;
-        Some(Philox::new(recording.seed, recording.stream))
-    })
 }

@@ -58,8 +58,16 @@ pub trait Kernel: Send + Sync {
     fn launch(&self, grid: Grid, args: &[Arg]) -> Result<()>;
 }
 
+/// Bytes on their way from a GPU.
+pub trait ReadBack: Send {
+    /// Waits until they have arrived and returns them.
+    ///
+    /// Errors: those of [`Gpu::read_back`], about the work enqueued before the copy.
+    fn wait(self: Box<Self>) -> Result<Vec<u8>>;
+}
+
 /// Recorded graph of a GPU, which owns the memory that its kernels use.
-pub trait Replay {
+pub trait Replay: Send {
     /// Enqueues the recorded work.
     ///
     /// Errors: a graph that is being recorded, or an error of the driver.
@@ -112,6 +120,15 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
     /// Errors: also those that kernels reported since the last read-back, for instance
     /// [`ErrorKind::Index`](crate::ErrorKind::Index).
     fn read_back(&self, from: Address, to: &mut [u8]) -> Result<()>;
+
+    /// Enqueues a copy from the device, without waiting. Default: waits for it.
+    ///
+    /// Errors: those of [`Gpu::read_back`].
+    fn read_back_later(&'static self, from: Address, bytes: usize) -> Result<Box<dyn ReadBack>> {
+        let mut read = vec![0; bytes];
+        self.read_back(from, &mut read)?;
+        Ok(Box::new(Arrived(read)))
+    }
 
     /// Enqueues a copy within the device.
     fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()>;
@@ -210,9 +227,24 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
         Err(self.lacks("this backend does not support graphs"))
     }
 
+    /// Records a graph like [`Gpu::record`], but waits for the recordings of other threads, whose calls wait for this one
+    /// instead of being refused. Default: [`Gpu::record`].
+    fn record_patiently(&'static self, f: &mut dyn FnMut(bool) -> Result<()>) -> Result<Box<dyn Replay>> {
+        self.record(f)
+    }
+
     /// Returns the error for a feature that this device does not have.
     fn lacks(&self, what: &str) -> Error {
         Error::device(self.backend(), format_args!("{}:{}: {what}", self.backend(), self.ordinal()))
+    }
+}
+
+/// Bytes that were waited for.
+struct Arrived(Vec<u8>);
+
+impl ReadBack for Arrived {
+    fn wait(self: Box<Self>) -> Result<Vec<u8>> {
+        Ok(self.0)
     }
 }
 

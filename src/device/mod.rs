@@ -32,7 +32,7 @@ mod tasks;
 pub use cpu::for_rows;
 #[cfg(feature = "cuda")]
 pub use cuda::CudaDevice;
-pub use gpu::{Address, Gpu, Kernel, Limits, Memory, Replay};
+pub use gpu::{Address, Gpu, Kernel, Limits, Memory, ReadBack, Replay};
 pub use heap::MemoryStats;
 pub use launch::{Arg, Gemm, Grid, KernelLayout, Operand};
 pub use precision::{Precision, float32_matmul_precision, set_float32_matmul_precision};

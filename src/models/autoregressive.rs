@@ -171,7 +171,7 @@ impl AutoregressiveWrapper {
         options.return_embeddings = true;
         options.excise_prepend_embeds = true;
         options.return_scores = self.loss.attn_z_loss;
-        if let (true, Some(draws)) = (self.loss.mask_prob > 0.0, dropout_stream()) {
+        if let (true, Some(draws)) = (self.loss.mask_prob > 0.0, dropout_stream("mask_prob")) {
             options.self_attn_kv_mask = Some(drawn_mask(&read, self.loss.mask_prob, draws)?);
         }
         if self.net.exit_gate.is_some() {

@@ -64,8 +64,10 @@ impl GptVae {
         let [mean, log_variance] = self.styles(source.unwrap_or(tokens))?;
         let style = self.drawn(&mean, &log_variance, noise, seed)?;
         let b = tokens.dim(0)?;
-        let left_out =
-            |row: usize| dropout_stream().is_some_and(|draws| draws.uniform(row as u64) < self.plan.latents_dropout);
+        let left_out = |row: usize| {
+            dropout_stream("latents_dropout_prob")
+                .is_some_and(|draws| draws.uniform(row as u64) < self.plan.latents_dropout)
+        };
         // A row without a style starts after it.
         let start = (0..b).map(|row| i64::from(self.plan.latents_dropout > 0.0 && left_out(row))).collect_vec();
         let options = ForwardOptions {
@@ -86,7 +88,7 @@ impl GptVae {
         let noise = match noise {
             Some(noise) => noise.clone(),
             None => {
-                let draws = dropout_stream().unwrap_or_else(|| Philox::new(seed, 0));
+                let draws = dropout_stream("style").unwrap_or_else(|| Philox::new(seed, 0));
                 Tensor::generate(*mean.shape(), mean.dtype(), mean.device(), |at| draws.normal(at as u64))?
             }
         };

@@ -340,7 +340,7 @@ impl TransformerWrapper {
             Recurrence::Once => 1,
             Recurrence::Looped(steps) => options.looped_steps.unwrap_or(steps),
             Recurrence::Recycled(most) => {
-                let drawn = || dropout_stream().map(|draws| 1 + draws.below(0, most as u64) as usize);
+                let drawn = || dropout_stream("recycle_steps").map(|draws| 1 + draws.below(0, most as u64) as usize);
                 options.recycle_steps.or_else(drawn).unwrap_or(most)
             }
         };

@@ -19,7 +19,7 @@ pub(super) fn key_mask(
 /// Draws which tokens of a context `[b, n, dim]` training leaves out, beside those that are masked: `[b, n]`. `None`
 /// outside of training.
 pub(crate) fn drop_tokens(context: &Tensor, mask: Option<&Tensor>, share: f64, padded: bool) -> Result<Option<Tensor>> {
-    let Some(draws) = dropout_stream() else { return Ok(None) };
+    let Some(draws) = dropout_stream("cross_attn_tokens_dropout") else { return Ok(None) };
     let (b, n) = (context.dim(0)?, context.dim(1)?);
     let mut keep = mask.map_or_else(|| Ok(vec![true; b * n]), |mask| mask.to_vec::<bool>())?;
     for (row, keep) in keep.chunks_mut(n.max(1)).enumerate() {

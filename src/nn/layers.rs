@@ -387,7 +387,7 @@ impl AttentionLayers {
     fn drops(&self, module: usize) -> bool {
         let probabilities = &self.plan.drops.layers;
         let probability = probabilities.get(module).or(probabilities.first()).copied().unwrap_or(0.0);
-        probability > 0.0 && dropout_stream().is_some_and(|draws| draws.uniform(0) < probability)
+        probability > 0.0 && dropout_stream("layer_dropout").is_some_and(|draws| draws.uniform(0) < probability)
     }
 
     /// Returns `Ok` if a KV cache gives the same numbers as [`AttentionLayers::forward`].
@@ -459,7 +459,7 @@ impl AttentionLayers {
         if options.mask.is_some() && shifts().next().is_some() {
             return Err("`shift_tokens` mixes padding, which attends to later tokens, into other positions");
         }
-        match dropout_stream() {
+        match dropout_stream("cache") {
             Some(_) => Err("dropout is drawn for whole sequences"),
             None => Ok(()),
         }

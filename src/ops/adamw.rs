@@ -474,8 +474,14 @@ vectorized! {
 
 /// Updates the moving averages: `average += (1 − decay) · (value − average)`.
 ///
-/// The averages are uniquely owned and packed, f64 for f64 values and f32 otherwise; the values are packed.
-pub(crate) fn average(averages: Vec<&mut Tensor>, values: &[Tensor], decay: f64) -> Result<()> {
+/// The averages are uniquely owned and packed, f64 for f64 values and f32 otherwise; the values are packed. On a GPU
+/// nothing changes if `grad_scale`, a scalar there, is NaN when the update runs.
+pub(crate) fn average(
+    averages: Vec<&mut Tensor>,
+    values: &[Tensor],
+    decay: f64,
+    grad_scale: Option<&Tensor>,
+) -> Result<()> {
     let pairs = averages.into_iter().zip(values);
     let (on_cpu, groups) = by_device(pairs, |(_, value)| (value.device().clone(), value.dtype()));
     for Group { gpu, key: dtype, items } in groups {
@@ -483,7 +489,7 @@ pub(crate) fn average(averages: Vec<&mut Tensor>, values: &[Tensor], decay: f64)
             items.into_iter().map(|(average, value)| Ok(([average.address_mut()?, value.address()?], value.numel())));
         let table = Table::new(gpu, &format!("ema {dtype}"), rows)?;
         gpu.kernel("ema_update", &[("DTYPE", dtype.name())])?
-            .launch(table.grid(), args![&table.rows, table.tensors as u32, 1.0 - decay])?;
+            .launch(table.grid(), args![&table.rows, grad_scale, table.tensors as u32, 1.0 - decay])?;
     }
     let mut tasks: Vec<Task> = Vec::new();
     for (average, value) in on_cpu {

@@ -3,7 +3,7 @@
 use super::norm::reuse;
 use crate::{
     Device, Error, Philox, Result, Tensor,
-    autograd::{Backward, InputGrads, dropout_stream, record, record_cheap_after},
+    autograd::{Backward, InputGrads, MaskStream, mask_stream, record, record_cheap_after},
     device::{
         Grid, args,
         rows::{Floats, In, Out, Sums, for_rows_of},
@@ -40,11 +40,12 @@ impl Tensor {
     #[doc(alias = "Dropout")]
     pub fn dropout(&self, p: f64) -> Result<Tensor> {
         check("dropout", self, p)?;
-        let Some(mask) = Mask::drawn(p) else { return Ok(self.clone()) };
+        let Some(mask) = Mask::drawn(p, self.device())? else { return Ok(self.clone()) };
         let x = self.contiguous()?;
         let mut y = x.uninit_like()?;
         mask.apply(Some(&x), None, &mut y)?;
-        record_cheap_after("dropout", y, &x, |_| DropoutBackward { mask }, move |x| mask.applied(x))
+        let again = mask.clone();
+        record_cheap_after("dropout", y, &x, |_| DropoutBackward { mask }, move |x| again.applied(x))
     }
 
     /// Computes `dropout(x) + residual` in one pass, for a branch that ends with dropout and joins its residual stream;
@@ -59,7 +60,7 @@ impl Tensor {
         same_kind(OP, self, residual)?;
         let (shape, given) = (self.shape(), residual.shape());
         ensure!(shape == given, Error::shape(OP, format_args!("expected a residual {shape:?}, got {given:?}")));
-        let Some(mask) = Mask::drawn(p) else { return self.add(residual) };
+        let Some(mask) = Mask::drawn(p, self.device())? else { return self.add(residual) };
         let (x, residual) = (self.contiguous()?, residual.contiguous()?);
         let mut y = x.uninit_like()?;
         mask.apply(Some(&x), Some(&residual), &mut y)?;
@@ -73,21 +74,21 @@ fn check(op: &'static str, x: &Tensor, p: f64) -> Result<()> {
 }
 
 /// State from which a mask is drawn.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Mask {
-    random: Philox,
+    stream: MaskStream,
     threshold: u64,
     scale: f64,
 }
 
 impl Mask {
     /// Draws the mask of the next call; returns `None` where dropout does not act.
-    fn drawn(p: f64) -> Option<Self> {
+    fn drawn(p: f64, device: &Device) -> Result<Option<Self>> {
         if p == 0.0 {
-            return None;
+            return Ok(None);
         }
         let (threshold, scale) = (Philox::drop_threshold(p), 1.0 / (1.0 - p));
-        dropout_stream().map(|random| Self { random, threshold, scale })
+        Ok(mask_stream(device)?.map(|stream| Self { stream, threshold, scale }))
     }
 
     /// Masks and scales a tensor, in place if no other handle shares it.
@@ -113,26 +114,17 @@ impl Mask {
                     let ins = [In::new(residual, wide)];
                     for_rows_of::<R, 1, 1>([out], ins, Sums::none(), 8 * GROUP, &|group, [out], [residual], _| {
                         let residual = (!residual.is_empty()).then_some(residual);
-                        apply::<R>(self.random, group as u64, self.threshold, scale, residual, out);
+                        apply::<R>(self.stream.random, group as u64, self.threshold, scale, residual, out);
                     });
                 });
                 Ok(())
             }
             Device::Gpu(gpu) => {
-                // A replayed graph would draw the same mask every time.
-                gpu.refuse_while_capturing("dropout")?;
-                let (n, dtype, seed, stream) = (out.numel(), out.dtype(), self.random.seed(), self.random.stream());
-                let args = args![
-                    &mut *out,
-                    source.unwrap_or(&*out),
-                    residual,
-                    n as i64,
-                    seed,
-                    stream,
-                    self.threshold,
-                    self.scale
-                ];
-                gpu.kernel("dropout_mask", &[("DTYPE", dtype.name())])?.launch(Grid::packets(n, dtype), args)
+                let (n, dtype, random) = (out.numel(), out.dtype(), self.stream.random);
+                let values = args![n as i64, random.seed(), random.stream(), self.threshold, self.scale];
+                let tensors = args![&mut *out, source.unwrap_or(&*out), residual];
+                let args = [&tensors[..], &[self.stream.seed_at(gpu)?], values].concat();
+                gpu.kernel("dropout_mask", &[("DTYPE", dtype.name())])?.launch(Grid::packets(n, dtype), &args)
             }
         }
     }

@@ -63,6 +63,11 @@ impl Ema {
     ///
     /// Errors: parameters other than those that it was created for.
     pub fn update(&mut self, params: &ParamMap) -> Result<()> {
+        self.update_unless_nan(params, None)
+    }
+
+    /// Updates the average like [`Ema::update`], unless `grad_scale`, a scalar on the GPU, is NaN when the update runs.
+    pub(super) fn update_unless_nan(&mut self, params: &ParamMap, grad_scale: Option<&Tensor>) -> Result<()> {
         let mut values = Vec::with_capacity(self.averages.len());
         for (name, param) in params.unique() {
             let value = param.tensor().detach().contiguous()?;
@@ -79,11 +84,17 @@ impl Ema {
         // Both iterate over the names in alphabetical order.
         let mut averages: Vec<&mut Tensor> = self.averages.values_mut().iter_mut().collect_vec();
         averages.iter_mut().try_for_each(|average| own(average))?;
-        average(averages, &values, self.decay)?;
+        average(averages, &values, self.decay, grad_scale)?;
         let device = values.first().map_or(Device::Cpu, |value| value.device().clone());
         // The average is read and written.
         let bytes = |value: &Tensor| value.numel() * (value.dtype().size() + 2 * value.dtype().accumulator().size());
         profile::done("ema", Phase::Update, &device, || values.iter().map(bytes).sum())
+    }
+
+    /// Returns `true` if nothing else shares the averages, which a recorded step updates in place.
+    #[cfg(feature = "cuda")]
+    pub(super) fn is_unique(&mut self) -> bool {
+        self.averages.values_mut().iter_mut().all(Tensor::is_unique)
     }
 
     /// Sets the parameters to their averages until the guard is dropped, which restores their values.

@@ -64,7 +64,7 @@ impl RecordedStep {
         let device = inputs.first().map_or(Device::Cpu, |input| input.device().clone());
         ensure!(device != Device::Cpu, Error::argument("graph", "expected at least one input on a GPU"));
         let optimizer = RefCell::new(optimizer);
-        let factors = optimizer.borrow().engine.factors(params, 0.0);
+        let factors = optimizer.borrow().engine.factors(params, 0.0, 0);
         // NaN: the run before the recording computes everything and updates nothing.
         let numbers = numbers(&[f64::NAN, 1.0], &factors, &device)?;
         let scale = Tensor::full([1], 1.0, DType::F64, &device)?;
@@ -77,7 +77,7 @@ impl RecordedStep {
             let loss = loss(inputs)?;
             ensure!(loss.numel() == 1, Error::new(ErrorKind::NotScalar { shape: loss.shape().to_vec() }));
             let grads = tape.backward_with(&loss, &scale.to_dtype(loss.dtype())?.reshape(*loss.shape())?)?;
-            let (norm, names) = optimizer.borrow_mut().engine.record(params, &grads, given, factors)?;
+            let (norm, names) = optimizer.borrow_mut().engine.record(params, &grads, given, factors, true)?;
             Ok(Recorded { loss: loss.detach(), norm, names })
         };
         // Creates the optimizer's state, which must not lie in memory that the graph reuses.
@@ -121,7 +121,7 @@ impl RecordedStep {
         );
         let device = self.graph.output().norm.device().clone();
         let given = [1.0 / scale, self.clip.unwrap_or(f64::INFINITY)];
-        let numbers = numbers(&given, &self.optimizer.engine.factors(&self.params, lr), &device)?;
+        let numbers = numbers(&given, &self.optimizer.engine.factors(&self.params, lr, 0), &device)?;
         let scale = Tensor::full([1], scale, DType::F64, &device)?;
         let all: Vec<Tensor> = inputs.iter().cloned().chain(numbers).chain([scale]).collect();
         let Recorded { loss, norm, names } = self.graph.replay(&all)?;

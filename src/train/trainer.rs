@@ -1,7 +1,10 @@
 //! Training loop.
 
 mod finite;
+#[cfg_attr(not(feature = "cuda"), path = "trainer/no_graphs.rs")]
+mod graphs;
 mod ranks;
+mod step;
 mod validation;
 
 use std::{cell::Cell, collections::BTreeMap, fmt, io, path::Path, sync::Arc};
@@ -9,16 +12,19 @@ use std::{cell::Cell, collections::BTreeMap, fmt, io, path::Path, sync::Arc};
 use serde_json::Value;
 
 pub use self::ranks::RankOptions;
-use self::ranks::{Command, Part, Ranks};
+use self::{
+    graphs::Graphs,
+    ranks::{Command, Ranks},
+};
 use super::{
-    Batch, BatchSource, Checkpoint, DataPrint, Ema, GradScaler, Losses, Optimizer, StepInfo, TokenBatch, TrainModel,
-    TrainOptions, TrainingState,
+    BatchSource, Checkpoint, DataPrint, Ema, GradScaler, Losses, Optimizer, TokenBatch, TrainModel, TrainOptions,
+    TrainingState,
     checkpoint::{CONFIG, EMA},
     data::Ahead,
-    random::{MAX_STEPS, tape_seed},
+    random::MAX_STEPS,
 };
 use crate::{
-    DType, Device, Error, ErrorKind, Gradients, ParamMap, ParamStore, Result, Tape, Tensor,
+    DType, Device, Error, ErrorKind, ParamMap, ParamStore, Result, Tensor,
     config::Config,
     error::{ErrorContext, ensure},
     models::AutoregressiveWrapper,
@@ -75,6 +81,7 @@ pub struct Trainer<M: TrainModel = AutoregressiveWrapper> {
     losses: Cell<Losses>,
     tokenizer: Option<String>,
     ranks: Ranks,
+    graphs: Graphs,
 }
 
 impl<M: TrainModel> fmt::Debug for Trainer<M> {
@@ -109,6 +116,8 @@ pub struct StepReport {
     pub tokens: u64,
     /// If `true`, the weights were not updated because the gradients of a scaled loss were not finite.
     pub skipped: bool,
+    /// Scale of the loss after the step ([`GradScaler`]); 1 except in f16.
+    pub loss_scale: f64,
 }
 
 impl Trainer {
@@ -230,6 +239,7 @@ impl<M: TrainModel> Trainer<M> {
             losses,
             tokenizer,
             ranks: Ranks::default(),
+            graphs: Graphs::default(),
         })
     }
 
@@ -327,104 +337,6 @@ impl<M: TrainModel> Trainer<M> {
             )
         );
         Ok(())
-    }
-
-    /// Runs one step, which updates the weights; in f16 it occasionally skips the update while it searches for the
-    /// scale of the loss.
-    ///
-    /// Errors, with the weights unchanged: [`ErrorKind::NonFinite`] with the step, and the parameter if one is the
-    /// cause, for a loss or a gradient that is NaN or infinite; out of memory.
-    pub fn step(&mut self) -> Result<StepReport> {
-        self.lead(Command::Step)?;
-        self.ranks.reset();
-        let TrainOptions { batch_size, accumulate, seed, .. } = self.options;
-        let scale = self.scaler.as_ref().map_or(1.0, GradScaler::scale);
-        let mut losses = Vec::new();
-        let mut grads = Gradients::default();
-        for micro in self.micros() {
-            let batch = self.batch(micro)?.to_device(&self.device)?;
-            // 1 unless targets are masked: then each counts alike, in whichever batch it is.
-            let weight = batch.weight() / batch_size as f64;
-            if weight == 0.0 {
-                self.skip_round()?;
-                losses.push(None);
-                continue;
-            }
-            let mut tape = Tape::train(tape_seed(seed, self.step, micro));
-            let recompute = self.options.recompute;
-            let output = if recompute { self.model.loss_recomputed(&batch) } else { self.model.loss(&batch) }?;
-            let start = Tensor::full(*output.shape(), scale * weight, output.dtype(), output.device())?;
-            if let Some(mut part) = self.backward(&mut tape, &output, &start)? {
-                if accumulate > 1 {
-                    widen(&mut part)?;
-                }
-                grads.accumulate(part)?;
-            }
-            losses.push(Some((output.detach(), weight, batch.targets())));
-        }
-        // Read after all passes are enqueued: a GPU does not wait for the processor in between.
-        let Part { loss, weight, targets } = self.sum(&losses, &mut grads)?;
-        ensure!(
-            weight > 0.0,
-            Error::argument("data", format_args!("no target of step {} counts; use larger batches", self.step))
-        );
-        let mean = 1.0 / weight;
-        let loss = loss * mean;
-        if !loss.is_finite() {
-            return Err(self.diverged(&grads));
-        }
-        let lr = self.options.schedule().at(self.step);
-        // The pass that updates the weights takes the mean over the micro-batches.
-        let info = self.update(&grads, mean / scale, lr)?;
-        let report = StepReport {
-            step: self.step,
-            loss,
-            grad_norm: info.map_or(f64::INFINITY, |info| info.grad_norm),
-            lr,
-            tokens: targets,
-            skipped: info.is_none(),
-        };
-        self.step += 1;
-        let losses = self.losses.get();
-        self.losses.set(Losses { last: Some(loss), best: lower(losses.best, loss), ..losses });
-        Ok(report)
-    }
-
-    /// Returns the batch of a micro-step, while those after it are being prepared.
-    fn batch(&mut self, micro: u64) -> Result<M::Batch> {
-        let Self { options, step, data, config, ranks, .. } = self;
-        let (accumulate, num_tokens) = (options.accumulate as u64, M::num_tokens(config));
-        let first = *step * accumulate + micro;
-        let request = |index: u64| options.request(index / accumulate, index % accumulate, num_tokens);
-        // None after the last step; a run may be told to go on, and waits for its first batch then.
-        let end = (options.steps * accumulate).max(first + 1);
-        data.batch(request(first), (first + 1..end).filter(|&index| ranks.has(index % accumulate)).map(request))
-    }
-
-    /// Updates the weights and their average, or returns `None` without an update if a smaller scale of the loss may
-    /// help.
-    fn update(&mut self, grads: &Gradients, scale: f64, lr: f64) -> Result<Option<StepInfo>> {
-        let info = match self.optimizer.step_scaled(&self.params, grads, scale, lr, Some(self.options.clip)) {
-            Ok(info) => info,
-            Err(error) => {
-                let ErrorKind::NonFinite { what, .. } = error.kind() else { return Err(error) };
-                let what = what.clone();
-                return match &mut self.scaler {
-                    Some(scaler) if scaler.can_back_off() => {
-                        scaler.update(false);
-                        Ok(None)
-                    }
-                    _ => Err(Error::new(ErrorKind::NonFinite { step: self.step, what })),
-                };
-            }
-        };
-        if let Some(scaler) = &mut self.scaler {
-            scaler.update(true);
-        }
-        if let Some(ema) = &mut self.ema {
-            ema.update(&self.params)?;
-        }
-        Ok(Some(info))
     }
 
     /// Saves a checkpoint in a folder with [`Checkpoint::save`].
@@ -535,63 +447,30 @@ impl<M: TrainModel> Trainer<M> {
         self.data.set_workers(count);
     }
 
+    /// Allows or forbids recorded graphs, which are allowed at the start: on a GPU that supports them, steps of AdamW whose
+    /// batches have the shapes of the step before are recorded as one graph and replayed, with the same bits. `false` drops
+    /// the graph and its memory.
+    pub fn set_graphs(&mut self, allowed: bool) {
+        self.graphs.allow(allowed);
+    }
+
+    /// Returns `true` if a graph of a step is recorded.
+    pub fn has_graph(&self) -> bool {
+        self.graphs.has_one()
+    }
+
+    /// Returns the reasons for which steps on a GPU ran eagerly instead of as a graph, each once, in the order in which they
+    /// occurred.
+    pub fn eager_reasons(&self) -> &[String] {
+        self.graphs.reasons()
+    }
+
     /// Returns the losses so far.
     pub fn losses(&self) -> Losses {
         self.losses.get()
     }
 }
 
-/// Converts gradients of half types to f32, in which micro-batches are summed.
-fn widen(grads: &mut Gradients) -> Result<()> {
-    for grad in grads.tensors_mut() {
-        if matches!(grad.dtype(), DType::BF16 | DType::F16) {
-            *grad = grad.to_dtype(DType::F32)?;
-        }
-    }
-    Ok(())
-}
-
 fn lower(best: Option<f64>, loss: f64) -> Option<f64> {
     Some(best.map_or(loss, |best| best.min(loss)))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
-        models::ForwardOptions,
-        train::ByteText,
-    };
-
-    /// Gradients that are not finite at any scale are finally an error, with the weights unchanged.
-    #[test]
-    fn trainer_gives_up_scaling() -> Result<()> {
-        let attn_layers = AttentionLayersConfig::decoder(8, 1);
-        let net = TransformerWrapperConfig { num_tokens: 128, max_seq_len: 8, attn_layers, ..Default::default() };
-        let options = TrainOptions { dtype: DType::F16, seq_len: 8, ..Default::default() };
-        let text = ByteText::from_bytes("abcdefgh ".repeat(20))?;
-        let config = AutoregressiveConfig { net, ..Default::default() };
-        let mut trainer = Trainer::new(config, options, text, &Device::Cpu)?;
-        let tokens = trainer.batch(0)?.tokens;
-        let mut tape = Tape::grad();
-        let mut grads = tape.backward(&trainer.model.loss(&tokens, &ForwardOptions::default())?)?;
-        for grad in grads.tensors_mut() {
-            *grad = grad.affine(f64::NAN, 0.0)?;
-        }
-        let values = |trainer: &Trainer| -> Result<Vec<Vec<f64>>> {
-            trainer.params.iter().map(|(_, param)| param.tensor().to_f64_vec()).collect()
-        };
-        let before = values(&trainer)?;
-        for halved in 1..=16 {
-            assert_eq!(trainer.update(&grads, 1.0, 0.1)?, None);
-            assert_eq!(trainer.grad_scaler().map(GradScaler::scale), Some(2f64.powi(16 - halved)));
-        }
-        assert!(matches!(
-            trainer.update(&grads, 1.0, 0.1).map_err(Error::into_kind),
-            Err(ErrorKind::NonFinite { step: 0, .. })
-        ));
-        assert_eq!(values(&trainer)?, before);
-        Ok(())
-    }
 }

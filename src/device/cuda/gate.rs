@@ -3,7 +3,7 @@
 //! A device has one stream. While it is captured, work that any thread enqueues becomes part of the graph, a wait for
 //! the stream ends the capture, and freed memory may still be needed. So every driver call that touches the stream
 //! holds a [`Pass`]: a capture begins and ends only while no thread holds one, and until it ends only the recording
-//! thread gets one.
+//! thread gets one. The calls of other threads are errors, or wait if the recording is one that they cannot know of.
 
 use std::{
     any::Any,
@@ -11,6 +11,8 @@ use std::{
         Mutex, PoisonError, RwLock, RwLockReadGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    thread,
+    time::{Duration, Instant},
 };
 
 use super::{CudaDevice, error, pool::Phase};
@@ -23,6 +25,8 @@ pub(super) struct Gate {
     recorder: AtomicU64,
     /// If `true`, the stream is being captured. Written by the recording thread while `turn` is locked for writing.
     capturing: AtomicBool,
+    /// If `true`, other threads wait for the end of the capture. Written by the recording thread.
+    patient: AtomicBool,
     /// Garbage to drop once the capture has ended.
     later: Mutex<Vec<Box<dyn Any + Send>>>,
 }
@@ -31,6 +35,14 @@ pub(super) struct Gate {
 pub(super) struct Pass<'a> {
     _turn: RwLockReadGuard<'a, ()>,
 }
+
+/// Longest time that a thread waits for the capture of another one, which takes as long as enqueuing its work, or for a
+/// whole recording, which executes its work too. A thread that the other one waits for gets an error in the end.
+const CAPTURE: Duration = Duration::from_secs(10);
+const RECORDING: Duration = Duration::from_secs(120);
+
+/// Time between two looks.
+const LOOK: Duration = Duration::from_micros(100);
 
 /// Returns the number of this thread, which is unique within the process and never reused.
 fn this_thread() -> u64 {
@@ -68,15 +80,23 @@ impl CudaDevice {
     ///
     /// Errors: another thread records a graph.
     pub(super) fn enter(&self, what: &str) -> Result<Pass<'_>> {
-        let pass = self.gate.pass();
-        if self.gate.capturing.load(Ordering::Relaxed) && !self.gate.is_recorder() {
-            return Err(error(format!(
-                "cuda:{}: {what} is not possible while another thread records a graph; wait until its `Graph::capture` \
-                 returns",
-                self.ordinal
-            )));
+        let mut since = None;
+        loop {
+            let pass = self.gate.pass();
+            if !self.gate.capturing.load(Ordering::Relaxed) || self.gate.is_recorder() {
+                return Ok(pass);
+            }
+            drop(pass);
+            let waited = since.get_or_insert_with(Instant::now).elapsed();
+            if waited > CAPTURE || !self.gate.patient.load(Ordering::Relaxed) {
+                return Err(error(format!(
+                    "cuda:{}: {what} is not possible while another thread records a graph; wait until its \
+                     `Graph::capture` returns",
+                    self.ordinal
+                )));
+            }
+            thread::sleep(LOOK);
         }
-        Ok(pass)
     }
 
     /// Like [`CudaDevice::enter`], but for work that cannot be part of a graph.
@@ -103,11 +123,20 @@ impl CudaDevice {
         }
     }
 
-    /// Makes this thread the recording one.
+    /// Makes this thread the recording one. `patient`: waits for the recording of another thread, and lets the calls of other
+    /// threads wait for this one.
     ///
     /// Errors: this or another thread is already recording.
-    pub(super) fn begin_recording(&self) -> Result<()> {
-        let free = self.gate.recorder.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed);
+    pub(super) fn begin_recording(&self, patient: bool) -> Result<()> {
+        let begin = || self.gate.recorder.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed);
+        let (mut free, since) = (begin(), Instant::now());
+        while patient && free.is_err_and(|recorder| recorder != this_thread()) && since.elapsed() < RECORDING {
+            thread::sleep(LOOK);
+            free = begin();
+        }
+        if free.is_ok() {
+            self.gate.patient.store(patient, Ordering::Relaxed);
+        }
         free.map(drop).map_err(|recorder| {
             error(match recorder == this_thread() {
                 true => "a graph cannot be recorded while recording another".into(),

@@ -15,9 +15,14 @@ use crate::{
     device::gpu::{Memory, Replay},
 };
 
-/// Implements [`Gpu::record`](crate::device::Gpu::record).
-pub(super) fn record(device: &'static CudaDevice, f: &mut dyn FnMut(bool) -> Result<()>) -> Result<Box<dyn Replay>> {
-    let recording = Recording::begin(device)?;
+/// Implements [`Gpu::record`](crate::device::Gpu::record) and
+/// [`Gpu::record_patiently`](crate::device::Gpu::record_patiently).
+pub(super) fn record(
+    device: &'static CudaDevice,
+    patient: bool,
+    f: &mut dyn FnMut(bool) -> Result<()>,
+) -> Result<Box<dyn Replay>> {
+    let recording = Recording::begin(device, patient)?;
     recording.warm(|| f(false))?;
     let captured = recording.capture(|| f(true))?;
     Ok(Box::new(recording.finish(captured)?))
@@ -31,6 +36,10 @@ struct Executable {
     tables: Vec<Arc<dyn Memory>>,
     device: &'static CudaDevice,
 }
+
+// SAFETY: the driver's calls work from any thread in which the device's context is bound, as each of them does first;
+// the handle is this value's alone, which is used by one thread at a time since it is not `Sync`.
+unsafe impl Send for Executable {}
 
 impl Replay for Executable {
     fn replay(&self) -> Result<()> {
@@ -94,8 +103,8 @@ struct Recording {
 
 impl Recording {
     /// Begins a recording. Tensors still use the pool's common blocks.
-    fn begin(device: &'static CudaDevice) -> Result<Self> {
-        device.begin_recording()?;
+    fn begin(device: &'static CudaDevice, patient: bool) -> Result<Self> {
+        device.begin_recording(patient)?;
         *device.graph_tables() = GraphTables::default();
         Ok(Self { device, open: true })
     }

@@ -8,6 +8,7 @@ mod compile;
 mod epilogues;
 mod gate;
 mod graph;
+mod landing;
 mod libraries;
 mod memory;
 mod nccl;
@@ -37,7 +38,7 @@ use cudarc::driver::{
 use super::{
     Device, MemoryStats, Transfers,
     faults::FAULT_WORDS,
-    gpu::{Address, Gpu, Kernel, Limits, Memory, Replay},
+    gpu::{Address, Gpu, Kernel, Limits, Memory, ReadBack, Replay},
     kernels::{KernelSource, LAB_SOURCES, Parameter, SIGNATURES, Signature},
     launch::{Arg, Gemm, Grid},
     source::Source,
@@ -69,6 +70,8 @@ pub struct CudaDevice {
     graph_tables: Mutex<tables::GraphTables>,
     gate: gate::Gate,
     staging: Mutex<staging::Staging>,
+    /// Memory for copies from the device that nobody waits for yet.
+    landings: Mutex<Vec<landing::Landing>>,
     launches: AtomicU64,
     uploads: AtomicU64,
     read_backs: AtomicU64,
@@ -160,6 +163,7 @@ impl CudaDevice {
             graph_tables: Mutex::default(),
             gate: gate::Gate::default(),
             staging: Mutex::default(),
+            landings: Mutex::default(),
             launches: AtomicU64::new(0),
             uploads: AtomicU64::new(0),
             read_backs: AtomicU64::new(0),
@@ -365,6 +369,10 @@ unsafe impl Gpu for CudaDevice {
         self.read_back_at(from.get(), to)
     }
 
+    fn read_back_later(&'static self, from: Address, bytes: usize) -> Result<Box<dyn ReadBack>> {
+        self.read_back_later_at(from.get(), bytes)
+    }
+
     fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
         self.copy_at(to.get(), from.get(), bytes)
     }
@@ -466,7 +474,11 @@ unsafe impl Gpu for CudaDevice {
     }
 
     fn record(&'static self, f: &mut dyn FnMut(bool) -> Result<()>) -> Result<Box<dyn Replay>> {
-        graph::record(self, f)
+        graph::record(self, false, f)
+    }
+
+    fn record_patiently(&'static self, f: &mut dyn FnMut(bool) -> Result<()>) -> Result<Box<dyn Replay>> {
+        graph::record(self, true, f)
     }
 }
 

@@ -75,6 +75,8 @@ impl CudaDevice {
         name: &str,
         values: &mut dyn FnMut() -> Result<Vec<i64>>,
     ) -> Result<Arc<dyn Memory>> {
+        // A thread that waits for a capture below would hold the lock meanwhile.
+        drop(self.enter("an upload")?);
         let mut constants = self.constants.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(constant) = constants.get(name) {
             return Ok(constant);
@@ -95,6 +97,7 @@ impl CudaDevice {
         if self.phase() != Phase::Eager {
             return self.table_of_graph(values);
         }
+        drop(self.enter("an upload")?);
         let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((known, table)) = tables.get_mut(name) {
             if *known == values {

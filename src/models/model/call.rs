@@ -51,7 +51,7 @@ impl Model {
     pub(super) fn check_recycled(&self, call: &Call) -> Result<()> {
         let recycles = self.net().is_some_and(|net| matches!(net.plan().recurrence, Recurrence::Recycled(_)));
         ensure!(
-            !recycles || call.recycle_steps.is_some() || dropout_stream().is_some(),
+            !recycles || call.recycle_steps.is_some() || dropout_stream("recycle_steps").is_some(),
             Error::argument("recycle_steps", "is missing: only training draws it")
         );
         Ok(())

@@ -210,7 +210,7 @@ fn competed(scores: &Tensor, dropped: Option<&Tensor>) -> Result<Tensor> {
 /// they would be infinite, and the weights of a row without keys NaN.
 fn noisy(scores: &Tensor, divisor: f64, lowest: &Tensor) -> Result<Tensor> {
     let kept = scores.detach().gt(lowest)?;
-    let scores = match dropout_stream() {
+    let scores = match dropout_stream("gumbel_softmax") {
         Some(draws) => {
             let noise = |at: usize| -libm::log(-libm::log(draws.uniform(at as u64).max(f64::MIN_POSITIVE)));
             scores.add(&Tensor::generate(*scores.shape(), scores.dtype(), scores.device(), noise)?)?

@@ -268,10 +268,16 @@ impl<'a> Call<'a> {
     }
 
     /// Returns the last inputs of every kernel: masks and biases.
-    fn inputs(&self) -> Result<[Arg; 6]> {
-        let Problem { mask, query_mask, key_mask, bias, .. } = self.problem;
+    fn inputs(&self) -> Result<[Arg; 7]> {
+        let Problem { mask, query_mask, key_mask, bias, dropout, .. } = self.problem;
         let [mask, bias] = [mask, bias].map(|x| x.as_ref().map(Storage));
-        Ok(*args![mask, query_mask.as_ref(), key_mask.as_ref(), bias, self.curves.as_ref(), self.sinks.as_ref()])
+        let [mask, query_mask, key_mask, bias, curves, sinks] =
+            *args![mask, query_mask.as_ref(), key_mask.as_ref(), bias, self.curves.as_ref(), self.sinks.as_ref()];
+        let seed_at = match dropout {
+            Some(dropout) => dropout.stream.seed_at(self.gpu)?,
+            None => args![None::<&Tensor>][0],
+        };
+        Ok([mask, query_mask, key_mask, bias, curves, sinks, seed_at])
     }
 
     /// Returns the last values of every kernel: the rest of the struct `Spec` of `kernels/attention.cuh`.
@@ -283,8 +289,8 @@ impl<'a> Call<'a> {
         let expanded = |x: &Option<Tensor>| x.as_ref().map_or(*problem.q.layout(), |x| x.layout().expand(scores));
         let (mask, bias): (Layout, Layout) = (expanded(&problem.mask), expanded(&problem.bias));
         let masked = problem.key_mask.as_ref().map_or(keys, |mask| mask.shape()[1]);
-        let (seed, stream, threshold, factor) = problem.dropout.map_or((0, 0, 0, 1.0), |dropout| {
-            (dropout.stream.seed(), dropout.stream.stream(), dropout.threshold, dropout.factor)
+        let (seed, stream, threshold, factor) = problem.dropout.as_ref().map_or((0, 0, 0, 1.0), |dropout| {
+            (dropout.stream.random.seed(), dropout.stream.random.stream(), dropout.threshold, dropout.factor)
         });
         let first = args![
             &mask,
@@ -356,10 +362,6 @@ impl Terms {
 
 /// Writes the output and the values kept for the backward pass; neither is empty. See `cpu::forward`.
 pub(super) fn forward(gpu: &'static dyn Gpu, problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {
-    if problem.dropout.is_some() {
-        // A replayed graph would draw the same mask every time.
-        gpu.refuse_while_capturing("dropout")?;
-    }
     let call = Call::new(gpu, problem)?;
     let Call { q, k, v, .. } = &call;
     let sizes = &problem.sizes;

@@ -16,7 +16,7 @@ mod window;
 
 use crate::{
     DType, Device, Error, Philox, Result, Tensor,
-    autograd::{Backward, InputGrads, dropout_stream, needs, record},
+    autograd::{Backward, InputGrads, MaskStream, mask_stream, needs, record},
     device::size32,
     error::ensure,
     profile::{self, BackwardCost, Cost},
@@ -142,7 +142,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
         softclamp: spec.softclamp,
         sink: spec.sink.map(|sink| sink.detach().contiguous()).transpose()?,
         dropout: if spec.dropout > 0.0 {
-            dropout_stream().map(|stream| Dropout::new(stream, spec.dropout))
+            mask_stream(q.device())?.map(|stream| Dropout::new(stream, spec.dropout))
         } else {
             None
         },
@@ -363,16 +363,16 @@ fn expect_padding(name: &str, mask: &Tensor, batch: usize, lengths: &[usize]) ->
 }
 
 /// Dropout mask of the weights: a function of the position in `[batch, heads, query, key]`.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Dropout {
-    stream: Philox,
+    stream: MaskStream,
     threshold: u64,
     /// Factor of a kept weight: `1 / (1 − p)`.
     factor: f64,
 }
 
 impl Dropout {
-    fn new(stream: Philox, p: f64) -> Self {
+    fn new(stream: MaskStream, p: f64) -> Self {
         // With p = 1 nothing is kept.
         let factor = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
         Self { stream, threshold: Philox::drop_threshold(p), factor }

@@ -148,7 +148,7 @@ impl<'a, A: Real + Multiply> Tiles<'a, A> {
             unbiased: problem.unbiased,
             softclamp: problem.softclamp.map(<A as Float>::from_f64),
             sinks: problem.sink.as_ref().map(Tensor::to_f64_vec).transpose()?,
-            dropout: problem.dropout,
+            dropout: problem.dropout.clone(),
         })
     }
 
@@ -280,7 +280,7 @@ impl<'a, A: Real + Multiply> Tiles<'a, A> {
 
     /// Returns the factor of a kept weight.
     pub fn dropout_factor(&self) -> A {
-        self.dropout.map_or(A::ONE, |dropout| <A as Float>::from_f64(dropout.factor))
+        self.dropout.as_ref().map_or(A::ONE, |dropout| <A as Float>::from_f64(dropout.factor))
     }
 
     /// Writes the dropout factors of one query's weights, `kept` or 0; leaves them unchanged without dropout.
@@ -288,7 +288,7 @@ impl<'a, A: Real + Multiply> Tiles<'a, A> {
         let Some(dropout) = &self.dropout else { return };
         let Sizes { heads, queries, keys, .. } = self.sizes;
         let first = (((at.batch * heads + at.head) * queries + at.query + row) * keys + at.key) as u64;
-        keep_factors(dropout.stream, first, dropout.threshold, kept, &mut factors[..at.keys]);
+        keep_factors(dropout.stream.random, first, dropout.threshold, kept, &mut factors[..at.keys]);
     }
 
     /// Applies dropout to the weights of a tile, multiplying what is kept.

@@ -19,6 +19,14 @@ pub trait Batch: Send + Sized + 'static {
     /// Returns the number of targets, for reports of speed: predicted tokens, or classified images.
     fn targets(&self) -> u64;
 
+    /// Calls `f` with every tensor, in a fixed order, and returns `true` if losses depend on nothing else of the batch: then a
+    /// recorded graph can take the tensors of another batch of the same shapes. Default: `false`, for steps that are not
+    /// recorded.
+    fn visit_tensors(&mut self, f: &mut dyn FnMut(&mut Tensor)) -> bool {
+        let _ = f;
+        false
+    }
+
     /// Joins batches along their rows; rows of tokens are padded to the longest.
     ///
     /// Errors: an empty list; shapes that differ otherwise; out of memory.
@@ -319,6 +327,13 @@ impl Batch for TokenBatch {
 
     fn targets(&self) -> u64 {
         self.targets
+    }
+
+    fn visit_tensors(&mut self, f: &mut dyn FnMut(&mut Tensor)) -> bool {
+        let Self { tokens, loss_mask, documents, positions, .. } = self;
+        f(tokens);
+        [loss_mask, documents, positions].into_iter().flatten().for_each(f);
+        true
     }
 
     fn concat(parts: &[Self]) -> Result<Self> {

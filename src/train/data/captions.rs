@@ -37,6 +37,11 @@ impl Batch for CaptionBatch {
         self.captions.targets()
     }
 
+    fn visit_tensors(&mut self, f: &mut dyn FnMut(&mut Tensor)) -> bool {
+        f(&mut self.images);
+        self.captions.visit_tensors(f)
+    }
+
     fn concat(parts: &[Self]) -> Result<Self> {
         let captions = parts.iter().map(|part| part.captions.clone()).collect_vec();
         let images = Tensor::cat(&parts.iter().map(|part| &part.images).collect_vec(), 0)?;

@@ -121,6 +121,11 @@ impl Batch for GroupBatch {
         self.tokens.shape()[0] as u64
     }
 
+    fn visit_tensors(&mut self, f: &mut dyn FnMut(&mut Tensor)) -> bool {
+        [&mut self.tokens, &mut self.mask].into_iter().chain(&mut self.scores).for_each(f);
+        true
+    }
+
     fn concat(parts: &[Self]) -> Result<Self> {
         let width = parts.iter().map(|part| part.tokens.shape()[2]).max().unwrap_or(0);
         let joined = |of: &dyn Fn(&Self) -> &Tensor| {

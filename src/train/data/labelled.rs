@@ -124,6 +124,11 @@ impl Batch for LabelledBatch {
         self.labels.numel() as u64
     }
 
+    fn visit_tensors(&mut self, f: &mut dyn FnMut(&mut Tensor)) -> bool {
+        [&mut self.tokens, &mut self.mask, &mut self.labels].into_iter().for_each(f);
+        true
+    }
+
     fn concat(parts: &[Self]) -> Result<Self> {
         let joined = |of: &dyn Fn(&Self) -> &Tensor| cat_padded(&parts.iter().map(of).collect_vec());
         let labels = Tensor::cat(&parts.iter().map(|part| &part.labels).collect_vec(), 0)?;

@@ -62,6 +62,11 @@ impl Batch for ImageBatch {
         self.labels.numel() as u64
     }
 
+    fn visit_tensors(&mut self, f: &mut dyn FnMut(&mut Tensor)) -> bool {
+        [&mut self.images, &mut self.labels].into_iter().for_each(f);
+        true
+    }
+
     fn concat(parts: &[Self]) -> Result<Self> {
         let joined = |of: &dyn Fn(&Self) -> &Tensor| Tensor::cat(&parts.iter().map(of).collect_vec(), 0);
         Self::new(joined(&|part| &part.images)?, joined(&|part| &part.labels)?)

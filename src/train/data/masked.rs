@@ -63,6 +63,11 @@ impl Batch for MaskedBatch {
         self.labels.numel() as u64
     }
 
+    fn visit_tensors(&mut self, f: &mut dyn FnMut(&mut Tensor)) -> bool {
+        [&mut self.tokens, &mut self.positions, &mut self.labels].into_iter().for_each(f);
+        true
+    }
+
     fn concat(parts: &[Self]) -> Result<Self> {
         let mut before = 0;
         let mut positions = Vec::new();

@@ -45,6 +45,12 @@ impl Batch for PairBatch {
         self.target.targets()
     }
 
+    fn visit_tensors(&mut self, f: &mut dyn FnMut(&mut Tensor)) -> bool {
+        f(&mut self.source);
+        f(&mut self.source_mask);
+        self.target.visit_tensors(f)
+    }
+
     fn concat(parts: &[Self]) -> Result<Self> {
         let joined = |of: &dyn Fn(&Self) -> &Tensor| cat_padded(&parts.iter().map(of).collect_vec());
         let targets = parts.iter().map(|part| part.target.clone()).collect_vec();

@@ -6,7 +6,7 @@ mod groups;
 mod hyperparameters;
 mod muon;
 
-use std::{collections::BTreeMap, fmt};
+use std::{any::Any, collections::BTreeMap, fmt};
 
 use serde_json::Value;
 
@@ -99,6 +99,11 @@ pub trait Optimizer: fmt::Debug + Send + Sync {
         false
     }
 
+    /// Returns the optimizer as an AdamW, whose steps graphs of a GPU can hold. Default `None`.
+    fn as_adamw(&mut self) -> Option<&mut AdamW> {
+        None
+    }
+
     /// Returns the optimizer, if its state is divided among ranks. Default `None`.
     fn sharded(&self) -> Option<&Sharded> {
         None
@@ -174,6 +179,10 @@ macro_rules! optimizers {
             fn is_elementwise(&self) -> bool {
                 use OptimizerOptions as Of;
                 matches!(Of::$name(self.options), Of::AdamW(_) | Of::Sgd(_) | Of::Lion(_))
+            }
+
+            fn as_adamw(&mut self) -> Option<&mut AdamW> {
+                (self as &mut dyn Any).downcast_mut()
             }
         }
     )*

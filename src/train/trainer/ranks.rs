@@ -83,6 +83,18 @@ pub(super) struct Part {
     pub targets: u64,
 }
 
+impl Part {
+    /// Sums losses times weights, weights and targets of micro-batches in their order.
+    pub fn of(parts: &[[f64; 3]]) -> Self {
+        let counted = || parts.iter().filter(|[_, weight, _]| *weight != 0.0);
+        Self {
+            loss: counted().map(|[loss, ..]| loss).sum(),
+            weight: counted().fold(0.0, |sum, [_, weight, _]| sum + weight),
+            targets: counted().map(|[_, _, targets]| *targets as u64).sum(),
+        }
+    }
+}
+
 impl Ranks {
     pub fn resumed() -> Self {
         Self { resumed: true, ..Self::default() }
@@ -95,6 +107,12 @@ impl Ranks {
 
     fn communicator(&self) -> Option<&Arc<dyn Communicator>> {
         self.reducer.as_ref().map(Reducer::ranks)
+    }
+
+    /// Returns `true` if there are several ranks.
+    #[cfg(feature = "cuda")]
+    pub fn exchanges(&self) -> bool {
+        self.communicator().is_some()
     }
 
     fn place(&self) -> [u64; 2] {
@@ -333,12 +351,7 @@ impl<M: TrainModel> Trainer<M> {
             let part = |bytes: &[u8]| [0, 8, 16].map(|at| value(&bytes[at..]));
             parts = (0..rounds).flat_map(|round| of_round(round).map(part).collect_vec()).collect_vec();
         }
-        let counted = || parts.iter().filter(|[_, weight, _]| *weight != 0.0);
-        Ok(Part {
-            loss: counted().map(|[loss, ..]| loss).sum(),
-            weight: counted().fold(0.0, |sum, [_, weight, _]| sum + weight),
-            targets: counted().map(|[_, _, targets]| *targets as u64).sum(),
-        })
+        Ok(Part::of(&parts))
     }
 
     /// Returns `true` if this rank computes the number at an index: one in turn.
