@@ -93,6 +93,13 @@ pub struct DropPlan {
     pub cross_attn_tokens: f64,
 }
 
+impl DropPlan {
+    /// Returns the probability of leaving out the sublayer of this number.
+    pub(crate) fn of(&self, module: usize) -> f64 {
+        self.layers.get(module).or(self.layers.first()).copied().unwrap_or(0.0)
+    }
+}
+
 /// Position schemes of self-attention; absolute embeddings belong to the wrappers.
 #[derive(Clone, PartialEq, Debug, Default)]
 #[non_exhaustive]

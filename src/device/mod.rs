@@ -229,6 +229,8 @@ impl fmt::Debug for Device {
 pub(crate) enum Buffer {
     Cpu(CpuBuffer),
     Gpu(GpuBuffer),
+    /// Elements that other ranks have.
+    Absent,
 }
 
 impl Buffer {
@@ -243,7 +245,7 @@ impl Buffer {
     /// Returns `true` if no other handle of its memory exists.
     pub fn is_unique(&mut self) -> bool {
         match self {
-            Self::Cpu(_) => true,
+            Self::Cpu(_) | Self::Absent => true,
             Self::Gpu(buffer) => buffer.is_unique(),
         }
     }

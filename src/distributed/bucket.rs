@@ -1,8 +1,12 @@
 //! Parameters whose gradients are summed together, and the part of them that each rank adds.
 
 use crate::{
-    DType, Device, Gradients, Param, ParamMap, Result, Tensor, collect::CollectVec, ops::adamw::CHUNK, sort::sort_by,
+    DType, Device, Gradients, Param, ParamMap, Result, Tensor, collect::CollectVec, ops::adamw::CHUNK,
+    ordered::OrderedMap, sort::sort_by, tensor::LeafId,
 };
+
+/// Number of the block of each parameter that is divided among the ranks, in stage 3 of ZeRO.
+pub(crate) type Homes = OrderedMap<LeafId, usize>;
 
 /// Parameters of one dtype and device. Their elements, one after another, are cut into a part for each rank: at
 /// multiples of [`CHUNK`] within a parameter, so that norms over parts have the sums of norms over whole parameters.
@@ -12,6 +16,8 @@ pub(crate) struct Bucket {
     /// Dtype of the parameters; their gradients are summed in its accumulator.
     pub dtype: DType,
     pub device: Device,
+    /// Block of all its parameters, if each rank has only its part of them.
+    pub block: Option<usize>,
     /// Pieces of each rank.
     pub parts: Vec<Vec<Piece>>,
     /// Elements of the largest part, to which the others are padded.
@@ -27,18 +33,22 @@ pub(crate) struct Piece {
 }
 
 impl Bucket {
-    /// Cuts parameters into buckets. The last parameters come first, as their gradients do.
-    pub fn all(params: &ParamMap, ranks: usize, most: usize) -> Vec<Self> {
+    /// Cuts parameters into buckets. The last parameters come first, as their gradients do. A block has a bucket of its
+    /// own, before the rest, parts of which are complete only at the end of a backward pass.
+    pub fn all(params: &ParamMap, ranks: usize, most: usize, homes: &Homes) -> Vec<Self> {
         let mut unique = params.unique().map(|(name, param)| (name.to_string(), param.clone())).collect_vec();
-        sort_by(&mut unique, |a, b| b.1.leaf().cmp(&a.1.leaf()));
+        let outside = |param: &Param| !homes.contains_key(&param.leaf());
+        sort_by(&mut unique, |a, b| (outside(&a.1), b.1.leaf()).cmp(&(outside(&b.1), a.1.leaf())));
         let mut buckets: Vec<Self> = Vec::new();
         // Bucket of each kind that is being filled.
         let mut open: Vec<(usize, usize)> = Vec::new();
         for (name, param) in unique {
             let value = param.tensor();
+            let block = homes.get(&param.leaf()).copied();
+            let alike =
+                |bucket: &Self| (bucket.dtype, &bucket.device, bucket.block) == (value.dtype(), value.device(), block);
             let fits = |&&mut (at, elements): &&mut (usize, usize)| {
-                (buckets[at].dtype, &buckets[at].device) == (value.dtype(), value.device())
-                    && elements + value.numel() <= most
+                alike(&buckets[at]) && (block.is_some() || elements + value.numel() <= most)
             };
             let at = match open.iter_mut().find(fits) {
                 Some((at, elements)) => {
@@ -46,10 +56,10 @@ impl Bucket {
                     *at
                 }
                 None => {
-                    open.retain(|&(at, _)| (buckets[at].dtype, &buckets[at].device) != (value.dtype(), value.device()));
+                    open.retain(|&(at, _)| !alike(&buckets[at]));
                     open.push((buckets.len(), value.numel()));
                     let (dtype, device) = (value.dtype(), value.device().clone());
-                    buckets.push(Self { params: Vec::new(), dtype, device, parts: Vec::new(), len: 0 });
+                    buckets.push(Self { params: Vec::new(), dtype, device, block, parts: Vec::new(), len: 0 });
                     buckets.len() - 1
                 }
             };
@@ -200,9 +210,17 @@ mod tests {
         for (name, size) in [("a", 1), ("b", 9), ("c", 1), ("d", 20), ("e", 3)] {
             store.param(name, [size], Init::Constant(0.0))?;
         }
-        let buckets = Bucket::all(&store.params(), 2, 10);
-        let names = |bucket: &Bucket| bucket.params.iter().map(|(name, _)| name.as_str()).collect::<String>();
-        assert_eq!(buckets.iter().map(names).collect::<Vec<_>>(), ["e", "d", "cb", "a"]);
+        let params = store.params();
+        let names = |homes: &Homes| {
+            let buckets = Bucket::all(&params, 2, 10, homes);
+            let of = |bucket: &Bucket| bucket.params.iter().map(|(name, _)| name.as_str()).collect::<String>();
+            buckets.iter().map(of).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&Homes::default()), ["e", "d", "cb", "a"]);
+        // Blocks are first, and whole.
+        let home = |(name, block)| Some((params.get(name)?.leaf(), block));
+        let homes = [("b", 7), ("d", 7), ("a", 3)].into_iter().filter_map(home).collect();
+        assert_eq!(names(&homes), ["db", "a", "ec"]);
         Ok(())
     }
 }

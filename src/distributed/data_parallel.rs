@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Communicator,
+    Communicator, Homes,
     reducer::{BUCKET, Reducer},
 };
 use crate::{
@@ -66,7 +66,7 @@ impl DataParallel {
             *tensor = ranks.broadcast(tensor, 0)?;
         }
         params.load(&state)?;
-        let reducer = Mutex::new(Reducer::new(params, ranks.clone(), false, BUCKET)?);
+        let reducer = Mutex::new(Reducer::new(params, ranks.clone(), false, BUCKET, &Homes::default())?);
         Ok(Self { ranks, reducer })
     }
 

@@ -1,7 +1,7 @@
 //! Training by several processes: collective operations, and sums of gradients over ranks.
 //!
-//! A program is launched once for each rank, by `torchrun` or `mpirun` for instance. Every rank has the whole model and a part of
-//! each batch; [`DataParallel`] starts all from the same weights and sums their gradients, so that they stay equal.
+//! A program is launched once for each rank, by `torchrun` or `mpirun` for instance. Every rank has the whole model, or its part in
+//! stage 3 of ZeRO, and a part of each batch; [`DataParallel`] starts all from the same weights and sums their gradients, so that they stay equal.
 
 mod bucket;
 mod communicator;
@@ -20,9 +20,9 @@ pub use self::mpi::Mpi;
 #[cfg(feature = "cuda")]
 pub use self::nccl::Nccl;
 pub(crate) use self::{
-    bucket::{Bucket, Piece},
+    bucket::{Bucket, Homes, Piece},
     data_parallel::agree,
-    reducer::{BUCKET, Reducer, Sums},
+    reducer::{BUCKET, Gatherer, Gathering, Reducer, Sums},
 };
 pub use self::{
     communicator::{Alone, Communicator},

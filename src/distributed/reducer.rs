@@ -3,12 +3,15 @@
 use std::{
     sync::{
         Arc,
-        mpsc::{Sender, SyncSender, channel, sync_channel},
+        mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
     },
     thread::{Builder, JoinHandle},
 };
 
-use super::{Communicator, bucket::Bucket};
+use super::{
+    Communicator,
+    bucket::{Bucket, Homes},
+};
 use crate::{
     Device, Error, Gradients, ParamMap, Result, Tape, Tensor, autograd::LeafDone, collect::CollectVec,
     ordered::OrderedMap, tensor::LeafId,
@@ -33,6 +36,8 @@ pub(crate) struct Reducer {
     given: usize,
     /// If `true`, buckets are given away while the backward pass runs.
     eager: bool,
+    /// If `true`, this rank's gradients do not count.
+    mute: bool,
     adding: Adding,
 }
 
@@ -51,9 +56,15 @@ enum Adding {
 }
 
 impl Reducer {
-    /// `overlap`: add while the backward pass runs. `most`: elements of a bucket.
-    pub fn new(params: &ParamMap, ranks: Arc<dyn Communicator>, overlap: bool, most: usize) -> Result<Self> {
-        let buckets = Arc::new(Bucket::all(params, ranks.size(), most));
+    /// `overlap`: add while the backward pass runs. `most`: elements of a bucket. `homes`: parameters that are divided.
+    pub fn new(
+        params: &ParamMap,
+        ranks: Arc<dyn Communicator>,
+        overlap: bool,
+        most: usize,
+        homes: &Homes,
+    ) -> Result<Self> {
+        let buckets = Arc::new(Bucket::all(params, ranks.size(), most, homes));
         let places = buckets.iter().enumerate().flat_map(|(bucket, Bucket { params, .. })| {
             params.iter().enumerate().map(move |(at, (_, param))| (param.leaf(), (bucket, at)))
         });
@@ -71,7 +82,7 @@ impl Reducer {
         let reached = buckets.iter().map(|bucket| vec![0; of_params(bucket)]).collect_vec();
         let missing = buckets.iter().map(of_params).collect_vec();
         let eager = matches!(adding, Adding::Thread(_));
-        Ok(Self { ranks, buckets, places, reached, missing, given: 0, eager, adding })
+        Ok(Self { ranks, buckets, places, reached, missing, given: 0, eager, mute: false, adding })
     }
 
     /// Gives buckets away while the backward pass runs, even if the pass waits for their sums: gradients take less
@@ -89,6 +100,24 @@ impl Reducer {
 
     pub fn buckets(&self) -> &Arc<Vec<Bucket>> {
         &self.buckets
+    }
+
+    /// Returns a way to gather tensors in turn with the sums.
+    pub fn gatherer(&self) -> Gatherer {
+        let orders = match &self.adding {
+            Adding::Caller(_) => None,
+            Adding::Thread(worker) => worker.orders.clone(),
+        };
+        Gatherer { ranks: self.ranks.clone(), orders }
+    }
+
+    /// Runs the backward pass of a round whose gradients do not count: this rank has no batch, but takes part in what is
+    /// exchanged during a pass.
+    pub fn backward_muted(&mut self, tape: &mut Tape, output: &Tensor, cotangent: &Tensor) -> Result<()> {
+        self.mute = true;
+        let done = self.backward(tape, output, cotangent);
+        self.mute = false;
+        done
     }
 
     /// Runs the backward pass of a round. Buckets may be given away as soon as they are complete.
@@ -113,6 +142,13 @@ impl Reducer {
 
     fn give(&mut self, grads: &mut Gradients) -> Result<()> {
         let bucket = &self.buckets[self.given];
+        let mut none = Gradients::default();
+        let grads = if self.mute {
+            bucket.params.iter().for_each(|(_, param)| drop(grads.take(param.leaf())));
+            &mut none
+        } else {
+            grads
+        };
         for ((_, param), reached) in bucket.params.iter().zip(&mut self.reached[self.given]) {
             *reached |= u8::from(grads.param(param).is_some());
         }
@@ -246,6 +282,8 @@ struct Worker {
 }
 
 enum Order {
+    End,
+    Gather(Tensor, Sender<Result<Tensor>>),
     Add(usize, Tensor),
     Take(Sender<Result<Vec<Option<Tensor>>>>),
 }
@@ -258,6 +296,10 @@ impl Worker {
             let mut failed = None;
             while let Ok(order) = asked.recv() {
                 match order {
+                    Order::End => break,
+                    Order::Gather(part, answer) => {
+                        let _ = answer.send(adder.ranks.all_gather(&part));
+                    }
                     // Other ranks wait for every bucket, but there is nothing to give them any more.
                     Order::Add(bucket, flat) => failed = failed.take().or_else(|| adder.add(bucket, &flat).err()),
                     Order::Take(answer) => {
@@ -291,6 +333,43 @@ impl Worker {
     }
 }
 
+/// Gathers tensors in turn with the sums of a [`Reducer`]: by its thread, if it has one.
+pub(crate) struct Gatherer {
+    ranks: Arc<dyn Communicator>,
+    orders: Option<SyncSender<Order>>,
+}
+
+/// Tensor that is being gathered.
+pub(crate) enum Gathering {
+    Done(Tensor),
+    Awaited(Receiver<Result<Tensor>>),
+}
+
+impl Gatherer {
+    /// Returns `true` if [`Gatherer::start`] does not wait for the other ranks.
+    pub fn is_ahead(&self) -> bool {
+        self.orders.is_some()
+    }
+
+    /// Begins to gather the parts of all ranks: `[len] → [ranks · len]`.
+    pub fn start(&self, part: Tensor) -> Result<Gathering> {
+        let Some(orders) = &self.orders else { return self.ranks.all_gather(&part).map(Gathering::Done) };
+        let (answer, all) = channel();
+        orders.send(Order::Gather(part, answer)).map_err(|_| ended())?;
+        Ok(Gathering::Awaited(all))
+    }
+}
+
+impl Gathering {
+    /// Waits for the other ranks.
+    pub fn finish(self) -> Result<Tensor> {
+        match self {
+            Self::Done(all) => Ok(all),
+            Self::Awaited(all) => all.recv().unwrap_or_else(|_| Err(ended())),
+        }
+    }
+}
+
 fn ended() -> Error {
     Error::argument("ranks", "the thread that sums gradients has ended: it panicked")
 }
@@ -299,7 +378,10 @@ impl Drop for Worker {
     /// Waits for the thread, which holds the ranks: those of MPI end on the thread that began them. After an error in
     /// the middle of a step other ranks may never answer it.
     fn drop(&mut self) {
-        self.orders = None;
+        if let Some(orders) = self.orders.take() {
+            // A thread that has ended by itself takes no orders, and one whose queue is full may wait forever.
+            let _ = orders.try_send(Order::End);
+        }
         if let Some(thread) = self.thread.take().filter(|_| !self.busy) {
             let _ = thread.join();
         }

@@ -12,6 +12,7 @@ use crate::{
     config::{BranchPlan, LayerPlan},
     error::{ErrorContext, ensure},
     ops::PositionBias,
+    params::Block,
 };
 
 /// One sublayer.
@@ -23,6 +24,7 @@ pub(super) struct Layer {
     wrap: Wrap,
     function: Function,
     residual: Residual,
+    block: Block,
 }
 
 /// The function of a sublayer.
@@ -52,6 +54,7 @@ impl Layer {
         norms_memories: bool,
         rotary: Option<&Rotation>,
         store: &ParamStore,
+        may_be_skipped: bool,
         custom: impl FnOnce(&ParamStore) -> Result<Option<Arc<dyn Branch>>>,
     ) -> Result<Self> {
         let norm =
@@ -72,7 +75,9 @@ impl Layer {
             }
         };
         let residual = Residual::new(plan.residual, dim, &store.at(2))?;
-        Ok(Self { norms: [norm(0)?, norm(1)?, norm(2)?], norms_memories, wrap, function, residual })
+        let norms = [norm(0)?, norm(1)?, norm(2)?];
+        let block = store.block(may_be_skipped);
+        Ok(Self { norms, norms_memories, wrap, function, residual, block })
     }
 
     /// Returns the branch if it is a custom one.
@@ -99,6 +104,8 @@ impl Layer {
         input: &AttentionInput,
         mut decode: Option<Decode<'_>>,
     ) -> Result<LayerOutput> {
+        // The tape keeps the weights that the backward pass needs: those of one block, as a checkpoint's segment.
+        let _weights = self.block.hold()?;
         let condition = input.condition.as_ref();
         let (stream, hyper) = match self.residual.hyper() {
             Some(hyper) => {

@@ -109,7 +109,8 @@ impl AttentionLayers {
         let mut layer = |(index, layer): (usize, &LayerPlan)| {
             let custom = |store: &ParamStore| branches(index, layer, store);
             let place = store.at("layers").at(index);
-            Layer::new(layer, plan.dim, plan.norms_memories, rotary.as_ref(), &place, custom)
+            let dropped = plan.drops.of(index) > 0.0;
+            Layer::new(layer, plan.dim, plan.norms_memories, rotary.as_ref(), &place, dropped, custom)
         };
         let count = plan.modules.len() + plan.idle.len();
         let mut modules = Vec::with_capacity(count);
@@ -385,8 +386,7 @@ impl AttentionLayers {
     /// Returns `true` if training leaves this module out, by a draw from the tape (stochastic depth, Huang et al.,
     /// <https://arxiv.org/abs/1603.09382>).
     fn drops(&self, module: usize) -> bool {
-        let probabilities = &self.plan.drops.layers;
-        let probability = probabilities.get(module).or(probabilities.first()).copied().unwrap_or(0.0);
+        let probability = self.plan.drops.of(module);
         probability > 0.0 && dropout_stream("layer_dropout").is_some_and(|draws| draws.uniform(0) < probability)
     }
 

@@ -9,6 +9,7 @@ use std::{
     },
 };
 
+mod block;
 mod init;
 
 use crate::{
@@ -23,6 +24,7 @@ use crate::{
     tensor::{GradSlot, LeafId, Tensor},
 };
 
+pub(crate) use block::{Block, Keeper};
 pub use init::Init;
 
 /// Trainable tensor. Clones share it: a tied weight is one parameter under two names.
@@ -88,8 +90,14 @@ impl Param {
 
     /// Replaces the value.
     ///
-    /// Errors: another shape, dtype or device.
+    /// Errors: another shape, dtype or device; a parameter that is divided among ranks (ZeRO 3).
     pub fn set(&self, value: Tensor) -> Result<()> {
+        ensure!(!self.read().is_absent(), Tensor::not_here());
+        self.replace(value)
+    }
+
+    /// Replaces the value, also of a parameter that is divided among ranks.
+    pub(crate) fn replace(&self, value: Tensor) -> Result<()> {
         let mut old = self.lock();
         ensure!(
             old.shape() == value.shape() && old.dtype() == value.dtype() && old.device() == value.device(),
@@ -182,9 +190,15 @@ impl fmt::Debug for Buffer {
 pub struct ParamMap {
     params: OrderedMap<String, Param>,
     buffers: OrderedMap<String, Buffer>,
+    blocks: Vec<Block>,
 }
 
 impl ParamMap {
+    /// Returns the blocks of layers, in the order of their creation.
+    pub(crate) fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
     /// Returns all parameters by name, in alphabetical order; a tied one appears under each of its names.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Param)> {
         self.params.iter().map(|(name, param)| (name.as_str(), param))
@@ -239,7 +253,7 @@ impl ParamMap {
     /// values.
     ///
     /// Errors, with nothing changed: [`ErrorKind::Weights`] with every missing, unused and mismatched name; values that
-    /// are not float; a tied parameter with different values.
+    /// are not float; a tied parameter with different values; parameters that are divided among ranks (ZeRO 3).
     #[doc(alias = "load_state_dict")]
     pub fn load(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let given = self.params.iter().filter(|(name, _)| state.contains_key(*name));
@@ -289,6 +303,7 @@ impl ParamMap {
                 continue;
             }
             let old = param.tensor();
+            ensure!(!old.is_absent(), Tensor::not_here());
             values.insert(param.leaf(), (name, param, tensor.packed()?.on(old.device())?.converted(old.dtype())?));
         }
         let mut buffers = Vec::new();
@@ -459,6 +474,17 @@ impl ParamStore {
         let buffer = Buffer::new(value);
         map.buffers.insert(full, buffer.clone());
         Ok(buffer)
+    }
+
+    /// Registers the parameters below this place as a block, whose parameters are used together. `may_be_skipped`: if
+    /// `true`, a forward pass may leave it out.
+    pub(crate) fn block(&self, may_be_skipped: bool) -> Block {
+        let place = format!("{}.", self.prefix);
+        let mut map = self.lock();
+        let own = map.params.iter().filter(|(name, _)| name.starts_with(&place));
+        let block = Block::new(place.clone(), own.map(|(_, param)| param.clone()).collect_vec(), may_be_skipped);
+        map.blocks.push(block.clone());
+        block
     }
 
     /// Returns everything registered so far.

@@ -74,6 +74,7 @@ impl Tensor {
     pub(crate) fn storage_address(&self) -> Result<Address> {
         match &*self.0.buffer {
             Buffer::Gpu(buffer) => Ok(buffer.address()),
+            Buffer::Absent => Err(Self::not_here()),
             Buffer::Cpu(_) => Err(Error::device(
                 "launch",
                 "expected a tensor on the GPU, got one on the CPU; move it with `to_device`",

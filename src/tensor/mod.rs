@@ -80,6 +80,16 @@ impl Tensor {
         }))
     }
 
+    /// Returns a tensor of this one's shape, dtype and device without elements: reading them is an error.
+    pub(crate) fn absent(&self) -> Self {
+        Self::of_buffer(Buffer::Absent, *self.shape(), self.0.dtype, &self.0.device)
+    }
+
+    /// Returns `true` for a tensor from [`Tensor::absent`].
+    pub(crate) fn is_absent(&self) -> bool {
+        matches!(&*self.0.buffer, Buffer::Absent)
+    }
+
     /// Creates a tensor of unspecified content with this tensor's shape, dtype and device.
     pub(crate) fn uninit_like(&self) -> Result<Self> {
         Self::uninit(*self.shape(), self.0.dtype, &self.0.device)
@@ -342,6 +352,7 @@ impl Tensor {
         match &*self.0.buffer {
             Buffer::Cpu(buffer) => Ok(bytemuck::cast_slice(buffer.bytes())),
             Buffer::Gpu(_) => Err(Self::not_on_the_cpu(&self.0.device)),
+            Buffer::Absent => Err(Self::not_here()),
         }
     }
 
@@ -410,12 +421,21 @@ impl Tensor {
         match self.unshared() {
             Some(Buffer::Cpu(buffer)) => Ok(buffer.bytes_mut()),
             Some(Buffer::Gpu(_)) => Err(Self::not_on_the_cpu(&device)),
+            Some(Buffer::Absent) => Err(Self::not_here()),
             None => Err(Error::argument("write", "the storage is shared; ops write only to tensors that they own")),
         }
     }
 
     fn not_on_the_cpu(device: &Device) -> Error {
         Error::device("read", format_args!("the tensor is on {device}; move it to the CPU with `to_device`"))
+    }
+
+    pub(crate) fn not_here() -> Error {
+        Error::argument(
+            "weights",
+            "are divided among ranks (ZeRO 3), and those of a block are here only while a step uses them; read them within \
+             `Trainer::evaluate`, or from a checkpoint",
+        )
     }
 
     /// Returns the same values in packed storage that no other handle shares: this tensor, or a copy.
@@ -434,6 +454,7 @@ impl Tensor {
         match &*self.0.buffer {
             Buffer::Cpu(buffer) => Ok(&buffer.bytes()[range.start * size..range.end * size]),
             Buffer::Gpu(_) => Err(Self::not_on_the_cpu(&self.0.device)),
+            Buffer::Absent => Err(Self::not_here()),
         }
     }
 

@@ -14,7 +14,7 @@ use crate::{
 };
 
 pub(super) const CONFIG: &str = "config.json";
-const MODEL: &str = "model.safetensors";
+pub(super) const MODEL: &str = "model.safetensors";
 pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 const TRAINING: &str = "training.json";
 const FILES: [&str; 4] = [CONFIG, MODEL, OPTIMIZER, TRAINING];
@@ -148,6 +148,7 @@ impl<C: Serialize> Checkpoint<C> {
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         let metadata = self.metadata();
         self.save_with(folder.as_ref(), |files| {
+            self.write_model(files)?;
             let path = files.path(OPTIMIZER);
             pack(&path, &self.optimizer, &metadata, |write| files.write(OPTIMIZER, write))
         })
@@ -158,14 +159,17 @@ impl<C: Serialize> Checkpoint<C> {
         ordered([("format".to_string(), "pt".to_string()), ("step".to_string(), self.training.step.to_string())])
     }
 
-    /// Saves the checkpoint like [`Checkpoint::save`], with the optimizer's file that `optimizer` writes.
-    pub(super) fn save_with(&self, folder: &Path, optimizer: impl FnOnce(&Writer) -> Result<()>) -> Result<()> {
-        let metadata = self.metadata();
+    /// Writes the file of the model.
+    pub(super) fn write_model(&self, files: &Writer) -> Result<()> {
+        pack(&files.path(MODEL), &self.model, &self.metadata(), |write| files.write(MODEL, write))
+    }
+
+    /// Saves the checkpoint like [`Checkpoint::save`], with the files of tensors that `tensors` writes.
+    pub(super) fn save_with(&self, folder: &Path, tensors: impl FnOnce(&Writer) -> Result<()>) -> Result<()> {
         let (config, training) = (json(folder, &self.config)?, json(folder, &self.training)?);
         files(folder).replace(|files| {
             files.write(CONFIG, |file| file.write_all(&config))?;
-            pack(&folder.join(MODEL), &self.model, &metadata, |write| files.write(MODEL, write))?;
-            optimizer(files)?;
+            tensors(files)?;
             files.write(TRAINING, |file| file.write_all(&training))
         })
     }

@@ -1,4 +1,4 @@
-//! The file of an optimizer's state that is divided among ranks: each writes its part of every tensor.
+//! Files of tensors that are divided among ranks: each writes its part of every tensor.
 
 use std::{
     collections::BTreeMap,
@@ -9,7 +9,10 @@ use std::{
 
 use serde_json::Value;
 
-use super::{Checkpoint, checkpoint::OPTIMIZER};
+use super::{
+    Checkpoint,
+    checkpoint::{MODEL, OPTIMIZER},
+};
 use crate::{
     Device, Error, Result, Tensor,
     collect::CollectVec,
@@ -19,51 +22,76 @@ use crate::{
     shape::Shape,
 };
 
-/// State of an optimizer, of which this rank has a part.
+/// State of an optimizer, or weights, of which this rank has a part.
 pub(super) struct Divided {
     /// Tensors that all ranks have; rank 0 writes them.
     pub whole: BTreeMap<String, Tensor>,
-    /// Shapes of the tensors that are divided, whose dtype is that of the first part.
+    /// Dtypes and shapes of the tensors that are divided.
     pub shapes: BTreeMap<String, (crate::DType, Shape)>,
     /// This rank's elements of them, and the number of elements before.
     pub own: Vec<(String, usize, Tensor)>,
 }
 
 impl Divided {
-    /// Saves a checkpoint whose optimizer's state is this: rank 0 writes the other files, and the file becomes a whole
-    /// one before the checkpoint replaces the last.
+    /// Saves a checkpoint whose optimizer's state is this, and whose weights are `model` if they are divided too: rank 0
+    /// writes the other files, and these become whole ones before the checkpoint replaces the last.
     ///
     /// Errors: those of [`Checkpoint::save`], on all ranks if one could not write.
-    pub fn save(&self, checkpoint: &Checkpoint<Value>, folder: &Path, ranks: &dyn Communicator) -> Result<()> {
-        let mut described =
-            self.whole.iter().map(|(name, tensor)| (name.as_str(), tensor.dtype(), *tensor.shape())).collect_vec();
-        described.extend(self.shapes.iter().map(|(name, (dtype, shape))| (name.as_str(), *dtype, *shape)));
-        described.sort_by(|a, b| a.0.cmp(b.0));
-        let places = places(Path::new(OPTIMIZER), described, &checkpoint.metadata())?;
-        if ranks.rank() > 0 {
-            let path = told(ranks, None)?;
-            return self.write(path.as_deref(), &places, ranks);
+    pub fn save(
+        &self,
+        checkpoint: &Checkpoint<Value>,
+        model: Option<&Self>,
+        folder: &Path,
+        ranks: &dyn Communicator,
+    ) -> Result<()> {
+        let (mut files, metadata) = (Vec::new(), checkpoint.metadata());
+        for (name, file) in model.map(|model| (MODEL, model)).into_iter().chain([(OPTIMIZER, self)]) {
+            files.push((name, file, file.places(name, &metadata)?));
         }
-        let mut has_told = false;
-        let saved = checkpoint.save_with(folder, |files: &Writer| {
-            files.write(OPTIMIZER, |file| file.write_all(&places.header))?;
-            let path = files.path(OPTIMIZER);
-            let opened = OpenOptions::new().write(true).open(&path).and_then(|file| file.set_len(places.bytes as u64));
-            let absolute = opened.and_then(|()| fs::canonicalize(&path)).map_err(|error| Error::io(&path, error))?;
-            has_told = true;
-            let path = told(ranks, Some(&absolute))?;
-            self.write(path.as_deref(), &places, ranks)
+        if ranks.rank() > 0 {
+            return files.iter().try_for_each(|(name, file, places)| {
+                let path = told(ranks, None)?;
+                file.write(name, path.as_deref(), places, ranks)
+            });
+        }
+        // If the others wait for the path of this file.
+        let mut waited = Some(0);
+        let saved = checkpoint.save_with(folder, |writer: &Writer| {
+            if model.is_none() {
+                checkpoint.write_model(writer)?;
+            }
+            for (at, (name, file, places)) in files.iter().enumerate() {
+                writer.write(name, |file| file.write_all(&places.header))?;
+                let path = writer.path(name);
+                let opened =
+                    OpenOptions::new().write(true).open(&path).and_then(|file| file.set_len(places.bytes as u64));
+                let absolute =
+                    opened.and_then(|()| fs::canonicalize(&path)).map_err(|error| Error::io(&path, error))?;
+                waited = None;
+                let path = told(ranks, Some(&absolute))?;
+                file.write(name, path.as_deref(), places, ranks)?;
+                waited = Some(at + 1);
+            }
+            Ok(())
         });
-        if !has_told {
+        if let Some((name, file, places)) = waited.and_then(|at| files.get(at)) {
             // The others must not wait for the file; the first error counts.
             told(ranks, Some(Path::new("")))?;
-            let _ = self.write(None, &places, ranks);
+            let _ = file.write(name, None, places, ranks);
         }
         saved
     }
 
+    fn places(&self, name: &str, metadata: &BTreeMap<String, String>) -> Result<Places<'_>> {
+        let mut described =
+            self.whole.iter().map(|(name, tensor)| (name.as_str(), tensor.dtype(), *tensor.shape())).collect_vec();
+        described.extend(self.shapes.iter().map(|(name, (dtype, shape))| (name.as_str(), *dtype, *shape)));
+        described.sort_by(|a, b| a.0.cmp(b.0));
+        places(Path::new(name), described, metadata)
+    }
+
     /// Writes this rank's tensors, and waits for the other ranks.
-    fn write(&self, path: Option<&Path>, places: &Places, ranks: &dyn Communicator) -> Result<()> {
+    fn write(&self, name: &str, path: Option<&Path>, places: &Places, ranks: &dyn Communicator) -> Result<()> {
         let written = match path {
             Some(path) => self.write_own(path, places, ranks.rank() == 0),
             None => Err(Error::argument("save", "rank 0 could not write; its message says why")),
@@ -72,7 +100,7 @@ impl Divided {
         ranks.all_gather_bytes(&[u8::from(written.is_ok())], &mut all)?;
         written?;
         let failed = all.iter().position(|&wrote| wrote == 0);
-        let why = |rank| format!("rank {rank} could not write its part of {OPTIMIZER}; its message says why");
+        let why = |rank| format!("rank {rank} could not write its part of {name}; its message says why");
         ensure!(failed.is_none(), Error::argument("save", why(failed.unwrap_or(0))));
         Ok(())
     }
@@ -94,10 +122,7 @@ impl Divided {
             let described = self.shapes.get(name).map(|(dtype, _)| *dtype);
             ensure!(
                 described == Some(tensor.dtype()),
-                Error::dtype(
-                    "save",
-                    format_args!("{name} is {}, not the accumulator of its parameter", tensor.dtype())
-                )
+                Error::dtype("save", format_args!("{name} is {}, not the dtype of its file", tensor.dtype()))
             );
             write(name, *before, tensor)?;
         }

@@ -180,6 +180,8 @@ impl Reference {
 pub struct DpoModel {
     policy: Policy,
     reference: AutoregressiveWrapper,
+    /// Parameters of the reference.
+    frozen: ParamMap,
     beta: f64,
 }
 
@@ -291,8 +293,8 @@ impl TrainModel for DpoModel {
         match &config.part {
             Part::Adapter(config) => {
                 let model = LoraModel::build(config, store)?;
-                let reference = model.without_adapter()?;
-                Ok(Self { policy: Policy::Adapter(Box::new(model)), reference, beta })
+                let (reference, frozen) = (model.without_adapter()?, model.frozen_params());
+                Ok(Self { policy: Policy::Adapter(Box::new(model)), reference, frozen, beta })
             }
             Part::All(reference) => {
                 let (options, weights) = (config.base_config()?, reference.open()?.state_dict()?);
@@ -301,13 +303,17 @@ impl TrainModel for DpoModel {
                 frozen.params().load(&weights)?;
                 frozen.params().unique().for_each(|(_, param)| param.set_requires_grad(false));
                 let policy = <AutoregressiveWrapper as TrainModel>::build(&options, store)?;
-                Ok(Self { policy: Policy::All(Box::new(policy)), reference, beta })
+                Ok(Self { policy: Policy::All(Box::new(policy)), reference, frozen: frozen.params(), beta })
             }
         }
     }
 
     fn trained_params(&self, store: &ParamStore) -> ParamMap {
         self.adapter().map_or_else(|| store.params(), |adapter| adapter.params().clone())
+    }
+
+    fn frozen_params(&self) -> ParamMap {
+        self.frozen.clone()
     }
 
     fn loss(&self, batch: &GroupBatch) -> Result<Tensor> {

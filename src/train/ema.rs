@@ -59,6 +59,12 @@ impl Ema {
         Ok(Self { decay, averages: averages.collect::<Result<_>>()? })
     }
 
+    /// Returns the averages of a part of the parameters, given by the names of [`Ema::state_dict`].
+    pub(super) fn with_averages(&self, averages: BTreeMap<String, Tensor>) -> Result<Self> {
+        let own = |(name, mut average): (String, Tensor)| own(&mut average).map(|()| (name, average));
+        Ok(Self { decay: self.decay, averages: averages.into_iter().map(own).collect::<Result<_>>()? })
+    }
+
     /// Updates the average with the current values.
     ///
     /// Errors: parameters other than those that it was created for.
@@ -107,11 +113,8 @@ impl Ema {
             let average = self.check(name, &value)?.to_dtype(value.dtype())?;
             swaps.push((param.clone(), value, average));
         }
-        let mut swapped = Swapped { values: Vec::with_capacity(swaps.len()) };
-        for (param, value, average) in swaps {
-            param.set(average)?;
-            swapped.values.push((param, value));
-        }
+        let mut swapped = Swapped::none();
+        swaps.into_iter().try_for_each(|(param, value, average)| swapped.set(&param, value, average))?;
         Ok(swapped)
     }
 
@@ -180,11 +183,24 @@ pub struct Swapped {
     values: Vec<(Param, Tensor)>,
 }
 
+impl Swapped {
+    pub(super) fn none() -> Self {
+        Self { values: Vec::new() }
+    }
+
+    /// Sets a parameter to a temporary value; `value` is its own.
+    pub(super) fn set(&mut self, param: &Param, value: Tensor, temporary: Tensor) -> Result<()> {
+        param.replace(temporary)?;
+        self.values.push((param.clone(), value));
+        Ok(())
+    }
+}
+
 impl Drop for Swapped {
     fn drop(&mut self) {
         for (param, value) in self.values.drain(..) {
             // The value came from this parameter: shape and dtype fit.
-            let _ = param.set(value);
+            let _ = param.replace(value);
         }
     }
 }

@@ -281,6 +281,10 @@ impl TrainModel for LoraModel {
         self.adapter.params().clone()
     }
 
+    fn frozen_params(&self) -> ParamMap {
+        self.base.clone()
+    }
+
     fn loss(&self, batch: &TokenBatch) -> Result<Tensor> {
         TrainModel::loss(&self.model, batch)
     }

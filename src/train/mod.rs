@@ -1,5 +1,6 @@
 //! Training: data, optimizers, learning-rate schedule, moving averages, checkpoints, and the loop over all of them.
 
+mod blocks;
 mod captioner;
 mod checkpoint;
 mod classifier;

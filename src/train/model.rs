@@ -31,6 +31,11 @@ pub trait TrainModel: Sized {
         store.params()
     }
 
+    /// Returns the parameters that are not trained, which stage 3 of ZeRO divides too. Default: none.
+    fn frozen_params(&self) -> ParamMap {
+        ParamMap::default()
+    }
+
     /// Computes the mean loss of a batch, for language models in nats per predicted token, a scalar. All randomness comes
     /// from the tape, which makes a resumed run draw the same numbers.
     fn loss(&self, batch: &Self::Batch) -> Result<Tensor>;

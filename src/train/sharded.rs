@@ -8,11 +8,11 @@ use std::{
 
 use serde_json::Value;
 
-use super::{Optimizer, StepInfo, divided::Divided, optimizer::check};
+use super::{Ema, Optimizer, StepInfo, checkpoint::EMA, divided::Divided, ema::Swapped, optimizer::check};
 use crate::{
     DType, Device, Error, ErrorKind, Gradients, Param, ParamMap, ParamStore, Result, Tensor,
     collect::CollectVec,
-    distributed::{BUCKET, Bucket, Communicator, Piece, Reducer, Sums},
+    distributed::{BUCKET, Bucket, Communicator, Homes, Piece, Reducer, Sums},
     error::ensure,
     ops::adamw::{CHUNK, square_norms},
     ordered::OrderedMap,
@@ -74,15 +74,17 @@ impl Sharded {
     /// [`Adafactor`](super::Adafactor) and [`Muon`](super::Muon), which need whole matrices; a state of other
     /// parameters; out of memory.
     pub fn new(params: &ParamMap, ranks: Arc<dyn Communicator>, optimizer: Box<dyn Optimizer>) -> Result<Self> {
-        Self::by_buckets(params, ranks, optimizer, BUCKET)
+        Self::by_buckets(params, ranks, optimizer, BUCKET, &Homes::default())
     }
 
-    /// `most`: elements of a bucket.
+    /// `most`: elements of a bucket. `homes`: parameters of which each rank keeps only its part, once they are
+    /// [freed](Shards::free).
     pub(super) fn by_buckets(
         params: &ParamMap,
         ranks: Arc<dyn Communicator>,
         optimizer: Box<dyn Optimizer>,
         most: usize,
+        homes: &Homes,
     ) -> Result<Self> {
         let json = optimizer.to_json();
         let name = json["name"].as_str().unwrap_or_default();
@@ -90,8 +92,8 @@ impl Sharded {
             optimizer.is_elementwise(),
             Error::option("zero", format_args!("{name} needs whole matrices; use adamw, lion or sgd"))
         );
-        let reducer = Reducer::new(params, ranks, false, most)?;
-        let shards = Arc::new(Shards::new(params, &reducer)?);
+        let reducer = Reducer::new(params, ranks.clone(), false, most, homes)?;
+        let shards = Arc::new(Shards::new(params, ranks, reducer.buckets().clone())?);
         let state = optimizer.state_dict()?;
         let mut sharded = Self { optimizer, shards, reducer: Mutex::new(reducer) };
         sharded.load_state_dict(params, &state)?;
@@ -112,9 +114,11 @@ impl Sharded {
         &self.shards
     }
 
-    /// This rank's part of the state, as it is in the file of all.
-    pub(super) fn divided(&self) -> Result<Divided> {
-        self.shards.divided(&self.optimizer.state_dict()?)
+    /// This rank's part of the state and of an average, as they are in the file of all.
+    pub(super) fn divided(&self, averages: BTreeMap<String, Tensor>) -> Result<Divided> {
+        let mut own = self.optimizer.state_dict()?;
+        own.extend(averages);
+        self.shards.divided(&own)
     }
 
     fn reducer(&self) -> MutexGuard<'_, Reducer> {
@@ -174,14 +178,14 @@ pub(super) struct Shards {
 }
 
 impl Shards {
-    pub fn new(params: &ParamMap, reducer: &Reducer) -> Result<Self> {
-        let (ranks, buckets) = (reducer.ranks().clone(), reducer.buckets().clone());
+    pub fn new(params: &ParamMap, ranks: Arc<dyn Communicator>, buckets: Arc<Vec<Bucket>>) -> Result<Self> {
         let (mut own, mut by_leaf) = (Vec::new(), OrderedMap::default());
         for bucket in &*buckets {
             let mut pieces = Vec::new();
             for (piece, at) in bucket.places(ranks.rank()) {
                 let (_, param) = &bucket.params[piece.param];
-                let shard = Param::new(slice(&param.tensor(), piece)?)?;
+                let own = slice(&param.tensor(), piece)?;
+                let shard = Param::new(if bucket.block.is_some() { own.to_owned_copy()? } else { own })?;
                 by_leaf.insert(param.leaf(), shard.clone());
                 pieces.push((piece, at, shard));
             }
@@ -276,36 +280,91 @@ impl Shards {
         Ok((norm, squares.len()))
     }
 
+    /// Returns the pieces of parameters that every rank has as a whole.
+    fn whole(&self) -> impl Iterator<Item = (usize, &(Piece, usize, Param))> {
+        self.each().filter(|(bucket, _)| self.buckets[*bucket].block.is_none())
+    }
+
     /// Takes this rank's part of the weights over.
     fn refresh(&self) -> Result<()> {
-        for (bucket, (piece, _, shard)) in self.each() {
-            shard.set(slice(&self.buckets[bucket].params[piece.param].1.tensor(), *piece)?)?;
+        for (bucket, (piece, _, shard)) in self.whole() {
+            shard.replace(slice(&self.buckets[bucket].params[piece.param].1.tensor(), *piece)?)?;
         }
         Ok(())
     }
 
     /// Frees the weights of this rank's part, which [`Shards::refresh`] takes over again.
     fn release(&self) -> Result<()> {
-        for (_, (_, _, shard)) in self.each() {
-            let value = shard.tensor();
-            let zero = Tensor::zeros([1], value.dtype(), value.device())?;
-            shard.set(zero.reshape(vec![1; value.rank()])?.expand(*value.shape())?)?;
-        }
-        Ok(())
+        self.whole().try_for_each(|(_, (.., shard))| shard.replace(shard.tensor().absent()))
+    }
+
+    /// Returns the blocks, with their numbers and buckets.
+    pub fn blocks(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.buckets.iter().enumerate().filter_map(|(at, bucket)| Some((bucket.block?, at)))
+    }
+
+    /// Returns the weights of this rank's part of the divided parameters.
+    pub fn divided_weights(&self) -> impl Iterator<Item = (&str, Piece, &Param)> {
+        let divided = self.each().filter(|(bucket, _)| self.buckets[*bucket].block.is_some());
+        divided.map(|(bucket, (piece, _, shard))| (self.buckets[bucket].params[piece.param].0.as_str(), *piece, shard))
+    }
+
+    /// Frees the parameters of a block's bucket, of which this rank keeps its part.
+    pub fn free(&self, bucket: usize) -> Result<()> {
+        let mut params = self.buckets[bucket].params.iter();
+        params.try_for_each(|(_, param)| param.replace(param.tensor().absent()))
     }
 
     /// Gives all ranks the weights of all parts.
     fn publish(&self) -> Result<()> {
-        for (bucket, own) in self.buckets.iter().zip(&self.own) {
-            let part = bucket.part(&bucket.parts[self.ranks.rank()], bucket.dtype, |piece| {
-                own.iter().find(|(at, ..)| at == piece).map(|(.., shard)| flat(&shard.tensor())).transpose()
-            });
-            let whole = bucket.whole(&self.ranks.all_gather(&part?)?)?;
-            for ((_, param), value) in bucket.params.iter().zip(whole) {
-                param.set(value)?;
-            }
+        for bucket in (0..self.buckets.len()).filter(|&bucket| self.buckets[bucket].block.is_none()) {
+            self.fill(bucket, &self.ranks.all_gather(&self.part(bucket)?)?)?;
         }
         self.release()
+    }
+
+    /// Returns this rank's part of the weights of a bucket: `[len]`.
+    pub fn part(&self, bucket: usize) -> Result<Tensor> {
+        let (own, bucket) = (&self.own[bucket], &self.buckets[bucket]);
+        bucket.part(&bucket.parts[self.ranks.rank()], bucket.dtype, |piece| {
+            own.iter().find(|(at, ..)| at == piece).map(|(.., shard)| flat(&shard.tensor())).transpose()
+        })
+    }
+
+    /// Sets the parameters of a bucket from all parts: `[ranks · len]`.
+    pub fn fill(&self, bucket: usize, all: &Tensor) -> Result<()> {
+        let bucket = &self.buckets[bucket];
+        let mut params = bucket.params.iter().zip(bucket.whole(all)?);
+        params.try_for_each(|((_, param), value)| param.replace(value))
+    }
+
+    /// Returns this rank's part of an average.
+    pub fn own_average(&self, ema: &Ema) -> Result<Ema> {
+        let named = |(name, average)| (format!("{EMA}{name}"), average);
+        let own = self.own_state(&ema.state_dict().into_iter().map(named).collect())?;
+        ema.with_averages(own.into_iter().map(|(name, average)| (name[EMA.len()..].to_string(), average)).collect())
+    }
+
+    /// Updates this rank's part of an average with the present weights.
+    pub fn average(&self, ema: &mut Ema) -> Result<()> {
+        self.refresh()?;
+        ema.update(&self.params)?;
+        self.release()
+    }
+
+    /// Sets the parameters to their averages, of which each rank has its part, until the guards are dropped.
+    pub fn swap_in(&self, ema: &Ema) -> Result<[Swapped; 2]> {
+        let own = ema.swap_in(&self.params)?;
+        let mut swapped = Swapped::none();
+        // Blocks are gathered from these parts.
+        for bucket in (0..self.buckets.len()).filter(|&bucket| self.buckets[bucket].block.is_none()) {
+            let all = self.ranks.all_gather(&self.part(bucket)?)?;
+            let bucket = &self.buckets[bucket];
+            for ((_, param), average) in bucket.params.iter().zip(bucket.whole(&all)?) {
+                swapped.set(param, param.tensor().detach(), average)?;
+            }
+        }
+        Ok([swapped, own])
     }
 
     /// This rank's part of a state: of the tensors of each parameter, and the numbers beside them.
@@ -372,6 +431,25 @@ impl Shards {
                     divided.own.push((key, piece.start, tensor.clone()));
                 }
             }
+        }
+        Ok(divided)
+    }
+
+    /// This rank's part of the weights that are divided, and the others as a whole.
+    pub fn divided_model(&self, params: &ParamMap) -> Result<Divided> {
+        let mut divided = Divided { whole: params.state_dict(), shapes: BTreeMap::new(), own: Vec::new() };
+        divided.whole.retain(|_, tensor| !tensor.is_absent());
+        let names =
+            |leaf| params.iter().filter(move |(_, param)| param.leaf() == leaf).map(|(name, _)| name.to_string());
+        for bucket in self.buckets.iter().filter(|bucket| bucket.block.is_some()) {
+            for (_, param) in &bucket.params {
+                let shape = (bucket.dtype, *param.tensor().shape());
+                divided.shapes.extend(names(param.leaf()).map(|name| (name, shape)));
+            }
+        }
+        for (bucket, (piece, _, shard)) in self.each().filter(|(bucket, _)| self.buckets[*bucket].block.is_some()) {
+            let leaf = self.buckets[bucket].params[piece.param].1.leaf();
+            divided.own.extend(names(leaf).map(|name| (name, piece.start, shard.tensor())));
         }
         Ok(divided)
     }

@@ -345,18 +345,15 @@ impl<M: TrainModel> Trainer<M> {
     /// which no run could continue; [`ErrorKind::Io`].
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         self.lead(Command::Save)?;
-        if let Some(name) = self.not_finite(|tensor| Some(tensor.detach()))? {
+        if let Some(name) = self.weight_not_finite()? {
             return Err(Error::new(ErrorKind::NonFinite { step: self.step, what: format!("parameter {name}") }));
         }
         let averages = self.ema.iter().flat_map(Ema::state_dict);
         let averages = averages.map(|(name, average)| (format!("{EMA}{name}"), average));
-        let (config, model, training) = (M::config_to_json(&self.config), self.params.state_dict(), self.state());
+        let (config, model, training) = (M::config_to_json(&self.config), self.whole_weights(), self.state());
         let mut checkpoint = Checkpoint { config, model, optimizer: BTreeMap::new(), training };
         if let (Some(ranks), Some(sharded)) = (self.ranks(), self.optimizer.sharded()) {
-            let mut divided = sharded.divided()?;
-            divided.whole.extend(averages);
-            let saved = divided.save(&checkpoint, folder.as_ref(), &**ranks);
-            return if ranks.rank() == 0 { self.by_first(|| saved) } else { saved.and(self.by_first(|| Ok(()))) };
+            return self.save_divided(&**ranks, sharded, &checkpoint, averages.collect(), folder.as_ref());
         }
         checkpoint.optimizer = self.optimizer.state_dict()?;
         checkpoint.optimizer.extend(averages);

@@ -1,6 +1,6 @@
 //! Training by several ranks: each has its share of the micro-batches, and all have the same weights.
 
-use std::{cell::Cell, collections::BTreeMap, sync::Arc};
+use std::{cell::Cell, collections::BTreeMap, path::Path, sync::Arc};
 
 use serde_json::{Value, json};
 
@@ -8,10 +8,16 @@ use super::Trainer;
 use crate::{
     Device, Error, Gradients, Result, Tape, Tensor,
     collect::CollectVec,
-    distributed::{BUCKET, Communicator, Reducer, agree},
+    distributed::{BUCKET, Communicator, Homes, Reducer, agree},
     error::ensure,
     hash::{FNV1A_START, fnv1a_from},
-    train::{Sharded, TrainModel, sharded::Shards},
+    ops::adamw::square_norms,
+    train::{
+        Checkpoint, Sharded, TrainModel,
+        blocks::{Blocks, Pass, homes},
+        ema::Swapped,
+        sharded::Shards,
+    },
 };
 
 /// Options of a trainer that is one of several ranks. None changes any bit of what it computes, if the ranks [sum in
@@ -21,8 +27,10 @@ pub struct RankOptions {
     /// If `true`, gradients are summed while the backward pass runs: on the CPU, where the ranks
     /// [take calls from any thread](Communicator::takes_any_thread) and sum in their order. Default `true`.
     pub overlap: bool,
-    /// Stage of ZeRO: with 1 each rank keeps its part of the optimizer's state, with 2 of the summed gradients too; see
-    /// [`Sharded`]. Default 0.
+    /// Stage of ZeRO: with 1 each rank keeps its part of the optimizer's state and of averaged weights, with 2 of the
+    /// summed gradients too (see [`Sharded`]), with 3 of the weights of attention layers too: each layer's are gathered
+    /// when a pass uses them, again in the backward pass by [`recompute`](crate::train::TrainOptions::recompute), which
+    /// it requires. All ranks must run the same layers. Default 0.
     pub zero: u8,
     /// Largest number of elements summed together; a larger parameter has a bucket of its own. Default 8,388,608: 32 MB
     /// of f32.
@@ -40,8 +48,12 @@ impl Default for RankOptions {
 pub(super) struct Ranks {
     /// `None` for a single process.
     reducer: Option<Reducer>,
-    /// Part of the parameters whose gradients this rank keeps, in stage 2 of ZeRO.
+    /// This rank's part of the parameters, from stage 1 of ZeRO on.
     shards: Option<Arc<Shards>>,
+    /// If `true`, this rank keeps its part of the summed gradients: from stage 2 on.
+    keeps_sums: bool,
+    /// Layers whose weights are divided: stage 3.
+    pub blocks: Option<Arc<Blocks>>,
     resumed: bool,
     /// Method that rank 0 calls, as received by [`Trainer::follow`].
     told: Cell<Option<Command>>,
@@ -56,11 +68,13 @@ pub(super) enum Command {
     Step,
     Validate,
     Save,
+    Evaluate,
 }
 
 impl Command {
     fn of(byte: u8) -> Option<Self> {
-        [Self::End, Self::Step, Self::Validate, Self::Save].into_iter().find(|command| *command as u8 == byte)
+        let all = [Self::End, Self::Step, Self::Validate, Self::Save, Self::Evaluate];
+        all.into_iter().find(|command| *command as u8 == byte)
     }
 
     fn name(byte: u8) -> &'static str {
@@ -69,6 +83,7 @@ impl Command {
             Some(Self::Step) => "step",
             Some(Self::Validate) => "validate",
             Some(Self::Save) => "save",
+            Some(Self::Evaluate) => "evaluate",
             None => "something else",
         }
     }
@@ -119,6 +134,15 @@ impl Ranks {
         self.communicator().map_or([0, 1], |ranks| [ranks.rank(), ranks.size()].map(|number| number as u64))
     }
 
+    /// Returns the first parameter of whose divided weights this rank's part has NaN or infinity.
+    pub fn divided_not_finite(&self) -> Result<Option<String>> {
+        let Some(shards) = self.blocks.as_ref().map(|blocks| &blocks.shards()[0]) else { return Ok(None) };
+        let (names, tensors): (Vec<_>, Vec<_>) =
+            shards.divided_weights().map(|(name, _, shard)| (name, shard.tensor().detach())).unzip();
+        let squares = square_norms(&tensors)?;
+        Ok(squares.iter().position(|square| !square.is_finite()).map(|at| names[at].to_string()))
+    }
+
     /// Returns `true` if the micro-batch of this number in its step is this rank's.
     pub fn has(&self, micro: u64) -> bool {
         let [rank, size] = self.place();
@@ -141,14 +165,24 @@ impl<M: TrainModel> Trainer<M> {
     ///
     /// Validation is shared too, and [`Trainer::save`] writes on rank 0.
     ///
-    /// Errors: a stage of ZeRO that does not exist, or that the optimizer cannot have; ranks of other versions,
+    /// Errors: a stage of ZeRO that does not exist, or that the optimizer or the model cannot have; ranks of other versions,
     /// options, data, checkpoints or weights, which are named; more ranks than micro-batches in a step of a resumed
     /// run; a failed transfer.
     pub fn with_ranks(mut self, ranks: Arc<dyn Communicator>, options: RankOptions) -> Result<Self> {
         const OP: &str = "ranks";
         let size = ranks.size();
         let RankOptions { overlap, zero, bucket } = options;
-        ensure!(zero <= 2, Error::option("zero", format_args!("expected 0, 1 or 2, got {zero}")));
+        ensure!(zero <= 3, Error::option("zero", format_args!("expected 0, 1, 2 or 3, got {zero}")));
+        let frozen = self.model.frozen_params();
+        let (layers, homes) = if zero == 3 {
+            ensure!(
+                self.options.recompute,
+                Error::option("zero", "stage 3 computes layers again in the backward pass: requires `recompute`")
+            );
+            homes(&self.params, &frozen)?
+        } else {
+            (Vec::new(), Homes::default())
+        };
         self.same_as_first(&*ranks, options)?;
         let mut print = FNV1A_START;
         for (name, tensor) in self.params.state_dict() {
@@ -177,14 +211,25 @@ impl<M: TrainModel> Trainer<M> {
         }
         let mut shards = None;
         if zero > 0 {
-            let sharded = Sharded::by_buckets(&self.params, ranks.clone(), self.optimizer, bucket)?;
-            shards = (zero == 2).then(|| sharded.shards().clone());
-            self.optimizer = Box::new(sharded);
+            let sharded = Sharded::by_buckets(&self.params, ranks.clone(), self.optimizer, bucket, &homes)?;
+            let own = sharded.shards().clone();
+            self.ema = self.ema.map(|ema| own.own_average(&ema)).transpose()?;
+            (shards, self.optimizer) = (Some(own), Box::new(sharded));
         }
-        let reducer = Reducer::new(&self.params, ranks, overlap, bucket)?;
-        let reducer = Some(if zero == 2 { reducer.eagerly() } else { reducer });
-        self.ranks = Ranks { reducer, shards, resumed, ..Ranks::default() };
+        let reducer = Reducer::new(&self.params, ranks.clone(), overlap, bucket, &homes)?;
+        let reducer = if zero >= 2 { reducer.eagerly() } else { reducer };
+        let blocks = match shards.clone().filter(|_| zero == 3) {
+            Some(own) => Some(Blocks::new(&layers, own, &frozen, &homes, &ranks, reducer.gatherer())?),
+            None => None,
+        };
+        let reducer = Some(reducer);
+        self.ranks = Ranks { reducer, shards, keeps_sums: zero >= 2, blocks, resumed, ..Ranks::default() };
         Ok(self)
+    }
+
+    /// Returns `true` if the weights for inference are put together from the parts of all ranks.
+    pub(super) fn gathers(&self) -> bool {
+        self.ranks.shards.is_some() && self.ema.is_some() || self.ranks.blocks.is_some()
     }
 
     /// Returns the ranks that train together, if there are several.
@@ -275,6 +320,7 @@ impl<M: TrainModel> Trainer<M> {
                 Some(Command::Step) => self.step().map(drop)?,
                 Some(Command::Validate) => self.validate().map(drop)?,
                 Some(Command::Save) => self.save("")?,
+                Some(Command::Evaluate) => self.assist()?,
                 None => {
                     let why = "rank 0 sent an unknown command; use the same version on all ranks";
                     return Err(Error::argument("ranks", why));
@@ -313,13 +359,24 @@ impl<M: TrainModel> Trainer<M> {
         }
     }
 
-    /// Takes part in the sum of a round without gradients.
-    pub(super) fn skip_round(&mut self) -> Result<()> {
-        self.ranks.reducer.as_mut().map_or(Ok(()), |reducer| reducer.round(&mut Gradients::default()))
+    /// Takes part in a round without gradients. In stage 3 of ZeRO that is a pass of any batch, as the other ranks gather
+    /// the weights of this one.
+    pub(super) fn skip_round(&mut self, batch: Option<&M::Batch>) -> Result<()> {
+        let Some(reducer) = &mut self.ranks.reducer else { return Ok(()) };
+        let (Some(blocks), Some(batch)) = (&self.ranks.blocks, batch) else {
+            return reducer.round(&mut Gradients::default());
+        };
+        let mut tape = Tape::train(0);
+        let pass = blocks.pass(Pass::Train);
+        let output = self.model.loss_recomputed(batch)?;
+        let start = Tensor::ones(*output.shape(), output.dtype(), output.device())?;
+        reducer.backward_muted(&mut tape, &output, &start)?;
+        pass.end()
     }
 
-    /// Sums losses and gradients over all ranks, in the order of the micro-batches.
-    pub(super) fn sum(&mut self, micros: &[Micro], grads: &mut Gradients) -> Result<Part> {
+    /// Sums losses and gradients over all ranks, in the order of the micro-batches. `batch`: any, for rounds in which this
+    /// rank has none.
+    pub(super) fn sum(&mut self, micros: &[Micro], grads: &mut Gradients, batch: Option<&M::Batch>) -> Result<Part> {
         let of = |micro: &Micro| match micro {
             Some((loss, weight, targets)) => Ok([loss.item()? * weight, *weight, *targets as f64]),
             None => Ok([0.0; 3]),
@@ -329,12 +386,12 @@ impl<M: TrainModel> Trainer<M> {
         if let Some(ranks) = ranks {
             let rounds = self.options.accumulate.div_ceil(ranks.size());
             while parts.len() < rounds {
-                self.skip_round()?;
+                self.skip_round(batch)?;
                 parts.push([0.0; 3]);
             }
             if let Some(reducer) = &mut self.ranks.reducer {
                 let sums = reducer.finish()?;
-                match &self.ranks.shards {
+                match self.ranks.shards.as_ref().filter(|_| self.ranks.keeps_sums) {
                     Some(shards) => *grads = shards.gradients(sums)?,
                     None => reducer.gather(sums, grads)?,
                 }
@@ -360,6 +417,20 @@ impl<M: TrainModel> Trainer<M> {
         index % size == rank
     }
 
+    /// Returns `true` if other ranks compute one number more of `count` than this one.
+    pub(super) fn is_short_of(&self, count: usize) -> bool {
+        let [rank, size] = self.ranks.place().map(|number| number as usize);
+        count % size > 0 && rank >= count % size
+    }
+
+    /// Returns `true` if it is on any rank.
+    pub(super) fn any(&self, own: bool) -> Result<bool> {
+        let Some(ranks) = self.ranks.communicator() else { return Ok(own) };
+        let mut all = vec![0; ranks.size()];
+        ranks.all_gather_bytes(&[u8::from(own)], &mut all)?;
+        Ok(all.contains(&1))
+    }
+
     /// Returns all numbers, `mine` of which this rank has computed.
     pub(super) fn gathered(&self, count: usize, mine: Vec<f64>) -> Result<Vec<f64>> {
         let [_, size] = self.ranks.place().map(|number| number as usize);
@@ -373,6 +444,71 @@ impl<M: TrainModel> Trainer<M> {
             f64::from_le_bytes(std::array::from_fn(|byte| all[at + byte]))
         };
         Ok((0..count).map(value).collect_vec())
+    }
+
+    /// Returns the first name that any rank has found in its part of the weights, if they are divided.
+    pub(super) fn first_of_all(&self, found: Option<String>) -> Result<Option<String>> {
+        let (Some(ranks), Some(_)) = (self.ranks.communicator(), &self.ranks.blocks) else { return Ok(found) };
+        const ROOM: usize = 512;
+        let mut name = found.unwrap_or_default().into_bytes();
+        name.resize(ROOM, 0);
+        let mut all = vec![0; ROOM * ranks.size()];
+        ranks.all_gather_bytes(&name, &mut all)?;
+        let name = all.chunks_exact(ROOM).find(|name| name[0] != 0);
+        Ok(name.map(|name| String::from_utf8_lossy(name).trim_end_matches('\0').to_string()))
+    }
+
+    /// Returns the weights that this rank has as a whole.
+    pub(super) fn whole_weights(&self) -> BTreeMap<String, Tensor> {
+        let mut weights = self.params.state_dict();
+        weights.retain(|_, tensor| !tensor.is_absent());
+        weights
+    }
+
+    /// Takes part in [`Trainer::evaluate`] of another rank.
+    fn assist(&self) -> Result<()> {
+        self.lead(Command::Evaluate)?;
+        let _swapped = self.swap_in()?;
+        self.ranks.blocks.as_ref().map_or(Ok(()), |blocks| blocks.open(false).map(drop))
+    }
+
+    /// Updates the averaged weights, if there are any.
+    pub(super) fn average(&mut self) -> Result<()> {
+        match (&mut self.ema, &self.ranks.shards) {
+            (Some(ema), Some(shards)) => shards.average(ema),
+            (Some(ema), None) => ema.update(&self.params),
+            (None, _) => Ok(()),
+        }
+    }
+
+    /// Sets the parameters to the averaged weights, if there are any, until the guards are dropped.
+    pub(super) fn swap_in(&self) -> Result<Vec<Swapped>> {
+        Ok(match (&self.ema, &self.ranks.shards) {
+            (Some(ema), Some(shards)) => shards.swap_in(ema)?.into(),
+            (Some(ema), None) => vec![ema.swap_in(&self.params)?],
+            (None, _) => Vec::new(),
+        })
+    }
+
+    /// Saves a checkpoint whose optimizer's state is divided: each rank writes its part.
+    pub(super) fn save_divided(
+        &self,
+        ranks: &dyn Communicator,
+        sharded: &Sharded,
+        checkpoint: &Checkpoint<Value>,
+        averages: BTreeMap<String, Tensor>,
+        folder: &Path,
+    ) -> Result<()> {
+        let own = self.ranks.shards.is_some();
+        let (own, whole) = if own { (averages, BTreeMap::new()) } else { (BTreeMap::new(), averages) };
+        let mut divided = sharded.divided(own)?;
+        divided.whole.extend(whole);
+        let model = match &self.ranks.blocks {
+            Some(blocks) => Some(blocks.shards()[0].divided_model(&self.params)?),
+            None => None,
+        };
+        let saved = divided.save(checkpoint, model.as_ref(), folder, ranks);
+        if ranks.rank() == 0 { self.by_first(|| saved) } else { saved.and(self.by_first(|| Ok(()))) }
     }
 
     /// Calls `write` on rank 0; the others wait for it.

@@ -9,7 +9,11 @@ use super::{
 use crate::{
     DType, Error, ErrorKind, Gradients, Result, Tape, Tensor,
     error::ensure,
-    train::{Batch, GradScaler, Losses, StepInfo, StepReport, TrainModel, TrainOptions, random::tape_seed},
+    train::{
+        Batch, GradScaler, Losses, StepInfo, StepReport, TrainModel, TrainOptions,
+        blocks::{Pass, Passing},
+        random::tape_seed,
+    },
 };
 
 impl<M: TrainModel> Trainer<M> {
@@ -88,7 +92,7 @@ impl<M: TrainModel> Trainer<M> {
         let TrainOptions { batch_size, accumulate, seed, .. } = self.options;
         let scale = self.scaler.as_ref().map_or(1.0, GradScaler::scale);
         let mut losses = Vec::new();
-        let mut grads = Gradients::default();
+        let (mut grads, mut last) = (Gradients::default(), None);
         let mut ready = batches.into_iter();
         for micro in self.micros() {
             let batch = match ready.next() {
@@ -98,11 +102,14 @@ impl<M: TrainModel> Trainer<M> {
             // 1 unless targets are masked: then each counts alike, in whichever batch it is.
             let weight = batch.weight() / batch_size as f64;
             if weight == 0.0 {
-                self.skip_round()?;
+                self.skip_round(Some(&batch))?;
                 losses.push(None);
+                last = Some(batch);
                 continue;
             }
             let mut tape = Tape::train(tape_seed(seed, self.step, micro));
+            let blocks = self.ranks.blocks.clone();
+            let pass = blocks.as_ref().map(|blocks| blocks.pass(Pass::Train));
             let output = self.loss(&batch)?;
             let start = Tensor::full(*output.shape(), scale * weight, output.dtype(), output.device())?;
             if let Some(mut part) = self.backward(&mut tape, &output, &start)? {
@@ -111,10 +118,12 @@ impl<M: TrainModel> Trainer<M> {
                 }
                 grads.accumulate(part)?;
             }
+            pass.map_or(Ok(()), Passing::end)?;
             losses.push(Some((output.detach(), weight, batch.targets())));
+            last = Some(batch);
         }
         // Read after all passes are enqueued: a GPU does not wait for the processor in between.
-        let part = self.sum(&losses, &mut grads)?;
+        let part = self.sum(&losses, &mut grads, last.as_ref())?;
         ensure!(
             part.weight > 0.0,
             Error::argument("data", format_args!("no target of step {} counts; use larger batches", self.step))
@@ -183,9 +192,7 @@ impl<M: TrainModel> Trainer<M> {
         if let Some(scaler) = &mut self.scaler {
             scaler.update(true);
         }
-        if let Some(ema) = &mut self.ema {
-            ema.update(&self.params)?;
-        }
+        self.average()?;
         Ok(Some(info))
     }
 }
