@@ -99,7 +99,8 @@ fn show(args: &InfoArgs, path: &Path, config: Config) -> Result<()> {
             if args.scaling.is_empty() {
                 return Ok(());
             }
-            let step = Step { params: params.numel() as f64, dtype: DType::BF16, cost };
+            let dim = layers.iter().map(|(_, plan)| plan.dim).max().unwrap_or(0);
+            let step = Step::new(&params, DType::BF16, cost, (batch.rows * batch.tokens * dim) as f64);
             print(args.scaling.table(&step, batch.rows * batch.tokens))
         }
         None => Ok(()),

@@ -1,7 +1,9 @@
 //! Memory and time of a training step on many cards, by stage of ZeRO (`xt info --cards`).
 
+use std::collections::BTreeMap;
+
 use clap::{Args, value_parser};
-use x_transformers::DType;
+use x_transformers::{DType, ParamMap};
 
 use crate::{
     cost::Cost,
@@ -9,7 +11,7 @@ use crate::{
 };
 
 /// Stages that `xt train --zero` has.
-const STAGES: u8 = 2;
+const STAGES: u8 = 3;
 
 /// Elements that are summed together.
 const BUCKET: f64 = (8 << 20) as f64;
@@ -35,16 +37,43 @@ fn positive(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| format!("expected a number above 0, got `{text}`"))
 }
 
+/// Returns the name of the attention layer that has the parameter of this name; stage 3 of ZeRO divides such ones.
+pub fn layer_of(name: &str) -> Option<&str> {
+    const LAYERS: &str = ".layers.";
+    let start = if name.starts_with(&LAYERS[1..]) { LAYERS.len() - 1 } else { name.find(LAYERS)? + LAYERS.len() };
+    Some(&name[..start + name[start..].find('.')?])
+}
+
 /// A step of one card.
 #[derive(Clone, Copy)]
 pub struct Step {
-    /// Parameters of the model.
-    pub params: f64,
-    pub dtype: DType,
-    pub cost: Cost,
+    /// Parameters of the model, of its attention layers, and of the largest of these.
+    params: f64,
+    in_layers: f64,
+    block: f64,
+    dtype: DType,
+    cost: Cost,
+    /// Elements that the forward pass keeps if layers are computed again.
+    recomputed: f64,
 }
 
 impl Step {
+    /// `stream`: elements of the input of a layer.
+    pub fn new(params: &ParamMap, dtype: DType, cost: Cost, stream: f64) -> Self {
+        let mut layers = BTreeMap::new();
+        for (name, param) in params.unique() {
+            if let Some(layer) = layer_of(name) {
+                *layers.entry(layer).or_insert(0.0) += param.tensor().numel() as f64;
+            }
+        }
+        let count = layers.len().max(1) as f64;
+        // The inputs of layers, and what the largest of them keeps: about twice the mean.
+        let recomputed = (stream * count + 2.0 * cost.saved / count).min(cost.saved);
+        let (in_layers, block) =
+            (layers.values().sum(), layers.values().fold(0.0, |most, &numel| f64::max(most, numel)));
+        Self { params: params.numel() as f64, in_layers, block, dtype, cost, recomputed }
+    }
+
     /// Bytes of a parameter, and of a sum of gradients.
     fn sizes(&self) -> [f64; 2] {
         [self.dtype, self.dtype.accumulator()].map(|dtype| dtype.size() as f64)
@@ -63,26 +92,41 @@ impl Step {
         let own = float * self.params / cards;
         // After the pass the sums of all are gathered, when its own gradients have been given away.
         let whole = self.params * float.max(sum);
+        let outside = self.params - self.in_layers;
         let (state, gradients) = match stage {
             _ if cards <= 1.0 => (state, float * self.params),
             0 => (state, whole + part + bucket),
             1 => (state / cards, whole + part + own + bucket),
-            _ => (state / cards, part + own + bucket),
+            2 => (state / cards, part + own + bucket),
+            _ => {
+                // A layer and its gradients, and the next one.
+                let layer = self.block * (2.0 * float + sum);
+                (state / cards, part + float * outside / cards + 3.0 * sum * bucket.min(outside) + layer)
+            }
         };
-        self.params * float + state + gradients + float * self.cost.saved
+        let (weights, saved) = match stage {
+            3 if cards > 1.0 => (self.in_layers / cards + outside, self.recomputed),
+            _ => (self.params, self.cost.saved),
+        };
+        float * (weights + saved) + state + gradients
     }
 
     /// Seconds of a step of one micro-batch for each card: sums of gradients beside the backward pass, then what is
-    /// gathered.
+    /// gathered. In stage 3 layers are gathered beside both passes, and computed again in the second.
     fn seconds(&self, cards: f64, stage: u8, speed: f64, bandwidth: f64) -> f64 {
         let [float, sum] = self.sizes();
         let moved = |size: f64| size * self.params * (cards - 1.0) / cards / bandwidth;
+        let (forward, backward) = (self.cost.forward / speed, self.cost.backward / speed);
         let gathered = match stage {
             0 => moved(sum),
             1 => moved(sum) + moved(float),
-            _ => moved(float),
+            2 => moved(float),
+            _ => {
+                let layers = moved(float) * self.in_layers / self.params;
+                return forward.max(layers) + (forward + backward).max(layers + moved(sum)) + moved(float) - layers;
+            }
         };
-        self.cost.forward / speed + (self.cost.backward / speed).max(moved(sum)) + gathered
+        forward + backward.max(moved(sum)) + gathered
     }
 }
 
@@ -125,10 +169,11 @@ mod tests {
     };
 
     use x_transformers::{
-        Device, Result,
+        Device, ParamStore, Result,
         config::{AttentionLayersConfig, AutoregressiveConfig, Config, TransformerWrapperConfig},
         distributed::Communicator,
-        train::{ByteText, RankOptions, TrainOptions, Trainer},
+        models::AutoregressiveWrapper,
+        train::{ByteText, RankOptions, TrainModel, TrainOptions, Trainer},
     };
 
     use super::*;
@@ -202,32 +247,39 @@ mod tests {
             (DType::F32, 2, 1),
             (DType::F32, 2, 2),
             (DType::F32, 4, 2),
+            (DType::F32, 2, 3),
+            (DType::F32, 4, 3),
             (DType::BF16, 2, 0),
             (DType::BF16, 4, 1),
             (DType::BF16, 4, 2),
+            (DType::BF16, 4, 3),
         ] {
             let shared = Arc::new((Mutex::new(vec![Vec::new(); size]), Barrier::new(size)));
             let before = Device::Cpu.memory().live;
             Device::Cpu.reset_peak_memory();
-            let run = |rank| -> Result<f64> {
+            let run = |rank| -> Result<()> {
                 let options = TrainOptions { seq_len: 32, batch_size: 4, dtype, ..Default::default() };
+                let options = TrainOptions { recompute: zero == 3, ..options };
                 let text = ByteText::from_bytes(vec![b'a'; 4000])?;
                 let trainer = Trainer::new(config.clone(), options, text, &Device::Cpu)?;
                 let ranks = Arc::new(Thread { rank, size, shared: shared.clone() });
                 let mut trainer = trainer.with_ranks(ranks, RankOptions { overlap: false, zero, bucket: BUCKET })?;
                 trainer.step()?;
                 trainer.step()?;
-                Ok(trainer.params().numel() as f64)
+                Ok(())
             };
             let run = &run;
-            let params = thread::scope(|scope| {
+            thread::scope(|scope| {
                 let threads: Vec<_> = (0..size).map(|rank| scope.spawn(move || run(rank))).collect();
-                threads.into_iter().map(|thread| thread.join().expect("no panic").expect("steps")).fold(0.0, f64::max)
+                threads.into_iter().for_each(|thread| thread.join().expect("no panic").expect("steps"));
             });
             let measured = (Device::Cpu.memory().peak - before) as f64 / size as f64;
             let (_, cost) =
                 Cost::of_model(&config, Sizes { rows: 4, tokens: Some(32) }).expect("a config").expect("a model");
-            let estimated = Step { params, dtype, cost }.memory(size as f64, zero, BUCKET as f64);
+            let store = ParamStore::shapes(dtype, &Device::Cpu);
+            <AutoregressiveWrapper as TrainModel>::build(&config, &store).expect("a model");
+            let step = Step::new(&store.params(), dtype, cost, f64::from(4 * 32 * 384));
+            let estimated = step.memory(size as f64, zero, BUCKET as f64);
             let ratio = measured / estimated;
             println!("{dtype}, {size} ranks, stage {zero}: {measured:.3e} bytes, estimated {estimated:.3e}");
             assert!(

@@ -138,9 +138,9 @@ pub struct TrainArgs {
     #[arg(long, conflicts_with = "resume")]
     dry_run: bool,
 
-    /// Stage of ZeRO for several processes: with 1 each keeps its part of the optimizer's state, with 2 of the summed
-    /// gradients too
-    #[arg(long, value_name = "STAGE", default_value_t = 0, value_parser = value_parser!(u8).range(0..=2))]
+    /// Stage of ZeRO for several processes: with 1 each keeps its part of the optimizer's state and of averaged weights,
+    /// with 2 of the summed gradients too, with 3 (and --recompute) of the layers' weights too; then there are no samples
+    #[arg(long, value_name = "STAGE", default_value_t = 0, value_parser = value_parser!(u8).range(0..=3))]
     zero: u8,
 
     #[command(flatten)]
@@ -379,6 +379,8 @@ fn proceed<T: Task>(
     let profiler = Profiler::new(&args.profile);
     let events = args.tensorboard.then(|| Events::create(&run.dir, trainer.steps_done())).transpose()?;
     let device = device.clone();
+    // A sample would gather all weights in this process.
+    let about = if args.zero == 3 { About { prompt: Vec::new(), ..about } } else { about };
     let mut training = Training { run, trainer, metrics, events, progress, device, about, profiler };
     if training.metrics.held().is_none() {
         // A run that is resumed may have been killed after the checkpoint and before the picture. The one of a new run
@@ -387,7 +389,6 @@ fn proceed<T: Task>(
     }
     training.introduce();
     training.all_steps()?;
-    training.trainer.end_ranks()?;
     training.conclude()
 }
 

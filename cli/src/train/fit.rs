@@ -13,6 +13,7 @@ use crate::{
     failure::{Failure, Result},
     progress::bytes,
     ranks,
+    scaling::layer_of,
 };
 
 /// Refuses a run whose weights, gradients, optimizer and activations do not fit into the memory that the device has left.
@@ -80,8 +81,12 @@ fn needed(config: &Config, options: &TrainOptions, shares: Shares, build: Build)
     };
     let master = if float < 4.0 { 4.0 } else { 0.0 };
     let average = if options.ema_decay.is_some() { 4.0 } else { 0.0 };
-    let (state, gradients) = ((moments + master) * shares.part(1), float * shares.part(2));
-    let weights = store.params().numel() as f64 * (float + gradients + state + average);
+    let (state, gradients) = ((moments + master + average) * shares.part(1), float * shares.part(2));
+    let params = store.params();
+    let sizes = params.unique().map(|(name, param)| (layer_of(name).is_some(), param.tensor().numel() as f64));
+    // Those of layers are divided in stage 3, but for one layer, which is little.
+    let held = sizes.map(|(layers, numel)| numel * if layers { shares.part(3) } else { 1.0 }).sum::<f64>();
+    let weights = params.numel() as f64 * (gradients + state) + held * float;
     let sizes = Sizes { rows: options.batch_size, tokens: Some(options.seq_len) };
     let saved = Cost::of_model(config, sizes)?.map_or(0.0, |(_, cost)| cost.saved);
     // Of one layer at a time; its share is small.
@@ -106,8 +111,11 @@ mod tests {
         let step = needed(&options, 1, 0).expect("bytes");
         let more = TrainOptions { batch_size: 8, ..options.clone() };
         assert!(needed(&more, 1, 0).is_ok_and(|more| more > step && more < 2.0 * step));
-        let by_stage = [0, 1, 2].map(|zero| needed(&options, 4, zero).expect("bytes"));
-        assert!(by_stage[0] == step && by_stage[1] < step && by_stage[2] < by_stage[1], "{by_stage:?}");
+        let by_stage = [0, 1, 2, 3].map(|zero| needed(&options, 4, zero).expect("bytes"));
+        assert!(by_stage[0] == step && by_stage.is_sorted_by(|a, b| a > b), "{by_stage:?}");
+        let averaged = TrainOptions { ema_decay: Some(0.9), ..options.clone() };
+        let more = |zero| needed(&averaged, 4, zero).expect("bytes") - by_stage[usize::from(zero)];
+        assert!((more(1) - more(0) / 4.0).abs() < 1.0, "averages are divided too");
         assert!(compare(step, step as u64 + 1, &Device::Cpu, [false, true]).is_ok());
         let message = |cures| compare(step, step as u64 - 1, &Device::Cpu, cures).expect_err("too little").to_string();
         let alone = message([false, true]);

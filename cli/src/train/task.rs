@@ -42,6 +42,9 @@ pub trait Task: TrainModel + Sized {
     /// Predictions on the validation set, from which its scores are computed.
     type Seen: Default;
 
+    /// If `false`, there are no scores beside the loss, and [`Task::see`] does nothing.
+    const SEES: bool = true;
+
     /// Opens the data of a run whose checkpoint is in a folder.
     fn data(args: &DataArgs, own: Option<Own>, checkpoint: &Path) -> Result<Data<Self::Batch>>;
 
@@ -77,6 +80,8 @@ pub trait Task: TrainModel + Sized {
 impl Task for AutoregressiveWrapper {
     type Seen = ();
 
+    const SEES: bool = false;
+
     fn data(args: &DataArgs, own: Option<Own>, _: &Path) -> Result<Data<TokenBatch>> {
         args.open(own)
     }
@@ -92,6 +97,8 @@ impl Task for AutoregressiveWrapper {
 
 impl Task for LoraModel {
     type Seen = ();
+
+    const SEES: bool = false;
 
     fn data(args: &DataArgs, own: Option<Own>, _: &Path) -> Result<Data<TokenBatch>> {
         args.open(own)

@@ -160,7 +160,11 @@ impl<T: Task> Training<'_, T> {
     fn milestone(&mut self, save: bool) -> Result<()> {
         let done = self.trainer.steps_done();
         let mut seen = T::Seen::default();
-        let loss = self.trainer.validate_each(&mut |model, batch| model.see(batch, &mut seen))?;
+        let loss = if T::SEES {
+            self.trainer.validate_each(&mut |model, batch| model.see(batch, &mut seen))?
+        } else {
+            self.trainer.validate()?
+        };
         let written = self.metrics.validation(done, loss);
         written.map_err(|failure| self.unsaved(failure))?;
         self.event(done, &[("loss/validation", loss)])?;
@@ -260,13 +264,15 @@ impl<T: Task> Training<'_, T> {
     pub fn conclude(mut self) -> Result<()> {
         self.progress.finish();
         let took = duration(self.progress.elapsed());
+        // The other processes take part.
+        let sample = self.sample(LAST_SAMPLE)?;
+        self.trainer.end_ranks()?;
         let (done, steps) = (self.trainer.steps_done(), self.trainer.options().steps);
         if done < steps {
             let since = self.trainer.losses().since_best;
             self.progress.say(format_args!("stopped at step {done}/{steps}: no lower loss in {since} validations"));
         }
         let loss = self.metrics.validation.last().map_or(f64::NAN, |&(_, loss)| loss);
-        let sample = self.sample(LAST_SAMPLE)?;
         self.progress.say(format_args!("\nvalidation  {} after {took}", self.about.unit().short(loss)));
         if let Some(baseline) = self.about.baseline {
             self.progress.say(format_args!("baseline    {baseline:.3} bits/byte, {ORDER_2} on the same text"));
