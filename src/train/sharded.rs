@@ -18,7 +18,7 @@ use crate::{
     ordered::OrderedMap,
 };
 
-/// Optimizer of which each rank keeps the state of its part of the parameters: the first two stages of ZeRO
+/// Optimizer of which each rank keeps the state of its part of the parameters: stages of ZeRO
 /// (Rajbhandari et al., <https://arxiv.org/abs/1910.02054>).
 ///
 /// Each rank updates its part of the weights and gathers those of the others. All ranks have the bits of the optimizer
@@ -27,6 +27,7 @@ use crate::{
 ///
 /// - **Stage 1**: give it the gradients of [`DataParallel::reduce`](crate::distributed::DataParallel::reduce).
 /// - **Stage 2**: give it those of [`Sharded::reduce`], which keeps only this rank's part of the sums.
+/// - **Stage 3**, which divides weights too, is one of [`Trainer::with_ranks`](super::Trainer::with_ranks).
 ///
 /// All ranks call its methods together, in the same order; [`Optimizer::state_dict`] returns the whole state on each.
 ///

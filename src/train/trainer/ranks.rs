@@ -420,7 +420,7 @@ impl<M: TrainModel> Trainer<M> {
     /// Returns `true` if other ranks compute one number more of `count` than this one.
     pub(super) fn is_short_of(&self, count: usize) -> bool {
         let [rank, size] = self.ranks.place().map(|number| number as usize);
-        count % size > 0 && rank >= count % size
+        (1..=rank).contains(&(count % size))
     }
 
     /// Returns `true` if it is on any rank.
