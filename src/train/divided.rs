@@ -19,7 +19,9 @@ use crate::{
     distributed::Communicator,
     error::ensure,
     io::{Places, Writer, places},
+    ordered::OrderedMap,
     shape::Shape,
+    sort::sort_by,
 };
 
 /// State of an optimizer, or weights, of which this rank has a part.
@@ -86,7 +88,7 @@ impl Divided {
         let mut described =
             self.whole.iter().map(|(name, tensor)| (name.as_str(), tensor.dtype(), *tensor.shape())).collect_vec();
         described.extend(self.shapes.iter().map(|(name, (dtype, shape))| (name.as_str(), *dtype, *shape)));
-        described.sort_by(|a, b| a.0.cmp(b.0));
+        sort_by(&mut described, |a, b| a.0.cmp(b.0));
         places(Path::new(name), described, metadata)
     }
 
@@ -108,7 +110,7 @@ impl Divided {
     fn write_own(&self, path: &Path, places: &Places, first: bool) -> Result<()> {
         let broken = |error| Error::io(path, error);
         let mut file = OpenOptions::new().write(true).open(path).map_err(broken)?;
-        let of = places.tensors.iter().copied().collect::<BTreeMap<&str, usize>>();
+        let of = places.tensors.iter().copied().collect::<OrderedMap<&str, usize>>();
         let mut write = |name: &str, before: usize, tensor: &Tensor| {
             let tensor = tensor.detach().contiguous()?.to_device(&Device::Cpu)?;
             let at = of[name] + before * tensor.dtype().size();

@@ -1,7 +1,7 @@
 //! Optimizers whose state is divided among ranks.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -15,7 +15,7 @@ use crate::{
     distributed::{BUCKET, Bucket, Communicator, Homes, Piece, Reducer, Sums},
     error::ensure,
     ops::adamw::{CHUNK, square_norms},
-    ordered::OrderedMap,
+    ordered::{OrderedMap, ordered},
 };
 
 /// Optimizer of which each rank keeps the state of its part of the parameters: stages of ZeRO
@@ -342,8 +342,8 @@ impl Shards {
     /// Returns this rank's part of an average.
     pub fn own_average(&self, ema: &Ema) -> Result<Ema> {
         let named = |(name, average)| (format!("{EMA}{name}"), average);
-        let own = self.own_state(&ema.state_dict().into_iter().map(named).collect())?;
-        ema.with_averages(own.into_iter().map(|(name, average)| (name[EMA.len()..].to_string(), average)).collect())
+        let own = self.own_state(&ordered(ema.state_dict().into_iter().map(named)))?;
+        ema.with_averages(ordered(own.into_iter().map(|(name, average)| (name[EMA.len()..].to_string(), average))))
     }
 
     /// Updates this rank's part of an average with the present weights.
@@ -376,7 +376,7 @@ impl Shards {
             places.insert(name.as_str(), *piece);
         }
         let all = self.buckets.iter().flat_map(|bucket| &bucket.params);
-        let all = all.map(|(name, param)| (name.as_str(), param)).collect::<BTreeMap<_, _>>();
+        let all = all.map(|(name, param)| (name.as_str(), param)).collect::<OrderedMap<_, _>>();
         let (mut own, mut mismatched) = (BTreeMap::new(), Vec::new());
         for (key, tensor) in dict {
             let known = key.split_once('.').and_then(|(kind, name)| Some((kind, name, *all.get(name)?)));
@@ -460,11 +460,11 @@ impl Shards {
         let kinds = own.keys().filter_map(|key| Some(key.split_once('.')?.0)).filter(|kind| *kind != "step");
         // A rank that has no part does not know them.
         const ROOM: usize = 512;
-        let names = kinds.collect::<BTreeSet<&str>>().into_iter().collect_vec().join(" ");
+        let names = kinds.map(|kind| (kind, ())).collect::<OrderedMap<_, _>>().keys().join(" ");
         let names = self.gather_bytes(names.into_bytes(), ROOM)?;
         let names = names.split(|byte| matches!(byte, 0 | b' ')).filter(|name| !name.is_empty());
-        let names = names.map(|name| String::from_utf8_lossy(name).into_owned());
-        let kinds = names.collect::<BTreeSet<String>>().into_iter().collect_vec();
+        let names = names.map(|name| (String::from_utf8_lossy(name).into_owned(), ()));
+        let kinds = names.collect::<OrderedMap<_, _>>();
         let (mut numbers, mut tensors) = (BTreeMap::new(), Vec::new());
         numbers.extend(own.get("steps").map(|steps| ("steps".to_string(), steps.clone())));
         for (at, bucket) in self.buckets.iter().enumerate() {
@@ -473,7 +473,7 @@ impl Shards {
             for (name, _) in &bucket.params {
                 let step = own.get(&format!("step.{name}")).map(|step| step.to_vec::<i64>()).transpose()?;
                 found.push(step.map_or(0, |step| step[0] as u64 + 1));
-                found.extend(kinds.iter().map(|kind| u64::from(own.contains_key(&format!("{kind}.{name}")))));
+                found.extend(kinds.keys().iter().map(|kind| u64::from(own.contains_key(&format!("{kind}.{name}")))));
             }
             let (width, each) = (8 * found.len(), 1 + kinds.len());
             let all = self.gather_bytes(found.into_iter().flat_map(u64::to_le_bytes).collect(), width)?;
@@ -486,7 +486,7 @@ impl Shards {
                     numbers.insert(format!("step.{name}"), Tensor::scalar(steps as i64, &Device::Cpu)?);
                 }
             }
-            for (kind, name) in kinds.iter().enumerate() {
+            for (kind, name) in kinds.keys().iter().enumerate() {
                 let params =
                     (0..bucket.params.len()).filter(|param| number(each * param + 1 + kind) == 1).collect_vec();
                 tensors.push((at, name.clone(), params));

@@ -28,6 +28,7 @@ use crate::{
     config::Config,
     error::{ErrorContext, ensure},
     models::AutoregressiveWrapper,
+    ordered::ordered,
 };
 
 /// Trainer of a model on the batches of a source, step by step: an [`AutoregressiveWrapper`], or any [`TrainModel`]
@@ -353,7 +354,7 @@ impl<M: TrainModel> Trainer<M> {
         let (config, model, training) = (M::config_to_json(&self.config), self.whole_weights(), self.state());
         let mut checkpoint = Checkpoint { config, model, optimizer: BTreeMap::new(), training };
         if let (Some(ranks), Some(sharded)) = (self.ranks(), self.optimizer.sharded()) {
-            return self.save_divided(&**ranks, sharded, &checkpoint, averages.collect(), folder.as_ref());
+            return self.save_divided(&**ranks, sharded, &checkpoint, ordered(averages), folder.as_ref());
         }
         checkpoint.optimizer = self.optimizer.state_dict()?;
         checkpoint.optimizer.extend(averages);

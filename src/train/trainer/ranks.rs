@@ -12,6 +12,7 @@ use crate::{
     error::ensure,
     hash::{FNV1A_START, fnv1a_from},
     ops::adamw::square_norms,
+    ordered::OrderedMap,
     train::{
         Checkpoint, Sharded, TrainModel,
         blocks::{Blocks, Pass, homes},
@@ -531,8 +532,8 @@ impl<M: TrainModel> Trainer<M> {
 fn differs(name: &str, first: &Value, mine: &Value) -> Option<String> {
     match (first, mine) {
         (Value::Object(first), Value::Object(mine)) => {
-            let keys = first.keys().chain(mine.keys()).map(|key| (key, ())).collect::<BTreeMap<_, _>>();
-            keys.into_keys().find_map(|key| {
+            let keys = first.keys().chain(mine.keys()).map(|key| (key, ())).collect::<OrderedMap<_, _>>();
+            keys.keys().iter().find_map(|&key| {
                 let of = |tree: &serde_json::Map<String, Value>| tree.get(key).cloned().unwrap_or_default();
                 differs(&format!("{name}{}{key}", if name.is_empty() { "" } else { "." }), &of(first), &of(mine))
             })
