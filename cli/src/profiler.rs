@@ -36,6 +36,11 @@ impl<'a> Profiler<'a> {
         Self { args, total: Report::default() }
     }
 
+    /// Returns `true` if a profile was asked for.
+    pub fn is_on(&self) -> bool {
+        self.args.profile || self.args.trace.is_some()
+    }
+
     /// Calls `step`, with a profile if one was asked for.
     pub fn watch<R>(&mut self, step: impl FnOnce() -> R) -> Result<R> {
         let profile = match self.args {

@@ -110,6 +110,11 @@ pub struct TrainArgs {
     #[arg(long, default_value = "auto")]
     device: String,
 
+    /// Enqueue the ops of each step on a GPU instead of replaying them as a recorded graph: the same bits, less memory, more
+    /// time for small models
+    #[arg(long)]
+    no_graphs: bool,
+
     /// Folder to write the checkpoint, metrics.csv and loss.svg to
     #[arg(long, value_name = "DIR", default_value = "out", conflicts_with = "resume")]
     out: PathBuf,
@@ -124,8 +129,8 @@ pub struct TrainArgs {
 
     /// Folder of a run to resume, with its model, its tokenizer and all its options; requires the same data: --text,
     /// --tokens with --validation, --jsonl with the same --field, --parquet with the same --column, the same --separator,
-    /// --pairs, or --images with --validation-images. --steps and --every override those of the run; --device, --zero,
-    /// --profile, --trace and --tensorboard are not saved with it
+    /// --pairs, or --images with --validation-images. --steps and --every override those of the run; --device, --no-graphs,
+    /// --zero, --profile, --trace and --tensorboard are not saved with it
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
 
@@ -342,13 +347,15 @@ fn resume<T: Task>(args: &TrainArgs, run: Run, training: &TrainingState, device:
     let mut trainer = Trainer::<T>::resume_from(run.checkpoint(), source, device)?;
     args.options.steps.map_or(Ok(()), |steps| trainer.set_steps(steps))?;
     args.every.map_or(Ok(()), |every| trainer.set_every(every))?;
+    trainer.set_graphs(!args.no_graphs);
     let Some(trainer) = ranks::share(trainer, args.rank_options())? else { return Ok(()) };
     let metrics = Metrics::resume(&run.metrics(), about.unit(), trainer.steps_done())?;
     proceed(args, run, trainer, metrics, about, device)
 }
 
 /// Begins a run, or only tries its steps.
-fn begin<T: Task>(args: &TrainArgs, trainer: Trainer<T>, about: About, device: &Device) -> Result<()> {
+fn begin<T: Task>(args: &TrainArgs, mut trainer: Trainer<T>, about: About, device: &Device) -> Result<()> {
+    trainer.set_graphs(!args.no_graphs);
     let Some(mut trainer) = ranks::share(trainer, args.rank_options())? else { return Ok(()) };
     if args.dry_run {
         return rehearsal::run(trainer, device, &about);

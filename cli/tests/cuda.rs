@@ -52,6 +52,37 @@ fn training_and_text_match_the_cpu() {
     }
 }
 
+/// Steps that are replayed as a graph and read one step late have the bits of steps that run op by op, and are all written.
+#[test]
+fn graphs_change_no_bit() {
+    let Some(device) = device("graphs_change_no_bit") else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let corpus = path(folder.path(), "text.txt");
+    write_text(&corpus);
+    let options = ["--text", &corpus, "--device", &device, "--set", "ff_dropout=0.1", "--accumulate", "2"];
+    let run = |name: &str, more: &[&str]| {
+        let out = path(folder.path(), name);
+        let steps = ["--out", &out, "--steps", "7", "--every", "4"];
+        let said = succeeds(&[&["train"][..], &options, &steps, &TINY, more].concat());
+        let rows = fs::read_to_string(Path::new(&out).join("metrics.csv")).expect("metrics.csv");
+        // Without the speed, and without validation's rows, which have none.
+        let rows: Vec<String> =
+            rows.lines().map(|row| row.rsplit_once(',').expect("several columns").0.to_string()).collect();
+        let file = |name: &str| fs::read(Path::new(&out).join("checkpoint").join(name)).expect(name);
+        (said, rows, ["model.safetensors", "optimizer.safetensors"].map(file))
+    };
+    let (said, rows, files) = run("graphs", &[]);
+    assert!(!said.contains("note "), "{said}");
+    let (_, eager_rows, eager_files) = run("eager", &["--no-graphs"]);
+    assert_eq!(rows, eager_rows);
+    assert!(files == eager_files, "the checkpoints differ");
+    // An optimizer that no graph has: said once, and not where nobody asked for graphs.
+    let (said, ..) = run("lion", &["--optimizer", "lion"]);
+    assert_eq!(said.matches("note ").count(), 1, "{said}");
+    let (said, ..) = run("eager-lion", &["--optimizer", "lion", "--no-graphs"]);
+    assert!(!said.contains("note "), "{said}");
+}
+
 #[test]
 fn a_checkpoint_continues_with_the_same_bits() {
     let Some(device) = device("a_checkpoint_continues_with_the_same_bits") else { return };

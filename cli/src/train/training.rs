@@ -6,7 +6,7 @@ use x_transformers::{
     Device,
     io::write_atomically,
     models::GenerateOptions,
-    train::{Checkpoint, TrainOptions, Trainer},
+    train::{Checkpoint, StepReport, TrainOptions, Trainer},
 };
 
 use super::{data::About, task::Task};
@@ -89,24 +89,17 @@ impl<T: Task> Training<'_, T> {
             // The run may have been killed between the two checkpoints.
             _ => self.keep_best()?,
         }
+        let mut said = 0;
         while self.trainer.steps_done() < steps && !self.has_stopped() {
             if interrupt::asked() {
                 self.trainer.ask_to_stop();
             }
-            let clock = Instant::now();
-            let report = self.profiler.watch(|| self.trainer.step())??;
-            let speed = report.tokens as f64 / clock.elapsed().max(Duration::from_nanos(1)).as_secs_f64();
-            let written = self.metrics.train(report.step, report.loss, report.lr, speed);
-            written.map_err(|failure| self.unsaved(failure))?;
-            let curves = [("loss/train", report.loss), ("lr", report.lr), ("speed", speed)];
-            self.event(report.step + 1, &curves)?;
-            let done = self.trainer.steps_done();
-            self.progress.step(done, report.loss, speed);
-            if let (true, Some(scaler)) = (report.skipped, self.trainer.grad_scaler()) {
-                let scale = scaler.scale();
-                self.progress
-                    .say(format_args!("step {done}/{steps}  skipped: gradients overflow; loss scale now {scale}"));
+            self.steps_until(self.next_stop())?;
+            for reason in &self.trainer.eager_reasons()[said..] {
+                self.progress.say(format_args!("note        {reason}"));
             }
+            said = self.trainer.eager_reasons().len();
+            let done = self.trainer.steps_done();
             let saves = done.is_multiple_of(every) || done == steps;
             if saves || EARLY.contains(&done) && done < every {
                 self.milestone(saves)?;
@@ -116,6 +109,44 @@ impl<T: Task> Training<'_, T> {
             }
         }
         Ok(())
+    }
+
+    /// Returns the number of steps after which something else than a step comes: a validation, a checkpoint or the end. Ranks
+    /// and profiles take each step by itself.
+    fn next_stop(&self) -> u64 {
+        let TrainOptions { steps, every, .. } = *self.trainer.options();
+        let done = self.trainer.steps_done();
+        if self.trainer.ranks().is_some() || self.profiler.is_on() {
+            return done + 1;
+        }
+        let early = EARLY.into_iter().find(|&early| early > done && early < every);
+        let stop = steps.min((done / every + 1).saturating_mul(every));
+        early.map_or(stop, |early| early.min(stop))
+    }
+
+    /// Runs steps, and writes about each.
+    fn steps_until(&mut self, until: u64) -> Result<()> {
+        let Self { trainer, metrics, events, progress, profiler, .. } = self;
+        let (steps, mut clock, mut written) = (trainer.options().steps, Instant::now(), Ok(()));
+        let mut each = |report: &StepReport| {
+            let took = std::mem::replace(&mut clock, Instant::now()).elapsed().max(Duration::from_nanos(1));
+            let speed = report.tokens as f64 / took.as_secs_f64();
+            let done = report.step + 1;
+            written = metrics.train(report.step, report.loss, report.lr, speed).and_then(|()| {
+                let curves = [("loss/train", report.loss), ("lr", report.lr), ("speed", speed)];
+                events
+                    .iter_mut()
+                    .try_for_each(|events| curves.iter().try_for_each(|&(tag, value)| events.scalar(done, tag, value)))
+            });
+            progress.step(done, report.loss, speed);
+            if report.skipped {
+                let scale = report.loss_scale;
+                progress.say(format_args!("step {done}/{steps}  skipped: gradients overflow; loss scale now {scale}"));
+            }
+            written.is_ok() && !interrupt::asked()
+        };
+        profiler.watch(|| trainer.run(until, &mut each))??;
+        written.map_err(|failure| self.unsaved(failure))
     }
 
     /// Returns `true` once the loss has not become lower for as long as the options say. That is at a checkpoint, where a
