@@ -3,8 +3,9 @@
 use std::fmt;
 
 use crate::{
-    Device, Error, ParamMap, Result, Tensor,
+    Device, Error, Param, ParamMap, Result, Tensor,
     autograd::{discrete, is_recording},
+    collect::CollectVec,
     device::{Address, Gpu, Replay},
     error::ensure,
     shape::Layout,
@@ -52,11 +53,15 @@ impl<R> fmt::Debug for Graph<R> {
 type Function<'f> = &'f mut dyn FnMut(bool) -> Result<()>;
 
 /// Address and layout of a parameter.
-type Place = (Address, Layout);
+pub(crate) type Place = (Address, Layout);
 
-fn place(param: &crate::Param) -> Result<Place> {
-    let value = param.tensor();
+fn place(value: &Tensor) -> Result<Place> {
     Ok((value.storage_address()?, *value.layout()))
+}
+
+/// Returns the places of parameters, by name.
+pub(crate) fn places(params: &ParamMap) -> Result<Vec<(String, Place)>> {
+    params.iter().map(|(name, param)| Ok((name.to_string(), place(&param.tensor())?))).try_collect_vec()
 }
 
 impl<R> Graph<R> {
@@ -110,13 +115,10 @@ impl<R> Graph<R> {
         discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
         // Separate copies: a replay writes into them.
         let inputs = inputs.iter().map(Tensor::to_owned_copy).collect::<Result<Vec<_>>>()?;
-        let places = || -> Result<Vec<(String, Place)>> {
-            params.iter().map(|(name, param)| Ok((name.to_string(), place(param)?))).collect()
-        };
         let (mut params_at, mut output) = (Vec::new(), None);
         let recorded = record(device, &mut |capturing| {
             let value = f(&inputs)?;
-            let now = places()?;
+            let now = places(params)?;
             if capturing {
                 if let Some((_, (name, _))) = now.iter().zip(&params_at).find(|(now, before)| now != before) {
                     return Err(Error::argument("graph", format_args!("`{name}` was replaced during the recording")));
@@ -137,16 +139,45 @@ impl<R> Graph<R> {
     /// Errors: inputs of other shapes, dtypes or devices, a parameter that was replaced since the recording, a graph
     /// that is being recorded, or a driver error.
     pub fn replay(&mut self, inputs: &[Tensor]) -> Result<&R> {
+        self.check(inputs)?;
+        if let Some(name) = self.replaced()? {
+            let message = format_args!("`{name}` was replaced since the recording; record again");
+            return Err(Error::argument("graph", message));
+        }
+        self.enqueue(inputs)?;
+        Ok(&self.output)
+    }
+
+    /// Replays a graph that writes its parameters, or returns `None` if one was replaced or another tensor shares it.
+    ///
+    /// The parameters are locked together and in the order of their identity, so that other threads see the weights of
+    /// one step, and keep what they have read.
+    pub(crate) fn replay_in_place(&mut self, inputs: &[Tensor]) -> Result<Option<&R>> {
+        self.check(inputs)?;
+        let mut locked = self.map.in_order_of_locks().map(|param| (param.leaf(), param.lock())).collect_vec();
+        if locked.iter_mut().any(|(_, value)| !value.is_unique()) {
+            return Ok(None);
+        }
+        for (name, recorded) in &self.params {
+            let leaf = self.map.get(name).map(Param::leaf);
+            let at = leaf.and_then(|leaf| locked.binary_search_by(|(of, _)| of.cmp(&leaf)).ok());
+            if at.map(|at| place(&locked[at].1)).transpose()?.as_ref() != Some(recorded) {
+                return Ok(None);
+            }
+        }
+        self.enqueue(inputs)?;
+        drop(locked);
+        Ok(Some(&self.output))
+    }
+
+    /// Checks inputs of a replay.
+    fn check(&self, inputs: &[Tensor]) -> Result<()> {
         self.device.refuse_while_capturing("a replay")?;
         if inputs.len() != self.inputs.len() {
             let (given, expected) = (inputs.len(), self.inputs.len());
             return Err(Error::argument("graph", format_args!("expected {expected} inputs as recorded, got {given}")));
         }
         discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
-        if let Some(name) = self.replaced()? {
-            let message = format_args!("`{name}` was replaced since the recording; record again");
-            return Err(Error::argument("graph", message));
-        }
         for (index, (to, from)) in self.inputs.iter().zip(inputs).enumerate() {
             if to.shape() != from.shape() || to.dtype() != from.dtype() || to.device() != from.device() {
                 return Err(Error::argument(
@@ -163,18 +194,21 @@ impl<R> Graph<R> {
                 ));
             }
         }
+        Ok(())
+    }
+
+    fn enqueue(&self, inputs: &[Tensor]) -> Result<()> {
         for (to, from) in self.inputs.iter().zip(inputs) {
             let from = from.detach().contiguous()?;
             self.device.copy(to.address()?, from.address()?, to.numel() * to.dtype().size())?;
         }
-        self.recorded.replay()?;
-        Ok(&self.output)
+        self.recorded.replay()
     }
 
     /// Returns the name of a parameter that was replaced since the recording.
     pub(crate) fn replaced(&self) -> Result<Option<&str>> {
         for (name, recorded) in &self.params {
-            if self.map.get(name).map(place).transpose()?.as_ref() != Some(recorded) {
+            if self.map.get(name).map(|param| place(&param.tensor())).transpose()?.as_ref() != Some(recorded) {
                 return Ok(Some(name));
             }
         }

@@ -8,6 +8,8 @@
 
 #[path = "common/gpu.rs"]
 mod common;
+#[path = "graphs/changes.rs"]
+mod changes;
 #[path = "graphs/threads.rs"]
 mod threads;
 #[path = "graphs/trainer.rs"]

@@ -46,7 +46,7 @@ fn chosen(variant: usize, bless: bool) -> Vec<Target> {
         Ok("all") => targets(ALL),
         Ok(list) => targets(list),
         Err(_) if bless => targets(RECORDED),
-        // The sequence of Thue and Morse: each value of each option meets both cards.
+        // The sequence of Thue and Morse: variants that differ in one option alone meet both cards.
         Err(_) => vec![targets(RECORDED)[variant.count_ones() as usize % 2]],
     }
 }

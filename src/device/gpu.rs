@@ -60,10 +60,11 @@ pub trait Kernel: Send + Sync {
 
 /// Bytes on their way from a GPU.
 pub trait ReadBack: Send {
-    /// Waits until they have arrived and returns them.
+    /// Waits until they have arrived and returns them, and apart from them the error that kernels of any thread have
+    /// reported since the last read-back, if there is one.
     ///
-    /// Errors: those of [`Gpu::read_back`], about the work enqueued before the copy.
-    fn wait(self: Box<Self>) -> Result<Vec<u8>>;
+    /// Errors: those of the driver.
+    fn wait(self: Box<Self>) -> Result<(Vec<u8>, Result<()>)>;
 }
 
 /// Recorded graph of a GPU, which owns the memory that its kernels use.
@@ -243,8 +244,8 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
 struct Arrived(Vec<u8>);
 
 impl ReadBack for Arrived {
-    fn wait(self: Box<Self>) -> Result<Vec<u8>> {
-        Ok(self.0)
+    fn wait(self: Box<Self>) -> Result<(Vec<u8>, Result<()>)> {
+        Ok((self.0, Ok(())))
     }
 }
 

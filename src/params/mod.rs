@@ -211,6 +211,12 @@ impl ParamMap {
         places.into_iter().map(|at| (self.params.keys()[at].as_str(), &self.params.values()[at]))
     }
 
+    /// Returns each parameter once, in the order in which several are [locked](Param::lock).
+    #[cfg(feature = "cuda")]
+    pub(crate) fn in_order_of_locks(&self) -> impl Iterator<Item = &Param> {
+        self.by_leaf().into_iter().map(|at| &self.params.values()[at])
+    }
+
     /// Returns the place of each parameter once, under the first of its names, in the order of [`Param::leaf`].
     fn by_leaf(&self) -> Vec<usize> {
         let leaf = |at: usize| self.params.values()[at].leaf();

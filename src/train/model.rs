@@ -38,6 +38,9 @@ pub trait TrainModel: Sized {
 
     /// Computes the mean loss of a batch, for language models in nats per predicted token, a scalar. All randomness comes
     /// from the tape, which makes a resumed run draw the same numbers.
+    ///
+    /// On a GPU its operations are recorded once and replayed ([`Trainer::set_graphs`](super::Trainer::set_graphs)): what
+    /// they are may depend on the shapes of the batch and on constants, but not on anything else that changes.
     fn loss(&self, batch: &Self::Batch) -> Result<Tensor>;
 
     /// Computes the loss like [`TrainModel::loss`], with the activations of layers computed again in the backward pass, for

@@ -41,7 +41,7 @@ impl Drop for Folder {
 }
 
 /// Model with every kind of dropout that graphs hold.
-fn config(dropout: f64) -> AutoregressiveConfig {
+pub(crate) fn config(dropout: f64) -> AutoregressiveConfig {
     let attn_layers = AttentionLayersConfig {
         heads: 2,
         rotary_pos_emb: true,
@@ -53,14 +53,14 @@ fn config(dropout: f64) -> AutoregressiveConfig {
     AutoregressiveConfig { net, ..Default::default() }
 }
 
-fn options(dtype: DType) -> TrainOptions {
+pub(crate) fn options(dtype: DType) -> TrainOptions {
     let (steps, warmup, clip) = (9, 3, 0.5);
     TrainOptions { steps, warmup, clip, seq_len: 12, batch_size: 2, dtype, lr: 1e-2, seed: 7, ..Default::default() }
 }
 
 /// Rows of pseudo-random tokens below 60; those of some steps are shorter, or have a token that the model lacks.
 #[derive(Clone, Copy, Default)]
-struct Rows {
+pub(crate) struct Rows {
     shorter: Option<u64>,
     broken: Option<u64>,
 }
@@ -94,12 +94,12 @@ impl BatchSource for Rows {
 
 /// Reports of steps, and every file of a checkpoint.
 #[derive(PartialEq, Debug)]
-struct Trace {
-    reports: Vec<StepReport>,
-    files: BTreeMap<String, Vec<u8>>,
+pub(crate) struct Trace {
+    pub(crate) reports: Vec<StepReport>,
+    pub(crate) files: BTreeMap<String, Vec<u8>>,
 }
 
-fn saved<M: TrainModel>(trainer: &Trainer<M>) -> Result<BTreeMap<String, Vec<u8>>> {
+pub(crate) fn saved<M: TrainModel>(trainer: &Trainer<M>) -> Result<BTreeMap<String, Vec<u8>>> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let folder = Folder::new(&format!("saved-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
     trainer.save(&folder.0)?;
@@ -108,7 +108,7 @@ fn saved<M: TrainModel>(trainer: &Trainer<M>) -> Result<BTreeMap<String, Vec<u8>
 }
 
 /// Runs a trainer to a step, and collects the reports.
-fn run<M: TrainModel>(trainer: &mut Trainer<M>, until: u64, reports: &mut Vec<StepReport>) -> Result<()> {
+pub(crate) fn run<M: TrainModel>(trainer: &mut Trainer<M>, until: u64, reports: &mut Vec<StepReport>) -> Result<()> {
     trainer.run(until, &mut |report| {
         reports.push(*report);
         true
@@ -125,7 +125,7 @@ fn trained(gpu: &Gpu, options: &TrainOptions, dropout: f64, rows: Rows, graphs: 
 }
 
 #[track_caller]
-fn same(eager: &Trace, replayed: &Trace, what: &str) {
+pub(crate) fn same(eager: &Trace, replayed: &Trace, what: &str) {
     assert_eq!(eager.reports, replayed.reports, "{what}");
     for (name, bytes) in &eager.files {
         assert!(replayed.files[name] == *bytes, "{what}: {name} differs");

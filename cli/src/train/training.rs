@@ -132,12 +132,14 @@ impl<T: Task> Training<'_, T> {
             let took = std::mem::replace(&mut clock, Instant::now()).elapsed().max(Duration::from_nanos(1));
             let speed = report.tokens as f64 / took.as_secs_f64();
             let done = report.step + 1;
-            written = metrics.train(report.step, report.loss, report.lr, speed).and_then(|()| {
-                let curves = [("loss/train", report.loss), ("lr", report.lr), ("speed", speed)];
-                events
-                    .iter_mut()
-                    .try_for_each(|events| curves.iter().try_for_each(|&(tag, value)| events.scalar(done, tag, value)))
-            });
+            // One more step may come after the first failure.
+            if written.is_ok() {
+                written = metrics.train(report.step, report.loss, report.lr, speed).and_then(|()| {
+                    let curves = [("loss/train", report.loss), ("lr", report.lr), ("speed", speed)];
+                    let mut events = events.iter_mut();
+                    events.try_for_each(|to| curves.iter().try_for_each(|&(tag, value)| to.scalar(done, tag, value)))
+                });
+            }
             progress.step(done, report.loss, speed);
             if report.skipped {
                 let scale = report.loss_scale;
@@ -145,8 +147,9 @@ impl<T: Task> Training<'_, T> {
             }
             written.is_ok() && !interrupt::asked()
         };
-        profiler.watch(|| trainer.run(until, &mut each))??;
-        written.map_err(|failure| self.unsaved(failure))
+        let ran = profiler.watch(|| trainer.run(until, &mut each));
+        written.map_err(|failure| self.unsaved(failure))?;
+        Ok(ran??)
     }
 
     /// Returns `true` once the loss has not become lower for as long as the options say. That is at a checkpoint, where a

@@ -65,8 +65,7 @@ impl Arriving {
     /// Waits for the copy; returns its bytes and those of the faults.
     fn finish(&mut self) -> Result<Vec<u8>> {
         let Some(landing) = self.landing.take() else { return Ok(Vec::new()) };
-        self.device.bind()?;
-        if let Err(error) = landing.done.wait(self.device) {
+        if let Err(error) = self.device.bind().and_then(|()| landing.done.wait(self.device)) {
             // The copy may still be on its way: the memory is never freed.
             std::mem::forget(landing);
             return Err(error);
@@ -79,7 +78,7 @@ impl Arriving {
 }
 
 impl ReadBack for Arriving {
-    fn wait(mut self: Box<Self>) -> Result<Vec<u8>> {
+    fn wait(mut self: Box<Self>) -> Result<(Vec<u8>, Result<()>)> {
         let mut read = self.finish()?;
         let rest = read.split_off(FAULTS);
         let mut words = [0i64; FAULT_WORDS];
@@ -87,8 +86,7 @@ impl ReadBack for Arriving {
         if words[0] != 0 {
             self.device.fill_zero_at(self.device.faults.address(), FAULTS)?;
         }
-        faults::check(words)?;
-        Ok(rest)
+        Ok((rest, faults::check(words)))
     }
 }
 

@@ -75,14 +75,17 @@ impl CudaDevice {
         name: &str,
         values: &mut dyn FnMut() -> Result<Vec<i64>>,
     ) -> Result<Arc<dyn Memory>> {
-        // A thread that waits for a capture below would hold the lock meanwhile.
-        drop(self.enter("an upload")?);
-        let mut constants = self.constants.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = || self.constants.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(constant) = lock().get(name) {
+            return Ok(constant);
+        }
+        // Not below the lock: an upload may wait for a capture, which needs the lock.
+        let values = values()?;
+        let constant = self.uploaded(&values)?;
+        let mut constants = lock();
         if let Some(constant) = constants.get(name) {
             return Ok(constant);
         }
-        let values = values()?;
-        let constant = self.uploaded(&values)?;
         constants.insert(name, constant.clone(), size_of_val(&values[..]));
         // Constants that a recording will request again must stay.
         if self.phase() == Phase::Eager {

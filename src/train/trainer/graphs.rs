@@ -16,6 +16,7 @@ use crate::{
     DType, Device, Error, Gradients, Graph, Result, Shape, Tape, Tensor,
     collect::CollectVec,
     device::{Gpu, ReadBack},
+    graph::{Place, places},
     profile,
     train::{Batch, StepReport, TrainModel, TrainOptions, random::tape_seed},
 };
@@ -40,6 +41,14 @@ type Shapes = Vec<(Shape, DType)>;
 struct Recorded {
     graph: Graph<Output>,
     shapes: Shapes,
+    others: Others,
+}
+
+/// What a step reads beside the trained parameters, and which of these have a gradient.
+#[derive(PartialEq)]
+struct Others {
+    frozen: Vec<(String, Place)>,
+    requires_grad: Vec<bool>,
 }
 
 /// Results of a step, on the device.
@@ -87,8 +96,10 @@ impl Graphs {
 }
 
 /// Step that was enqueued, and whose report was not read yet.
-pub(super) struct Pending {
+pub(super) struct Pending<B> {
     lr: f64,
+    /// Its batches, for a step that runs again.
+    batches: Vec<B>,
     /// Weight and number of targets of each micro-batch.
     micros: Vec<(f64, u64)>,
     /// Names of the parameters that it updates.
@@ -96,18 +107,39 @@ pub(super) struct Pending {
     report: Box<dyn ReadBack>,
 }
 
-/// What became of a step.
+/// Outcome of [`Trainer::enqueue`].
 pub(super) enum Enqueued<B> {
-    Replayed(Pending),
+    Replayed(Pending<B>),
     /// The caller runs it, with these batches if there are any.
     Eager(Vec<B>),
 }
 
+impl<B> Enqueued<B> {
+    /// Returns the batches of the step.
+    pub fn into_batches(self) -> Vec<B> {
+        match self {
+            Self::Replayed(Pending { batches, .. }) | Self::Eager(batches) => batches,
+        }
+    }
+}
+
+/// Outcome of [`Trainer::settle`].
+pub(super) enum Settled<B> {
+    Done(StepReport),
+    /// The loss or the gradients are not finite: nothing has changed, and the caller runs the step with these batches.
+    Again(Vec<B>),
+}
+
 impl<M: TrainModel> Trainer<M> {
-    /// Enqueues the step after those that are done and the one that is pending, if it can be replayed.
-    pub(super) fn enqueue(&mut self, before: Option<&Pending>) -> Result<Enqueued<M::Batch>> {
+    /// Enqueues the step after those that are done and the one that is pending, if it can be replayed. `ready`: its
+    /// batches on the device, or none, which are then built.
+    pub(super) fn enqueue(
+        &mut self,
+        before: Option<&Pending<M::Batch>>,
+        ready: Vec<M::Batch>,
+    ) -> Result<Enqueued<M::Batch>> {
         let (Device::Gpu(gpu), true) = (self.device.clone(), self.graphs.allowed) else {
-            return Ok(Enqueued::Eager(Vec::new()));
+            return Ok(Enqueued::Eager(ready));
         };
         let refused = if self.ranks.exchanges() {
             "several ranks train together"
@@ -118,56 +150,55 @@ impl<M: TrainModel> Trainer<M> {
         };
         if !refused.is_empty() {
             self.graphs.end(format!("steps run without a graph: {refused}"));
-            return Ok(Enqueued::Eager(Vec::new()));
+            return Ok(Enqueued::Eager(ready));
         }
         if profile::active() {
-            return Ok(Enqueued::Eager(Vec::new()));
+            return Ok(Enqueued::Eager(ready));
         }
         let step = self.step + u64::from(before.is_some());
         let micros = 0..self.options.accumulate as u64;
-        let mut batches = micros.map(|micro| self.batch(step, micro)?.to_device(&self.device)).try_collect_vec()?;
-        match self.replay(step, before, &mut batches, gpu)? {
-            Some(pending) => Ok(Enqueued::Replayed(pending)),
-            None => Ok(Enqueued::Eager(batches)),
-        }
+        let batches = match ready.is_empty() {
+            true => micros.map(|micro| self.batch(step, micro)?.to_device(&self.device)).try_collect_vec()?,
+            false => ready,
+        };
+        self.replay(step, before, batches, gpu)
     }
 
-    /// Enqueues a step with these batches, after recording it if there is no graph yet. Returns `None` for a step that must
-    /// run without.
+    /// Enqueues a step with these batches, after recording it if there is no graph yet, unless it must run without.
     fn replay(
         &mut self,
         step: u64,
-        before: Option<&Pending>,
-        batches: &mut [M::Batch],
+        before: Option<&Pending<M::Batch>>,
+        mut batches: Vec<M::Batch>,
         gpu: &'static dyn Gpu,
-    ) -> Result<Option<Pending>> {
-        let Some(mut inputs) = tensors(batches) else {
+    ) -> Result<Enqueued<M::Batch>> {
+        let Some(mut inputs) = tensors(&mut batches) else {
             self.graphs.end("steps run without a graph: the type of the batches does not support it".to_string());
-            return Ok(None);
+            return Ok(Enqueued::Eager(batches));
         };
         let &TrainOptions { batch_size, seed, clip, .. } = &self.options;
         let micros = batches.iter().map(|batch| (batch.weight() / batch_size as f64, batch.targets())).collect_vec();
         if micros.iter().any(|(weight, _)| *weight == 0.0) {
             self.graphs.note("steps with a batch of which no target counts run without the graph");
-            return Ok(None);
+            return Ok(Enqueued::Eager(batches));
         }
         let shapes = inputs.iter().map(|input| (*input.shape(), input.dtype())).collect_vec();
         let again = self.graphs.last.replace(shapes.clone()).is_some_and(|last| last == shapes);
         if !self.may_write()? {
-            return Ok(None);
+            return Ok(Enqueued::Eager(batches));
         }
         match &self.graphs.recorded {
             Some(recorded) if recorded.shapes != shapes => {
                 self.graphs.note("steps whose batches have other shapes than the recorded ones run without the graph");
-                return Ok(None);
+                return Ok(Enqueued::Eager(batches));
             }
             Some(_) => {}
             // The first steps compile kernels and create the optimizer's state.
-            None if !again || self.optimizer.steps() == 0 => return Ok(None),
+            None if !again || self.optimizer.steps() == 0 => return Ok(Enqueued::Eager(batches)),
             None => {
-                if let Err(error) = self.record(batches, &inputs, shapes) {
+                if let Err(error) = self.record(&mut batches, &inputs, shapes) {
                     self.graphs.end(format!("steps run without a graph: {error}"));
-                    return Ok(None);
+                    return Ok(Enqueued::Eager(batches));
                 }
             }
         }
@@ -179,7 +210,7 @@ impl<M: TrainModel> Trainer<M> {
         let lr = self.options.schedule().at(step);
         let device = Device::Gpu(gpu);
         let (Some(recorded), Some(optimizer)) = (&mut self.graphs.recorded, self.optimizer.as_adamw()) else {
-            return Ok(None);
+            return Ok(Enqueued::Eager(batches));
         };
         let seeds = (0..micros.len() as u64).map(|micro| tape_seed(seed, step, micro) as i64).collect_vec();
         inputs.push(Tensor::from_vec(seeds, [micros.len()], &device)?);
@@ -195,15 +226,39 @@ impl<M: TrainModel> Trainer<M> {
             Some(_) => recorded.graph.output().norm.clone(),
             None => Tensor::zeros([2], DType::F64, &device)?,
         });
-        let Output { report, names, .. } = recorded.graph.replay(&inputs)?;
+        let Some(Output { report, names, .. }) = recorded.graph.replay_in_place(&inputs)? else {
+            // Another thread has read or replaced a weight just now.
+            self.may_write()?;
+            return Ok(Enqueued::Eager(batches));
+        };
         let report = gpu.read_back_later(report.address()?, report.numel() * 8)?;
-        Ok(Some(Pending { lr, micros, names: names.clone(), report }))
+        Ok(Enqueued::Replayed(Pending { lr, batches, micros, names: names.clone(), report }))
+    }
+
+    /// Returns what a step reads beside the trained parameters.
+    fn others(&self) -> Result<Others> {
+        let requires_grad = self.params.unique().map(|(_, param)| param.requires_grad()).collect_vec();
+        Ok(Others { frozen: places(&self.model.frozen_params())?, requires_grad })
+    }
+
+    /// Drops the graph if an eager step would give what it writes another place: something shares that.
+    pub(super) fn release_shared(&mut self) -> Result<()> {
+        if self.graphs.has_one() { self.may_write().map(drop) } else { Ok(()) }
+    }
+
+    /// Drops the graph and its memory for good, if there is one. Returns `true` if there was.
+    pub(super) fn free_graph(&mut self) -> bool {
+        let had = self.graphs.has_one();
+        if had {
+            self.graphs.end("steps run without a graph: the memory that it keeps was needed".to_string());
+        }
+        had
     }
 
     /// Returns `true` if nothing shares what a graph writes in place; drops a graph whose parameters were replaced.
     fn may_write(&mut self) -> Result<bool> {
         let replaced = match &self.graphs.recorded {
-            Some(recorded) => recorded.graph.replaced()?.is_some(),
+            Some(recorded) => recorded.graph.replaced()?.is_some() || recorded.others != self.others()?,
             None => false,
         };
         let shared = self.params.unique().any(|(_, param)| !param.lock().is_unique())
@@ -212,8 +267,8 @@ impl<M: TrainModel> Trainer<M> {
         if replaced || shared {
             self.graphs.recorded = None;
             self.graphs.note(
-                "steps run without the graph, which is then recorded again, after weights were replaced or while another \
-                 tensor shares them",
+                "steps run without the graph, which is then recorded again, after weights were replaced, frozen or thawed, \
+                 or while another tensor shares them",
             );
             if self.graphs.recordings >= MOST {
                 self.graphs.end(format!("steps run without a graph after {MOST} recordings"));
@@ -224,6 +279,7 @@ impl<M: TrainModel> Trainer<M> {
 
     /// Records the step of these batches.
     fn record(&mut self, batches: &mut [M::Batch], inputs: &[Tensor], shapes: Shapes) -> Result<()> {
+        let others = self.others()?;
         let Self { model, params, optimizer, ema, options, device, graphs, .. } = self;
         let Some(optimizer) = optimizer.as_adamw() else { return Ok(()) };
         graphs.recordings += 1;
@@ -270,29 +326,32 @@ impl<M: TrainModel> Trainer<M> {
             Ok(Output { report: Tensor::cat(&parts, 0)?, norm, names: Arc::new(names) })
         });
         replace(batches, inputs);
-        graphs.recorded = Some(Recorded { graph: recorded?, shapes });
+        graphs.recorded = Some(Recorded { graph: recorded?, shapes, others });
         Ok(())
     }
 
-    /// Waits for a pending step and counts it. Returns `None` if its loss or gradients are not finite: nothing has changed.
+    /// Waits for a pending step and counts it, unless its loss or gradients are not finite.
     ///
-    /// Errors: those that its kernels have reported, with nothing changed either.
-    pub(super) fn settle(&mut self, pending: Pending) -> Result<Option<StepReport>> {
-        let Pending { lr, micros, names, report } = pending;
-        let bytes = report.wait()?;
+    /// Errors: those that its kernels have reported, with nothing changed; or those of another thread, after it is counted.
+    pub(super) fn settle(&mut self, pending: Pending<M::Batch>) -> Result<Settled<M::Batch>> {
+        let Pending { lr, batches, micros, names, report } = pending;
+        let (bytes, faults) = report.wait()?;
         let values = bytes.as_chunks::<8>().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect_vec();
-        let Some((&norm, losses)) = values.split_last() else { return Ok(None) };
+        let Some((&norm, losses)) = values.split_last() else { return Ok(Settled::Again(batches)) };
         let weighted = |(loss, &(weight, targets)): (&f64, &(f64, u64))| [loss * weight, weight, targets as f64];
         let part = Part::of(&losses.iter().zip(&micros).map(weighted).collect_vec());
         if !(norm.is_finite() && (part.loss * (1.0 / part.weight)).is_finite()) {
+            faults?;
             self.graphs.note("steps with NaN or infinity run again without the graph");
-            return Ok(None);
+            return Ok(Settled::Again(batches));
         }
         if let Some(optimizer) = self.optimizer.as_adamw() {
             optimizer.engine.advance(names.iter().map(String::as_str));
         }
         self.scaler.iter_mut().for_each(|scaler| scaler.update(true));
-        Ok(Some(self.count(part, Some(norm), lr)))
+        let report = self.count(part, Some(norm), lr);
+        // A fault that was reported after the step had checked for some.
+        faults.map(|()| Settled::Done(report))
     }
 }
 

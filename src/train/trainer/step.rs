@@ -1,8 +1,10 @@
 //! Steps of a run: one by one, or as recorded graphs that are enqueued one step ahead.
 
+use std::mem;
+
 use super::{
     Command, Trainer,
-    graphs::{Enqueued, Pending},
+    graphs::{Enqueued, Settled},
     lower,
     ranks::Part,
 };
@@ -58,30 +60,46 @@ impl<M: TrainModel> Trainer<M> {
     /// # }
     /// ```
     pub fn run(&mut self, until: u64, each: &mut dyn FnMut(&StepReport) -> bool) -> Result<()> {
-        let (mut pending, mut goes): (Option<Pending>, _) = (None, true);
+        let (mut pending, mut ready, mut goes) = (None, Vec::new(), true);
         loop {
             let wanted = goes && self.step + u64::from(pending.is_some()) < until;
-            let next = if wanted { self.enqueue(pending.as_ref()).map(Some) } else { Ok(None) };
+            let next =
+                if wanted { self.enqueue(pending.as_ref(), mem::take(&mut ready)).map(Some) } else { Ok(None) };
             if let Some(before) = pending.take() {
                 match self.settle(before)? {
-                    Some(report) => goes &= each(&report),
-                    None => {
-                        // What was enqueued after it changes nothing either.
-                        drop(next);
-                        let report = self.eager_step(Vec::new())?;
+                    Settled::Done(report) => goes &= each(&report),
+                    Settled::Again(batches) => {
+                        // What was enqueued after it changes nothing either. A source is not asked for batches again:
+                        // one that is read in order would begin anew.
+                        ready = next.ok().flatten().map_or_else(Vec::new, Enqueued::into_batches);
+                        let report = self.eager_step_with_room(batches)?;
                         goes &= each(&report);
                         continue;
                     }
                 }
             }
-            match next? {
-                Some(Enqueued::Replayed(next)) => pending = Some(next),
-                Some(Enqueued::Eager(batches)) if goes => {
-                    let report = self.eager_step(batches)?;
+            match next {
+                // Of a step that nobody wants any more.
+                Err(_) if !goes => return Ok(()),
+                Err(error) => return Err(error),
+                Ok(Some(Enqueued::Replayed(next))) => pending = Some(next),
+                Ok(Some(Enqueued::Eager(batches))) if goes => {
+                    let report = self.eager_step_with_room(batches)?;
                     goes &= each(&report);
                 }
-                _ => return Ok(()),
+                Ok(_) => return Ok(()),
             }
+        }
+    }
+
+    /// Runs one step without a graph, and once more without the memory of one if there is too little.
+    fn eager_step_with_room(&mut self, batches: Vec<M::Batch>) -> Result<StepReport> {
+        self.release_shared()?;
+        match self.eager_step(batches) {
+            Err(error) if matches!(error.kind(), ErrorKind::OutOfMemory { .. }) && self.free_graph() => {
+                self.eager_step(Vec::new())
+            }
+            done => done,
         }
     }
 
