@@ -196,7 +196,7 @@ NvrtcResult compile(Program& program, const std::vector<std::string>& given) {
                                            "-D__CUDA_ARCH__=" + std::to_string(options.architecture * 10)};
     preprocess.insert(preprocess.end(), options.definitions.begin(), options.definitions.end());
     const std::vector<std::string> build = {
-        compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-nostdlib", "-pipe", "-w", "-x", "c++",
+        compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-nostdlib", "-pipe", "-w", "-x", "c++",
         // Memory accesses call the checker in this library.
         "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0",
         "-fsanitize=alignment,bounds,integer-divide-by-zero",
