@@ -5,6 +5,10 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use serde_json::json;
@@ -13,7 +17,10 @@ use x_transformers::{
     config::{AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, TransformerWrapperConfig},
     distributed::{Alone, Communicator, DataParallel},
     models::{AutoregressiveWrapper, ForwardOptions, LoraOptions},
-    train::{ByteText, LoraConfig, LoraModel, OptimizerKind, RankOptions, TrainModel, TrainOptions, Trainer},
+    train::{
+        BatchRequest, BatchSource, ByteText, DataPrint, LoraConfig, LoraModel, OptimizerKind, RankOptions, TokenBatch,
+        TrainModel, TrainOptions, Trainer,
+    },
 };
 
 #[path = "common/mod.rs"]
@@ -532,5 +539,147 @@ fn stage_3_refuses_what_it_cannot_do() {
             let message = result.expect_err("refused").to_string();
             assert!(message.contains(expected), "{expected}: {message}");
         }
+    }
+}
+
+/// The text, without a target in some micro-batches of each step.
+struct Masked {
+    text: ByteText,
+    without: &'static [&'static [u64]],
+}
+
+impl BatchSource for Masked {
+    type Batch = TokenBatch;
+
+    fn batch(&self, request: &BatchRequest) -> Result<TokenBatch> {
+        let batch = self.text.batch(request)?;
+        let without = self.without.get(request.step as usize).copied().unwrap_or_default();
+        let counts = |at: u64| !without.contains(&request.micro) && (at + request.micro) % 3 > 0;
+        let shape = *batch.tokens.shape();
+        let mask: Vec<bool> = (0..shape.numel() as u64).map(counts).collect();
+        batch.with_loss_mask(Tensor::from_vec(mask, shape, &Device::Cpu)?)
+    }
+
+    fn validation_batches(&self, request: &BatchRequest) -> Result<Vec<TokenBatch>> {
+        self.text.validation_batches(request)
+    }
+
+    fn check(&self, request: &BatchRequest) -> Result<()> {
+        self.text.check(request)
+    }
+
+    fn print(&self) -> Result<DataPrint> {
+        self.text.print()
+    }
+}
+
+/// A model on a text with masks, with recomputation.
+fn begin_masked(without: &'static [&'static [u64]], accumulate: usize) -> Result<Trainer> {
+    let layers = AttentionLayersConfig { heads: 2, ..AttentionLayersConfig::decoder(64, 2) };
+    let config = AutoregressiveConfig { net: TransformerWrapperConfig::new(128, LENGTH, layers), ..Default::default() };
+    let options = TrainOptions { recompute: true, ..options(4, accumulate, DType::F32) };
+    Trainer::new(config, options, Masked { text: text(), without }, device())
+}
+
+/// A pass on a batch without targets has no loss, but the other ranks wait for it in stage 3.
+#[test]
+fn micro_batches_without_targets_hold_nobody_up() {
+    let folder = Folder::new("masked");
+    let (saved, expected) = (folder.at("saved"), folder.at("expected"));
+    let without: &[&[u64]] = &[&[], &[0, 1], &[1, 3], &[0, 2, 3, 4]];
+    let mut one = begin_masked(without, 5).expect("a run");
+    go_on(&mut one, 1, &saved).expect("trained");
+    go_on(&mut one, 4, &expected).expect("trained");
+    let all = [(2, 0), (2, 2), (2, 3), (3, 3), (5, 3)];
+    let some = if *device() == Device::Cpu { &all[..] } else { &all[2..3] };
+    println!("{} of {} numbers of ranks and stages", some.len(), all.len());
+    for &(size, zero) in some {
+        for overlap in [false, true] {
+            let results = ranks(size, |ranks| {
+                let rank = ranks.rank();
+                let trainer = Trainer::resume(&saved, Masked { text: text(), without }, device())?;
+                let mut trainer = trainer.with_ranks(ranks, RankOptions { overlap, zero, ..Default::default() })?;
+                go_on(&mut trainer, 4, &folder.at(rank))
+            });
+            results.into_iter().for_each(|result| result.expect("trained"));
+            assert!(files(&folder.at(0)) == files(&expected), "{size} ranks, stage {zero}, overlap {overlap}");
+        }
+    }
+}
+
+#[test]
+fn steps_without_targets_are_errors_on_all_ranks() {
+    for zero in [0, 3] {
+        let results = ranks(2, |ranks| {
+            let trainer = begin_masked(&[&[0], &[0, 1, 2, 3]], 2)?;
+            let mut trainer = trainer.with_ranks(ranks, RankOptions { zero, ..Default::default() })?;
+            trainer.step()?;
+            Ok::<_, x_transformers::Error>(trainer.step().map(drop))
+        });
+        for result in results {
+            let message = result.expect("a step").expect_err("refused").to_string();
+            assert!(message.contains("no target of step 1 counts"), "stage {zero}: {message}");
+        }
+    }
+}
+
+/// A rank that loses the others: its next gather is an error, and those after it are never answered.
+#[derive(Debug)]
+struct Lost {
+    ranks: Arc<dyn Communicator>,
+    /// 0 before the others are lost, then one more than the number of gathers since.
+    since: AtomicUsize,
+}
+
+impl Communicator for Lost {
+    fn rank(&self) -> usize {
+        self.ranks.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.ranks.size()
+    }
+
+    fn barrier(&self) -> Result<()> {
+        self.ranks.barrier()
+    }
+
+    fn broadcast_bytes(&self, bytes: &mut [u8], root: usize) -> Result<()> {
+        self.ranks.broadcast_bytes(bytes, root)
+    }
+
+    fn all_gather_bytes(&self, mine: &[u8], all: &mut [u8]) -> Result<()> {
+        let lost = |since: usize| (since > 0).then_some(since + 1);
+        match self.since.fetch_update(Ordering::SeqCst, Ordering::SeqCst, lost) {
+            Err(_) => self.ranks.all_gather_bytes(mine, all),
+            Ok(1) => Alone.all_gather_bytes(mine, &mut []),
+            Ok(_) => loop {
+                std::thread::park();
+            },
+        }
+    }
+
+    fn all_to_all_bytes(&self, sent: &[u8], received: &mut [u8]) -> Result<()> {
+        self.ranks.all_to_all_bytes(sent, received)
+    }
+}
+
+/// The next layer is gathered ahead when a pass fails; nobody waits for it when the trainer is dropped.
+#[test]
+fn a_pass_that_fails_leaves_what_it_gathers_ahead() {
+    let results = ranks(2, |ranks| {
+        let lost = Arc::new(Lost { ranks, since: AtomicUsize::new(0) });
+        let trainer = begin_masked(&[], 1)?;
+        let mut trainer = trainer.with_ranks(lost.clone(), RankOptions { zero: 3, ..Default::default() })?;
+        trainer.step()?;
+        lost.since.store(1, Ordering::SeqCst);
+        let failed = trainer.step().map(drop);
+        drop(trainer);
+        Ok::<_, x_transformers::Error>((failed, lost.since.load(Ordering::SeqCst)))
+    });
+    for result in results {
+        let (failed, since) = result.expect("a step");
+        failed.expect_err("lost");
+        println!("{} gathers", since - 1);
     }
 }

@@ -1,7 +1,9 @@
 //! Training by several processes: collective operations, and sums of gradients over ranks.
 //!
-//! A program is launched once for each rank, by `torchrun` or `mpirun` for instance. Every rank has the whole model, or its part in
-//! stage 3 of ZeRO, and a part of each batch; [`DataParallel`] starts all from the same weights and sums their gradients, so that they stay equal.
+//! A program is launched once for each rank, by `torchrun` or `mpirun` for instance. Every rank has a part of each
+//! batch and the same model: [`DataParallel`] starts all from the same weights and sums their gradients, which keeps
+//! them equal. Stage 3 of ZeRO, which divides the weights too, is one of
+//! [`Trainer`](crate::train::Trainer::with_ranks).
 
 mod bucket;
 mod communicator;

@@ -3,6 +3,7 @@
 use std::{
     sync::{
         Arc,
+        atomic::{AtomicUsize, Ordering},
         mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
     },
     thread::{Builder, JoinHandle},
@@ -111,8 +112,8 @@ impl Reducer {
         Gatherer { ranks: self.ranks.clone(), orders }
     }
 
-    /// Runs the backward pass of a round whose gradients do not count: this rank has no batch, but takes part in what is
-    /// exchanged during a pass.
+    /// Runs the backward pass of a round whose gradients do not count: this rank has no batch with targets, but takes part
+    /// in what is exchanged during a pass.
     pub fn backward_muted(&mut self, tape: &mut Tape, output: &Tensor, cotangent: &Tensor) -> Result<()> {
         self.mute = true;
         let done = self.backward(tape, output, cotangent);
@@ -275,10 +276,25 @@ impl Adder {
 /// A thread that adds in the order in which it is asked to.
 struct Worker {
     /// `None` once the thread is to end.
-    orders: Option<SyncSender<Order>>,
+    orders: Option<Orders>,
     thread: Option<JoinHandle<()>>,
-    /// If `true`, the thread may wait for other ranks.
-    busy: bool,
+}
+
+/// Sender of orders to the thread.
+#[derive(Clone)]
+struct Orders {
+    sender: SyncSender<Order>,
+    /// Number of orders for which the thread waits for other ranks, now or later.
+    exchanges: Arc<AtomicUsize>,
+}
+
+impl Orders {
+    fn send(&self, order: Order) -> Result<()> {
+        if matches!(order, Order::Gather(..) | Order::Add(..)) {
+            self.exchanges.fetch_add(1, Ordering::AcqRel);
+        }
+        self.sender.send(order).map_err(|_| ended())
+    }
 }
 
 enum Order {
@@ -291,17 +307,26 @@ enum Order {
 impl Worker {
     fn start(mut adder: Adder) -> Result<Self> {
         // A pass that is faster than the transfers waits, instead of holding all of its gradients in the queue.
-        let (orders, asked) = sync_channel(2);
+        let (sender, asked) = sync_channel(2);
+        let orders = Orders { sender, exchanges: Arc::default() };
+        let left = orders.exchanges.clone();
         let work = move || {
+            let done = || _ = left.fetch_sub(1, Ordering::AcqRel);
             let mut failed = None;
             while let Ok(order) = asked.recv() {
                 match order {
                     Order::End => break,
                     Order::Gather(part, answer) => {
-                        let _ = answer.send(adder.ranks.all_gather(&part));
+                        let all = adder.ranks.all_gather(&part);
+                        // Before the answer: whoever has it finds the thread idle.
+                        done();
+                        let _ = answer.send(all);
                     }
                     // Other ranks wait for every bucket, but there is nothing to give them any more.
-                    Order::Add(bucket, flat) => failed = failed.take().or_else(|| adder.add(bucket, &flat).err()),
+                    Order::Add(bucket, flat) => {
+                        failed = failed.take().or_else(|| adder.add(bucket, &flat).err());
+                        done();
+                    }
                     Order::Take(answer) => {
                         let sums = adder.take();
                         // Whoever asked may have gone.
@@ -312,31 +337,28 @@ impl Worker {
         };
         let thread = Builder::new().name("xt-ranks".to_string()).spawn(work);
         let thread = thread.map_err(|error| Error::argument("ranks", format_args!("no thread: {error}")))?;
-        Ok(Self { orders: Some(orders), thread: Some(thread), busy: false })
+        Ok(Self { orders: Some(orders), thread: Some(thread) })
     }
 
     fn send(&self, order: Order) -> Result<()> {
-        self.orders.as_ref().and_then(|orders| orders.send(order).ok()).ok_or_else(ended)
+        self.orders.as_ref().ok_or_else(ended)?.send(order)
     }
 
-    fn add(&mut self, bucket: usize, flat: Tensor) -> Result<()> {
-        self.busy = true;
+    fn add(&self, bucket: usize, flat: Tensor) -> Result<()> {
         self.send(Order::Add(bucket, flat))
     }
 
-    fn take(&mut self) -> Result<Vec<Option<Tensor>>> {
+    fn take(&self) -> Result<Vec<Option<Tensor>>> {
         let (answer, sums) = channel();
         self.send(Order::Take(answer))?;
-        let sums = sums.recv().unwrap_or_else(|_| Err(ended()));
-        self.busy = false;
-        sums
+        sums.recv().unwrap_or_else(|_| Err(ended()))
     }
 }
 
 /// Gathers tensors in turn with the sums of a [`Reducer`]: by its thread, if it has one.
 pub(crate) struct Gatherer {
     ranks: Arc<dyn Communicator>,
-    orders: Option<SyncSender<Order>>,
+    orders: Option<Orders>,
 }
 
 /// Tensor that is being gathered.
@@ -355,7 +377,7 @@ impl Gatherer {
     pub fn start(&self, part: Tensor) -> Result<Gathering> {
         let Some(orders) = &self.orders else { return self.ranks.all_gather(&part).map(Gathering::Done) };
         let (answer, all) = channel();
-        orders.send(Order::Gather(part, answer)).map_err(|_| ended())?;
+        orders.send(Order::Gather(part, answer))?;
         Ok(Gathering::Awaited(all))
     }
 }
@@ -376,13 +398,17 @@ fn ended() -> Error {
 
 impl Drop for Worker {
     /// Waits for the thread, which holds the ranks: those of MPI end on the thread that began them. After an error in
-    /// the middle of a step other ranks may never answer it.
+    /// the middle of a step other ranks may never answer it: then it is left alone, and ends with the last sender.
     fn drop(&mut self) {
-        if let Some(orders) = self.orders.take() {
-            // A thread that has ended by itself takes no orders, and one whose queue is full may wait forever.
-            let _ = orders.try_send(Order::End);
+        let Some(orders) = self.orders.take() else { return };
+        if orders.exchanges.load(Ordering::Acquire) > 0 {
+            // The queue may be full.
+            let _ = orders.sender.try_send(Order::End);
+            return;
         }
-        if let Some(thread) = self.thread.take().filter(|_| !self.busy) {
+        // A thread that has ended by itself takes no orders.
+        let _ = orders.send(Order::End);
+        if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
     }

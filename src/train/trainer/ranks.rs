@@ -14,7 +14,7 @@ use crate::{
     ops::adamw::square_norms,
     ordered::OrderedMap,
     train::{
-        Checkpoint, Sharded, TrainModel,
+        Batch, Checkpoint, Sharded, TrainModel,
         blocks::{Blocks, Pass, homes},
         ema::Swapped,
         sharded::Shards,
@@ -360,8 +360,31 @@ impl<M: TrainModel> Trainer<M> {
         }
     }
 
-    /// Takes part in a round without gradients. In stage 3 of ZeRO that is a pass of any batch, as the other ranks gather
-    /// the weights of this one.
+    /// Returns a batch for passes that do not count, in stage 3 of ZeRO: the first of the step with targets, as there is no
+    /// loss without. It is not requested ahead, which is in the order of this rank's batches.
+    ///
+    /// Errors: no target of the step counts. All ranks find that in their first micro-batch, before any waits for a pass of
+    /// the others.
+    pub(super) fn stand_in(&self) -> Result<Option<M::Batch>> {
+        if self.ranks.blocks.is_none() {
+            return Ok(None);
+        }
+        for micro in 0..self.options.accumulate as u64 {
+            let request = self.options.request(self.step, micro, M::num_tokens(&self.config));
+            let batch = self.data.source().batch(&request)?;
+            if batch.weight() > 0.0 {
+                return batch.to_device(&self.device).map(Some);
+            }
+        }
+        Err(self.no_target())
+    }
+
+    pub(super) fn no_target(&self) -> Error {
+        Error::argument("data", format_args!("no target of step {} counts; use larger batches", self.step))
+    }
+
+    /// Takes part in a round without gradients. In stage 3 of ZeRO that is a pass of any batch with targets, as the other
+    /// ranks gather the weights of this one.
     pub(super) fn skip_round(&mut self, batch: Option<&M::Batch>) -> Result<()> {
         let Some(reducer) = &mut self.ranks.reducer else { return Ok(()) };
         let (Some(blocks), Some(batch)) = (&self.ranks.blocks, batch) else {
@@ -375,8 +398,8 @@ impl<M: TrainModel> Trainer<M> {
         pass.end()
     }
 
-    /// Sums losses and gradients over all ranks, in the order of the micro-batches. `batch`: any, for rounds in which this
-    /// rank has none.
+    /// Sums losses and gradients over all ranks, in the order of the micro-batches. `batch`: any with targets, for rounds in
+    /// which this rank has none.
     pub(super) fn sum(&mut self, micros: &[Micro], grads: &mut Gradients, batch: Option<&M::Batch>) -> Result<Part> {
         let of = |micro: &Micro| match micro {
             Some((loss, weight, targets)) => Ok([loss.item()? * weight, *weight, *targets as f64]),

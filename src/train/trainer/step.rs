@@ -63,8 +63,7 @@ impl<M: TrainModel> Trainer<M> {
         let (mut pending, mut ready, mut goes) = (None, Vec::new(), true);
         loop {
             let wanted = goes && self.step + u64::from(pending.is_some()) < until;
-            let next =
-                if wanted { self.enqueue(pending.as_ref(), mem::take(&mut ready)).map(Some) } else { Ok(None) };
+            let next = if wanted { self.enqueue(pending.as_ref(), mem::take(&mut ready)).map(Some) } else { Ok(None) };
             if let Some(before) = pending.take() {
                 match self.settle(before)? {
                     Settled::Done(report) => goes &= each(&report),
@@ -120,9 +119,11 @@ impl<M: TrainModel> Trainer<M> {
             // 1 unless targets are masked: then each counts alike, in whichever batch it is.
             let weight = batch.weight() / batch_size as f64;
             if weight == 0.0 {
-                self.skip_round(Some(&batch))?;
+                if last.is_none() {
+                    last = self.stand_in()?;
+                }
+                self.skip_round(last.as_ref())?;
                 losses.push(None);
-                last = Some(batch);
                 continue;
             }
             let mut tape = Tape::train(tape_seed(seed, self.step, micro));
@@ -142,10 +143,7 @@ impl<M: TrainModel> Trainer<M> {
         }
         // Read after all passes are enqueued: a GPU does not wait for the processor in between.
         let part = self.sum(&losses, &mut grads, last.as_ref())?;
-        ensure!(
-            part.weight > 0.0,
-            Error::argument("data", format_args!("no target of step {} counts; use larger batches", self.step))
-        );
+        ensure!(part.weight > 0.0, self.no_target());
         let mean = 1.0 / part.weight;
         if !(part.loss * mean).is_finite() {
             return Err(self.diverged(&grads));
