@@ -554,7 +554,7 @@ impl BatchSource for Masked {
     fn batch(&self, request: &BatchRequest) -> Result<TokenBatch> {
         let batch = self.text.batch(request)?;
         let without = self.without.get(request.step as usize).copied().unwrap_or_default();
-        let counts = |at: u64| !without.contains(&request.micro) && (at + request.micro) % 3 > 0;
+        let counts = |at: u64| !without.contains(&request.micro) && !(at + request.micro).is_multiple_of(3);
         let shape = *batch.tokens.shape();
         let mask: Vec<bool> = (0..shape.numel() as u64).map(counts).collect();
         batch.with_loss_mask(Tensor::from_vec(mask, shape, &Device::Cpu)?)

@@ -76,7 +76,8 @@ impl BatchSource for Masked {
     fn batch(&self, request: &BatchRequest) -> Result<TokenBatch> {
         let batch = Rows::default().batch(request)?;
         let shape = *batch.tokens.shape();
-        let counts = |at: usize| (request.step != 5 || request.micro != 0) && (at as u64 + request.step) % 3 != 0;
+        let counts =
+            |at: usize| (request.step != 5 || request.micro != 0) && !(at as u64 + request.step).is_multiple_of(3);
         let mask = (0..batch.tokens.numel()).map(counts).collect();
         batch.with_loss_mask(Tensor::from_vec(mask, shape, &Device::Cpu)?)
     }
