@@ -6,10 +6,10 @@
 
 #![cfg(feature = "cuda")]
 
-#[path = "common/gpu.rs"]
-mod common;
 #[path = "graphs/changes.rs"]
 mod changes;
+#[path = "common/gpu.rs"]
+mod common;
 #[path = "graphs/threads.rs"]
 mod threads;
 #[path = "graphs/trainer.rs"]

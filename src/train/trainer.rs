@@ -458,7 +458,7 @@ impl<M: TrainModel> Trainer<M> {
     }
 
     /// Returns the reasons for which steps on a GPU ran eagerly instead of as a graph, each once, in the order in which they
-    /// occurred. The first steps, and those under a [`Profile`](crate::Profile), are eager without one.
+    /// occurred. The first steps, and those under a [`Profile`](crate::profile::Profile), are eager without one.
     pub fn eager_reasons(&self) -> &[String] {
         self.graphs.reasons()
     }
