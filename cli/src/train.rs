@@ -522,6 +522,7 @@ mod tests {
             ("overwrite", Folder("")),
             ("resume", Folder("other")),
             ("every", Changeable("7")),
+            ("no_graphs", NotSaved("")),
             ("zero", NotSaved("1")),
             ("profile", NotSaved("")),
             ("trace", NotSaved("file")),
