@@ -44,7 +44,7 @@ struct Recorded {
     others: Others,
 }
 
-/// What a step reads beside the trained parameters, and which of these have a gradient.
+/// Values that a step reads beside the trained parameters, and which of these have a gradient.
 #[derive(PartialEq)]
 struct Others {
     frozen: Vec<(String, Place)>,
