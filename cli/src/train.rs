@@ -144,7 +144,7 @@ pub struct TrainArgs {
     dry_run: bool,
 
     /// Stage of ZeRO for several processes: with 1 each keeps its part of the optimizer's state and of averaged weights,
-    /// with 2 of the summed gradients too, with 3 (and --recompute) of the layers' weights too; then there are no samples
+    /// with 2 of the summed gradients too, with 3 (which needs --recompute and shows no samples) of the layers' weights too
     #[arg(long, value_name = "STAGE", default_value_t = 0, value_parser = value_parser!(u8).range(0..=3))]
     zero: u8,
 

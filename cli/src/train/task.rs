@@ -42,7 +42,7 @@ pub trait Task: TrainModel + Sized {
     /// Predictions on the validation set, from which its scores are computed.
     type Seen: Default;
 
-    /// If `false`, there are no scores beside the loss, and [`Task::see`] does nothing.
+    /// `true` if [`Task::see`] collects scores beside the loss.
     const SEES: bool = true;
 
     /// Opens the data of a run whose checkpoint is in a folder.

@@ -164,7 +164,8 @@ impl<M: TrainModel> Trainer<M> {
         self.replay(step, before, batches, gpu)
     }
 
-    /// Enqueues a step with these batches, after recording it if there is no graph yet, unless it must run without.
+    /// Replays a step with these batches, or returns them if it must run eagerly. The graph is recorded first if there is
+    /// none.
     fn replay(
         &mut self,
         step: u64,

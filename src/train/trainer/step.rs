@@ -68,8 +68,8 @@ impl<M: TrainModel> Trainer<M> {
                 match self.settle(before)? {
                     Settled::Done(report) => goes &= each(&report),
                     Settled::Again(batches) => {
-                        // What was enqueued after it changes nothing either. A source is not asked for batches again:
-                        // one that is read in order would begin anew.
+                        // The step enqueued after it has changed nothing either. Its batches are kept: a source that is
+                        // read in order would begin anew to give them again.
                         ready = next.ok().flatten().map_or_else(Vec::new, Enqueued::into_batches);
                         let report = self.eager_step_with_room(batches)?;
                         goes &= each(&report);
