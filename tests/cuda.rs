@@ -7,6 +7,8 @@
 
 #[path = "common/gpu.rs"]
 mod common;
+#[path = "cuda/faults.rs"]
+mod faults;
 #[path = "cuda/raw_kernel.rs"]
 mod raw_kernel;
 
@@ -273,27 +275,6 @@ fn training_follows_the_cpu_and_repeats_its_bits() -> Result<()> {
         assert!(close(&losses, &expected, bound), "{dtype}: {losses:?}, on the CPU {expected:?}");
     }
     Ok(())
-}
-
-#[test]
-fn an_index_out_of_range_is_an_error_at_the_next_read_back() -> Result<()> {
-    let Some(gpu) = gpu("an_index_out_of_range_is_an_error_at_the_next_read_back") else { return Ok(()) };
-    let table = Tensor::ones([4, 3], DType::F32, &gpu)?;
-    for index in [4i64, -1, i64::MAX, i64::MIN] {
-        let tokens = Tensor::from_slice(&[1, index], [2], &gpu)?;
-        let rows = table.embedding(&tokens)?;
-        let error = rows.to_vec::<f32>().unwrap_err();
-        assert!(
-            matches!(error.kind(), ErrorKind::Index { op: "embedding", index: at, limit: 4, .. } if *at == index),
-            "{error}"
-        );
-        assert_eq!(table.to_vec::<f32>()?, [1.0; 12], "the error is told once");
-    }
-    let logits = Tensor::ones([2, 3], DType::F32, &gpu)?;
-    let loss = logits.cross_entropy(&Tensor::from_slice(&[0i64, 3], [2], &gpu)?, -100)?;
-    let error = loss.item().unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Index { op: "cross_entropy", index: 3, limit: 3, .. }), "{error}");
-    gpu.synchronize()
 }
 
 #[test]

@@ -48,6 +48,9 @@ impl Address {
 pub trait Memory: Send + Sync {
     /// Returns the address of the first byte; not 0.
     fn address(&self) -> u64;
+
+    /// Is called before this thread enqueues work that writes to the memory. Default: does nothing.
+    fn begin_write(&self) {}
 }
 
 /// Compiled kernel of a GPU.
@@ -60,8 +63,8 @@ pub trait Kernel: Send + Sync {
 
 /// Bytes on their way from a GPU.
 pub trait ReadBack: Send {
-    /// Waits until they have arrived and returns them, and apart from them the error that kernels of any thread have
-    /// reported since the last read-back, if there is one.
+    /// Waits until they have arrived and returns them, and apart from them an error that kernels have reported, if there
+    /// is one ([`Gpu::read_back`]).
     ///
     /// Errors: those of the driver.
     fn wait(self: Box<Self>) -> Result<(Vec<u8>, Result<()>)>;
@@ -119,7 +122,8 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
     /// Waits for all enqueued work, and copies from the device.
     ///
     /// Errors: also those that kernels reported since the last read-back, for instance
-    /// [`ErrorKind::Index`](crate::ErrorKind::Index).
+    /// [`ErrorKind::Index`](crate::ErrorKind::Index). On CUDA, those of kernels that this thread has launched, or a
+    /// thread whose tensors it has used; with more than 64 threads, others may be among them.
     fn read_back(&self, from: Address, to: &mut [u8]) -> Result<()>;
 
     /// Enqueues a copy from the device, without waiting. Default: waits for it.
@@ -185,7 +189,8 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
         Transfers::default()
     }
 
-    /// Returns the three i64 in which kernels report the first fault: its code, the index and the limit.
+    /// Returns the three i64 in which kernels that this thread launches report the first fault: its code, the index and
+    /// the limit.
     fn faults(&self) -> Address {
         Address::NULL
     }
@@ -272,6 +277,13 @@ impl GpuBuffer {
     /// Returns the address of the first byte; null if it is empty.
     pub fn address(&self) -> Address {
         self.0.as_ref().map_or(Address::NULL, |memory| Address::new(memory.address()))
+    }
+
+    /// Tells the memory that this thread writes to it.
+    pub fn begin_write(&self) {
+        if let Some(memory) = &self.0 {
+            memory.begin_write();
+        }
     }
 
     /// Returns `true` if no other handle of the memory exists.

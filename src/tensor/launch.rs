@@ -67,6 +67,9 @@ impl Tensor {
             self.is_unique(),
             Error::argument("write", "the storage is shared; ops write only to contiguous tensors that they own")
         );
+        if let Buffer::Gpu(buffer) = &*self.0.buffer {
+            buffer.begin_write();
+        }
         self.address()
     }
 

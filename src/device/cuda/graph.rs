@@ -6,6 +6,7 @@ use cudarc::driver::{result, sys};
 
 use super::{
     CudaDevice, error,
+    faults::Origins,
     memory::{Block, CudaMemory},
     pool::Source,
     tables::GraphTables,
@@ -34,6 +35,8 @@ struct Executable {
     blocks: Vec<Arc<Block>>,
     /// Tables of addresses that the recorded kernels read.
     tables: Vec<Arc<dyn Memory>>,
+    /// The thread in whose place its kernels report.
+    origins: Origins,
     device: &'static CudaDevice,
 }
 
@@ -44,6 +47,7 @@ unsafe impl Send for Executable {}
 impl Replay for Executable {
     fn replay(&self) -> Result<()> {
         let device = self.device;
+        self.origins.adopt();
         let _pass = device.enter_outside("a replay")?;
         device.bind()?;
         // SAFETY: the executable graph is alive, and so is all memory that it uses: it has the blocks of every tensor
@@ -162,7 +166,13 @@ impl Recording {
         let handle = unsafe { result::graph::instantiate(captured.0, flags) };
         let handle = device.check("cuGraphInstantiate", handle)?;
         self.open = false;
-        let mut executable = Executable { handle, blocks: device.pool.finish(), tables: Vec::new(), device };
+        let mut executable = Executable {
+            handle,
+            blocks: device.pool.finish(),
+            tables: Vec::new(),
+            origins: Origins::this_thread(),
+            device,
+        };
         for (table, values) in std::mem::take(&mut *device.graph_tables()).made {
             device.upload_at(table.address(), bytemuck::cast_slice(&values))?;
             executable.tables.push(table);

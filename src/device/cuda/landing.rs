@@ -4,17 +4,18 @@ use std::sync::{PoisonError, atomic::Ordering};
 
 use cudarc::driver::{result, sys};
 
-use super::{CudaDevice, timer::Event};
+use super::{
+    CudaDevice,
+    faults::{self, Reader},
+    timer::Event,
+};
 use crate::{
     Result,
-    device::{
-        faults::{self, FAULT_WORDS},
-        gpu::ReadBack,
-    },
+    device::{faults::check, gpu::ReadBack},
 };
 
 /// Bytes of the words in which kernels report faults; they arrive in front of the others.
-const FAULTS: usize = FAULT_WORDS * 8;
+const FAULTS: usize = faults::BYTES;
 
 /// Page-locked memory, and the event of the last copy into it.
 pub(super) struct Landing {
@@ -58,6 +59,7 @@ struct Arriving {
     /// `None` once it was waited for.
     landing: Option<Landing>,
     bytes: usize,
+    reader: Reader,
     device: &'static CudaDevice,
 }
 
@@ -81,12 +83,14 @@ impl ReadBack for Arriving {
     fn wait(mut self: Box<Self>) -> Result<(Vec<u8>, Result<()>)> {
         let mut read = self.finish()?;
         let rest = read.split_off(FAULTS);
-        let mut words = [0i64; FAULT_WORDS];
-        bytemuck::cast_slice_mut(&mut words).copy_from_slice(&read);
-        if words[0] != 0 {
-            self.device.fill_zero_at(self.device.faults.address(), FAULTS)?;
+        if read.is_empty() {
+            return Ok((rest, Ok(())));
         }
-        Ok((rest, faults::check(words)))
+        let (fault, reported) = self.device.faults.find(self.reader, &read);
+        if let Some(place) = reported {
+            self.device.fill_zero_at(place, faults::PLACE)?;
+        }
+        Ok((rest, check(fault)))
     }
 }
 
@@ -110,10 +114,10 @@ impl CudaDevice {
         };
         let landing = kept.map_or_else(|| Landing::new(size, self), Ok)?;
         // Waits for what was enqueued when it is dropped, also after an error.
-        let mut arriving = Box::new(Arriving { landing: None, bytes, device: self });
+        let mut arriving = Box::new(Arriving { landing: None, bytes, reader: Reader::this_thread(), device: self });
         let landing = arriving.landing.insert(landing);
         let copied = landing
-            .copy(self, self.faults.address(), 0, FAULTS)
+            .copy(self, self.faults.all(), 0, FAULTS)
             .and_then(|()| if bytes > 0 { landing.copy(self, from, FAULTS, bytes) } else { Ok(()) });
         landing.done.record(self)?;
         copied?;

@@ -6,15 +6,13 @@ use cudarc::driver::{DriverError, result, sys::CUresult};
 
 use super::{
     CudaDevice, error,
+    faults::{self, Reader, Writers},
     gate::Pass,
     pool::{Memory, Phase, size_class},
 };
 use crate::{
     Error, ErrorKind, Result,
-    device::{
-        faults::{self, FAULT_WORDS},
-        gpu,
-    },
+    device::{faults::check, gpu},
 };
 
 /// Memory from the driver, returned to it when dropped.
@@ -68,6 +66,7 @@ pub(super) struct CudaMemory {
     /// `Some` until the value is dropped.
     block: Option<Arc<Block>>,
     address: u64,
+    writers: Writers,
     device: &'static CudaDevice,
 }
 
@@ -78,7 +77,8 @@ impl CudaMemory {
     /// Errors: [`ErrorKind::OutOfMemory`]; another error of the driver; while a graph is recorded, memory that the run
     /// before the recording did not need, or a recording of another thread.
     pub fn new(bytes: usize, device: &'static CudaDevice) -> Result<Self> {
-        let from = |block: Arc<Block>| Self { address: block.address, block: Some(block), device };
+        let from =
+            |block: Arc<Block>| Self { address: block.address, block: Some(block), writers: Writers::new(), device };
         if let Some(block) = Self::allocate(bytes, device)? {
             return Ok(from(block));
         }
@@ -88,6 +88,11 @@ impl CudaMemory {
         let block = Self::allocate(bytes, device)?;
         let none = || Error::new(ErrorKind::OutOfMemory { requested: bytes, live: before.live, cached: before.cached });
         block.ok_or_else(none).map(from)
+    }
+
+    /// Makes the memory one whose users depend on no other thread.
+    pub fn forget_writers(&self) {
+        self.writers.clear();
     }
 
     /// Returns a block of the pool or a new one, or `None` if memory is exhausted.
@@ -121,7 +126,12 @@ impl CudaMemory {
 
 impl gpu::Memory for CudaMemory {
     fn address(&self) -> u64 {
+        self.writers.read();
         self.address
+    }
+
+    fn begin_write(&self) {
+        self.writers.write();
     }
 }
 
@@ -143,7 +153,7 @@ impl CudaDevice {
             return Ok(());
         }
         // Null stands for an absent or empty tensor. The fault words live as long as the process.
-        let mut held = addresses.into_iter().filter(|&address| address != 0 && address != self.faults.address());
+        let mut held = addresses.into_iter().filter(|&address| address != 0 && !self.faults.contains(address));
         match held.find(|&address| !self.pool.hold(address)) {
             None => Ok(()),
             Some(address) => Err(error(format!("{what}: no tensor of cuda:{} is at {address:#x}", self.ordinal))),
@@ -152,7 +162,8 @@ impl CudaDevice {
 
     /// Waits for all enqueued work and copies from the device.
     ///
-    /// Errors: also those that kernels reported since the last read-back, such as [`ErrorKind::Index`].
+    /// Errors: also those that kernels of this thread, or of one whose tensors it has used, reported since the last
+    /// read-back, such as [`ErrorKind::Index`].
     pub(super) fn read_back_at(&self, from: u64, to: &mut [u8]) -> Result<()> {
         let pass = self.enter_outside("a read-back")?;
         self.bind()?;
@@ -162,18 +173,19 @@ impl CudaDevice {
             let copied = unsafe { result::memcpy_dtoh_async(to, from, self.stream.0) };
             self.check("cuMemcpyDtoHAsync", copied)?;
         }
-        let mut faults = [0i64; FAULT_WORDS];
+        let mut faults = [0; faults::BYTES];
         // SAFETY: as above.
-        let copied = unsafe { result::memcpy_dtoh_async(&mut faults, self.faults.address(), self.stream.0) };
+        let copied = unsafe { result::memcpy_dtoh_async(&mut faults, self.faults.all(), self.stream.0) };
         // SAFETY: the stream lives as long as the device. Waited for in any case: it may be writing to `to`.
         let waited = unsafe { result::stream::synchronize(self.stream.0) };
         self.check("cuMemcpyDtoHAsync", copied)?;
         self.check("cuStreamSynchronize", waited)?;
         self.read_backs.fetch_add(1, Ordering::Relaxed);
-        if faults[0] != 0 {
-            self.fill(&pass, self.faults.address(), size_of_val(&faults))?;
+        let (fault, reported) = self.faults.find(Reader::this_thread(), &faults);
+        if let Some(place) = reported {
+            self.fill(&pass, place, faults::PLACE)?;
         }
-        faults::check(faults)
+        check(fault)
     }
 
     /// Enqueues a copy within the device.

@@ -6,6 +6,7 @@
 mod blas;
 mod compile;
 mod epilogues;
+mod faults;
 mod gate;
 mod graph;
 mod landing;
@@ -37,7 +38,6 @@ use cudarc::driver::{
 
 use super::{
     Device, MemoryStats, Transfers,
-    faults::FAULT_WORDS,
     gpu::{Address, Gpu, Kernel, Limits, Memory, ReadBack, Replay},
     kernels::{KernelSource, LAB_SOURCES, Parameter, SIGNATURES, Signature},
     launch::{Arg, Gemm, Grid},
@@ -49,7 +49,7 @@ pub use compile::{Cached, Compiled, compile, cubin, cubin_in, folder, nvrtc_vers
 use memory::{Block, CudaMemory};
 pub(crate) use nccl::{Collective, Comm, Element, Id};
 use pool::Pool;
-use resources::{Context, Module, Plain, Stream};
+use resources::{Context, Module, Stream};
 pub use target::{Architecture, Target};
 
 /// CUDA device. There is one value per GPU, which lives as long as the process.
@@ -79,8 +79,8 @@ pub struct CudaDevice {
     /// `None` without cuBLASLt. Before `blas`, whose workspace it shares.
     epilogues: Option<Mutex<epilogues::Handle>>,
     blas: Mutex<blas::Handle>,
-    /// Words in which kernels report the first fault.
-    faults: Plain,
+    /// Words in which kernels report.
+    faults: faults::Faults,
     stream: Stream,
     context: Context,
 }
@@ -142,9 +142,9 @@ impl CudaDevice {
         // The following values release themselves if a later step fails.
         let context = Context::retain(device).map_err(|why| place("cuDevicePrimaryCtxRetain", why))?;
         let stream = Stream::new(&context).map_err(|why| place("cuStreamCreate", why))?;
-        let faults = Plain::new(FAULT_WORDS * 8, &context).map_err(|why| place("cuMemAlloc", why))?;
+        let faults = faults::Faults::new(&context).map_err(|why| place("cuMemAlloc", why))?;
         // SAFETY: the memory has this size.
-        unsafe { result::memset_d8_async(faults.address(), 0, FAULT_WORDS * 8, stream.0) }
+        unsafe { result::memset_d8_async(faults.all(), 0, faults::BYTES, stream.0) }
             .map_err(|why| place("cuMemsetD8Async", why))?;
         let blas = blas::Handle::new(&stream, architecture, &context).map_err(|why| match why.into_kind() {
             ErrorKind::Device { op, message } => Error::device(op, format_args!("cuda:{ordinal}: {message}")),

@@ -153,6 +153,8 @@ impl CudaDevice {
     fn uploaded(&'static self, values: &[i64]) -> Result<Arc<dyn Memory>> {
         let memory = CudaMemory::new(size_of_val(values).max(size_of::<i64>()), self)?;
         self.upload_at(memory.address(), bytemuck::cast_slice(values))?;
+        // Which thread was the first to need them means nothing to others.
+        memory.forget_writers();
         Ok(Arc::new(memory))
     }
 
