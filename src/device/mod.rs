@@ -14,6 +14,7 @@ pub mod cuda;
 pub(crate) mod f16_rows;
 #[cfg(feature = "cuda")]
 mod faults;
+pub(crate) mod floats;
 mod gpu;
 mod heap;
 #[cfg(feature = "cuda")]

@@ -10,7 +10,8 @@ use crate::{
     autograd::{Backward, InputGrads, record_cheap},
     device::{
         Grid, args, cpu,
-        rows::{Floats, In, Out, Sums, for_rows_of},
+        floats::Floats,
+        rows::{In, Out, Sums, for_rows_of},
         simd::vectorized,
         size32,
     },

@@ -15,7 +15,7 @@ use crate::{
     collect::CollectVec,
     device::{
         Address, Gpu, Grid, args, cpu,
-        rows::{Floats, FloatsMut},
+        floats::{Floats, FloatsMut},
         simd::vectorized,
     },
     dtype::{Float, Real, dispatch_real},

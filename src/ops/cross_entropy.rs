@@ -11,7 +11,8 @@ use crate::{
     autograd::{Backward, InputGrads, record},
     device::{
         Arg, Gpu, Grid, args,
-        rows::{FloatsMut, In, Out, Sums, for_rows_of},
+        floats::FloatsMut,
+        rows::{In, Out, Sums, for_rows_of},
         simd::vectorized,
         size32,
     },

@@ -6,7 +6,8 @@ use crate::{
     autograd::{Backward, InputGrads, MaskStream, mask_stream, record, record_cheap_after},
     device::{
         Grid, args,
-        rows::{Floats, In, Out, Sums, for_rows_of},
+        floats::Floats,
+        rows::{In, Out, Sums, for_rows_of},
         simd::vectorized,
     },
     dtype::{Float, Real, dispatch_real},

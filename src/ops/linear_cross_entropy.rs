@@ -14,7 +14,8 @@ use crate::{
     collect::CollectVec,
     device::{
         Address, Arg, Gpu, Grid, args,
-        rows::{FloatsMut, Out, Sums, for_rows_of},
+        floats::FloatsMut,
+        rows::{Out, Sums, for_rows_of},
         simd::vectorized,
         size32,
     },

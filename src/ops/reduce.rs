@@ -10,7 +10,8 @@ use crate::{
     collect::CollectVec,
     device::{
         Gpu, Grid, args, cpu, f16_rows,
-        rows::{Floats, FloatsMut, In, Out, Sums, for_rows_of},
+        floats::{Floats, FloatsMut},
+        rows::{In, Out, Sums, for_rows_of},
         simd::vectorized,
         size32,
     },

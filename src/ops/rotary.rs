@@ -6,7 +6,8 @@ use crate::{
     autograd::{Backward, InputGrads, discrete, record},
     device::{
         Gpu, Grid, args, cpu,
-        rows::{Floats, Out, Sums, for_rows_of},
+        floats::Floats,
+        rows::{Out, Sums, for_rows_of},
         simd::vectorized,
         size32,
     },

@@ -3,7 +3,7 @@
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{computed, discrete},
-    device::{Grid, args, cpu, rows::Floats, size32},
+    device::{Grid, args, cpu, floats::Floats, size32},
     error::ensure,
 };
 

@@ -7,7 +7,8 @@ use crate::{
     device::{
         Device, Gpu, Grid, args, cpu,
         f16_rows::{in_f32, is_f16},
-        rows::{Floats, convert_floats},
+        floats::Floats,
+        rows::convert_floats,
         simd::vectorized,
         size32,
     },

@@ -15,7 +15,7 @@ use crate::{
     Device, Error, Result,
     device::{
         Buffer,
-        rows::{Floats, FloatsMut},
+        floats::{Floats, FloatsMut},
     },
     dtype::{DType, Element, Float, Readable, Real, dispatch_float},
     error::ensure,

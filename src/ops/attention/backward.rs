@@ -19,7 +19,8 @@ use crate::{
     collect::CollectVec,
     device::{
         cpu,
-        rows::{Floats, Out, Sums as RowSums, for_rows_of},
+        floats::Floats,
+        rows::{Out, Sums as RowSums, for_rows_of},
     },
     dtype::{Float, Real, dispatch_real},
     gemm::Multiply,

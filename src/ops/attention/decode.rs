@@ -19,7 +19,8 @@ use crate::{
     device::{
         Gpu, Grid, args, cpu,
         f16_rows::widen,
-        rows::{Floats, Out, Sums, for_rows_of},
+        floats::Floats,
+        rows::{Out, Sums, for_rows_of},
         simd::vectorized,
         size32,
     },

@@ -5,7 +5,7 @@ use half::bf16;
 use super::{OP, tile::KEYS};
 use crate::{
     Result, Tensor,
-    device::{rows::Floats, simd::vectorized},
+    device::{floats::Floats, simd::vectorized},
     dtype::{Float, Real},
     gemm::{Matrix, Multiply, gemm_block},
 };

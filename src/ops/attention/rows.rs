@@ -7,7 +7,7 @@ use super::{OP, residual_scale};
 use crate::{
     DType, Result, Tensor,
     collect::CollectVec,
-    device::{cpu, rows::FloatsMut, simd::vectorized},
+    device::{cpu, floats::FloatsMut, simd::vectorized},
     dtype::{Float, Real},
     shape::Shape,
 };

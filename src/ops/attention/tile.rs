@@ -10,7 +10,7 @@ use super::{
 use crate::{
     Philox, Result, Tensor,
     device::{
-        rows::Floats,
+        floats::Floats,
         scratch::{User, aligned, lend},
         simd::vectorized,
     },

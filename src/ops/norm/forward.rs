@@ -4,7 +4,8 @@ use super::{Form, LANES, Spec, rows, widen};
 use crate::{
     DType, Device, Result, Tensor,
     device::{
-        rows::{Floats, FloatsMut, In, Out, Sums, for_rows_of, round_to},
+        floats::{Floats, FloatsMut, round_to},
+        rows::{In, Out, Sums, for_rows_of},
         simd::vectorized,
     },
     dtype::{Real, dispatch_real},

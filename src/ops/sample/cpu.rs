@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{BROKEN, Choice, SampleFilter};
 use crate::{
     DType, Device, Philox, Result, Tensor,
-    device::{cpu, rows::Floats, simd::vectorized},
+    device::{cpu, floats::Floats, simd::vectorized},
     dtype::Real,
     shape::Shape,
 };
