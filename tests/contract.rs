@@ -28,11 +28,17 @@ pub fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The cases of `XT_CASE` (a part of a name), or all of them.
+/// The cases of `XT_CASE` (a part of a name), or all of them; of these, every third with `XT_EVERY=3`.
 fn selected() -> Vec<Case> {
     let filter = std::env::var("XT_CASE").unwrap_or_default();
+    let every = std::env::var("XT_EVERY").map_or(1, |text| text.parse().expect("XT_EVERY: a positive number"));
     let cases: Vec<Case> = cases::all().into_iter().filter(|case| case.name.contains(&filter)).collect();
+    let all = cases.len();
+    let cases: Vec<Case> = cases.into_iter().step_by(every).collect();
     assert!(!cases.is_empty(), "no case matches `{filter}`");
+    if cases.len() < all {
+        println!("{} of {all} cases: the others are left out by XT_EVERY={every}", cases.len());
+    }
     cases
 }
 
