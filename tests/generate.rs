@@ -5,6 +5,10 @@ mod common;
 mod draw;
 #[path = "common/levels.rs"]
 mod levels;
+#[path = "generate/packed.rs"]
+mod packed;
+#[path = "generate/searches.rs"]
+mod searches;
 
 use std::collections::HashMap;
 
@@ -486,137 +490,6 @@ fn generation_works_inside_of_a_tape() -> Result<()> {
     Ok(())
 }
 
-/// Computes the log-probability of a continuation, token by token without a cache.
-fn log_probability(model: &AutoregressiveWrapper, prompt: &[i64], new: &[i64]) -> Result<f64> {
-    let mut row = prompt.to_vec();
-    let mut sum = 0.0;
-    for &token in new {
-        let logits = model.net.forward(&ints(&row, &[1, row.len()])?, &ForwardOptions::default())?.out;
-        let last = logits.select(1, row.len() - 1)?.to_f64_vec()?;
-        sum += filter_probabilities(&[last], &all_tokens(1.0))?[0][token as usize].ln();
-        row.push(token);
-    }
-    Ok(sum)
-}
-
-#[test]
-fn beams_find_the_most_likely_continuations() -> Result<()> {
-    let vocabulary = 5;
-    let model = decoder(vocabulary, 1, 11)?;
-    let prompts = [[1i64, 2], [3, 0]];
-    let prompt = ints(&prompts.concat(), &[2, 2])?;
-    let (n, eos, penalty) = (3, 4, 0.7);
-    let options = GenerateOptions { eos_tokens: vec![eos], ..Default::default() };
-    // As many beams as continuations: nothing is pruned.
-    let wide = BeamOptions { beams: vocabulary, length_penalty: penalty };
-    let found = model.beam_search(&prompt, n, &wide, &options)?;
-    for (row, prompt) in found.iter().zip(&prompts) {
-        assert_eq!(row.len(), vocabulary);
-        assert!(row.windows(2).all(|pair| pair[0].score >= pair[1].score));
-        for hypothesis in row {
-            let tokens = &hypothesis.tokens;
-            let expected = log_probability(&model, prompt, tokens)? / (tokens.len() as f64).powf(penalty);
-            assert!((hypothesis.score - expected).abs() < 1e-9, "{hypothesis:?} instead of {expected}");
-            let inner = &tokens[..tokens.len() - 1];
-            assert!(!inner.contains(&eos) && (tokens.len() == n || tokens.last() == Some(&eos)), "{tokens:?}");
-        }
-        // With this number of beams, the best of all continuations is among them here.
-        let mut best = (f64::NEG_INFINITY, vec![]);
-        for code in 0..vocabulary.pow(n as u32) {
-            let mut tokens: Vec<i64> =
-                (0..n).map(|at| (code / vocabulary.pow(at as u32) % vocabulary) as i64).collect();
-            if let Some(end) = tokens.iter().position(|&token| token == eos) {
-                tokens.truncate(end + 1);
-            }
-            let score = log_probability(&model, prompt, &tokens)? / (tokens.len() as f64).powf(penalty);
-            if score > best.0 + 1e-9 {
-                best = (score, tokens);
-            }
-        }
-        assert_eq!(row[0].tokens, best.1);
-    }
-    // One beam is greedy; rows do not depend on each other; past the window and without a cache it is the same.
-    let one = BeamOptions { beams: 1, length_penalty: 1.0 };
-    let plain = GenerateOptions { sampling: greedy(), ..Default::default() };
-    let chosen = model.beam_search(&prompt, 16, &one, &GenerateOptions::default())?;
-    assert_eq!(chosen.iter().map(|row| row[0].tokens.clone()).collect::<Vec<_>>(), run(&model, &prompt, 16, &plain)?);
-    let four = BeamOptions::default();
-    let together = model.beam_search(&prompt, 16, &four, &options)?;
-    let anew = GenerateOptions { recompute: true, ..options.clone() };
-    for (row, together) in together.iter().enumerate() {
-        for options in [&options, &anew] {
-            let alone = model.beam_search(&prompt.narrow(0, row, 1)?, 16, &four, options)?.remove(0);
-            for (a, b) in alone.iter().zip(together) {
-                assert!(a.tokens == b.tokens && (a.score - b.score).abs() < 1e-9, "{a:?} {b:?}");
-            }
-        }
-    }
-    Ok(())
-}
-
-#[test]
-fn drafts_do_not_change_greedy_tokens() -> Result<()> {
-    let model = decoder(20, 2, 5)?;
-    let prompt = ints(&[3, 1, 4, 1, 5, 9, 0, 0], &[2, 4])?;
-    for (lengths, eos_tokens) in [(None, vec![]), (Some(vec![4, 2]), vec![]), (None, vec![7])] {
-        let options = GenerateOptions {
-            sampling: greedy(),
-            prompt_lengths: lengths,
-            eos_tokens,
-            repetition_penalty: 1.1,
-            ..Default::default()
-        };
-        // Past the window of 14 too.
-        let expected = run(&model, &prompt, 16, &options)?;
-        for (draft, ahead) in [(decoder(20, 1, 8)?, 3), (decoder(20, 2, 5)?, 4)] {
-            let (new, stats) = model.generate_with_draft(&draft, ahead, &prompt, 16, &options, &mut |_| true)?;
-            let width = new.shape()[1];
-            let rows: Vec<_> = new.to_vec::<i64>()?.chunks(width).map(<[i64]>::to_vec).collect();
-            assert_eq!(rows, expected, "{ahead} ahead");
-            assert!(stats.accepted <= stats.proposed && stats.passes > 0);
-            if ahead == 4 && options.eos_tokens.is_empty() {
-                assert_eq!(stats.accepted, stats.proposed, "a model agrees with itself");
-                assert!(stats.passes < 16);
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Frequencies of pairs of tokens agree with their probabilities within sampling error.
-#[test]
-fn drafts_do_not_change_the_distribution() -> Result<()> {
-    let vocabulary = 4;
-    let (model, draft) = (decoder(vocabulary, 2, 5)?, decoder(vocabulary, 1, 8)?);
-    let rows = if *device() == Device::Cpu { 6000 } else { 200 };
-    let prompt = ints(&vec![1; rows], &[rows, 1])?;
-    for sampling in [all_tokens(1.5), SamplingConfig { k: Some(3), ..SamplingConfig::default() }] {
-        let options = GenerateOptions { sampling: sampling.clone(), seed: 6, ..Default::default() };
-        let (new, stats) = model.generate_with_draft(&draft, 2, &prompt, 3, &options, &mut |_| true)?;
-        assert!(stats.accepted > rows / 4 && stats.accepted < stats.proposed, "{stats:?}");
-        let mut counts: HashMap<Vec<i64>, usize> = HashMap::new();
-        new.to_vec::<i64>()?.chunks(3).for_each(|row| *counts.entry(row.to_vec()).or_default() += 1);
-        let next = |row: &[i64]| -> Result<Vec<f64>> {
-            let logits = model.net.forward(&ints(row, &[1, row.len()])?, &ForwardOptions::default())?.out;
-            Ok(filter_probabilities(&[logits.select(1, row.len() - 1)?.to_f64_vec()?], &sampling)?.remove(0))
-        };
-        for code in 0..vocabulary.pow(3) as i64 {
-            let tokens = [code / 16, code / 4 % 4, code % 4];
-            let mut p = 1.0;
-            let mut row = vec![1];
-            for token in tokens {
-                p *= next(&row)?[token as usize];
-                row.push(token);
-            }
-            let share = *counts.get(&tokens[..]).unwrap_or(&0) as f64 / rows as f64;
-            // Four and a half standard deviations.
-            let bound = 4.5 * (p * (1.0 - p) / rows as f64).sqrt() + 1e-12;
-            assert!((share - p).abs() <= bound, "{tokens:?}: {share} instead of {p}");
-        }
-    }
-    Ok(())
-}
-
 #[test]
 fn encoder_decoders_generate_with_a_cache() -> Result<()> {
     let side = |kind: &str| json!({"num_tokens": 12, "max_seq_len": 10, "depth": 2, "heads": 2, "attn_dim_head": 8, "kind": kind});
@@ -689,82 +562,6 @@ fn continuous_sequences_grow_in_a_cache() -> Result<()> {
         let (a, b) = (out.to_f64_vec()?, new.narrow(1, step, 1)?.to_f64_vec()?);
         assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-10), "step {step}");
         all = Tensor::cat(&[&all, &out], 1)?;
-    }
-    Ok(())
-}
-
-/// Products with packed weights of every type, on few and many rows: those with the dequantised weights, to within what
-/// rounding the inputs to 8 bits changes.
-#[test]
-fn packed_products_are_close() -> Result<()> {
-    let random = Philox::new(1, 0);
-    for (index, kind) in QuantType::ALL.into_iter().filter(|kind| kind.is_packed()).enumerate() {
-        let dtype = [DType::F64, DType::F32, DType::BF16, DType::F16][index % 4];
-        for (rows, columns) in [(40, 256), (17, 1280), (0, 256)] {
-            let make = |shape: [usize; 2], stream: u64| {
-                Tensor::generate(shape, dtype, device(), |i| random.normal(i as u64 + (stream << 32)))
-            };
-            let (weight, bias) = (make([rows, columns], 1)?, make([1, rows], 2)?.flatten(0, 1)?);
-            let matrix = PackedMatrix::quantize(&weight, kind)?;
-            assert_eq!((matrix.kind(), matrix.shape()), (kind, [rows, columns]));
-            let wide = matrix.dequantize(DType::F64)?;
-            for count in [0, 1, 2, 9, 33] {
-                let x = make([count, columns], 3)?;
-                let bias = Some(&bias).filter(|_| count != 2);
-                let y = matrix.linear(&x, bias)?;
-                let bias = bias.map(|bias| bias.to_dtype(DType::F64)).transpose()?;
-                let exact = x.to_dtype(DType::F64)?.linear(&wide, bias.as_ref())?.to_f64_vec()?;
-                let largest = exact.iter().fold(0.0f64, |most, x| most.max(x.abs()));
-                let error = y.to_f64_vec()?.iter().zip(exact).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-                let bound = if dtype == DType::F64 { 1e-12 } else { 2e-2 };
-                assert!(
-                    y.dtype() == dtype && error <= bound * largest,
-                    "{kind} {dtype} {rows} {columns} {count}: {error}"
-                );
-                // Rows on the CPU do not depend on each other.
-                if count == 33 && *device() == Device::Cpu && dtype != DType::F64 && rows > 0 {
-                    let alone = matrix
-                        .linear(&x.narrow(0, 32, 1)?, bias.as_ref().map(|b| b.to_dtype(dtype)).transpose()?.as_ref())?;
-                    assert_eq!(alone.to_f64_vec()?, y.narrow(0, 32, 1)?.to_f64_vec()?, "{kind}");
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-#[test]
-fn packed_products_at_every_instruction_level() {
-    at_every_level(module_path!(), "packed_products_are_close");
-}
-
-/// Rounded models compute nearly the same, and a cache gives what the whole text gives.
-#[test]
-fn quantized_models_generate() -> Result<()> {
-    let config = json!({"model": "TransformerWrapper", "num_tokens": 20, "max_seq_len": 30, "attn_layers": {"kind": "Decoder", "dim": 64, "depth": 2,
-        "heads": 2, "attn_dim_head": 32, "rotary_pos_emb": true}});
-    for dtype in [DType::F64, DType::F32] {
-        let Config::TransformerWrapper(net) = Config::from_value(config.clone())? else { unreachable!() };
-        let config = AutoregressiveConfig { net, pad_value: 0, ..AutoregressiveConfig::default() };
-        let store = ParamStore::new(5, dtype, device());
-        let plain = AutoregressiveWrapper::new(&config, &store)?;
-        let x = random_tokens(2, &[2, 9], 20)?;
-        let options = ForwardOptions::default();
-        let a = plain.net.forward(&x, &options)?.out.to_f64_vec()?;
-        let largest = a.iter().fold(0.0f64, |most, x| most.max(x.abs()));
-        for (kind, bound) in [(QuantType::Q8_0, 0.03), (QuantType::Q4_0, 0.3), (QuantType::Q4K, 0.2)] {
-            let mut small = plain.clone();
-            small.quantize(kind)?;
-            let b = small.net.forward(&x, &options)?.out.to_f64_vec()?;
-            let error = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-            assert!(error > 0.0 && error < bound * largest, "{kind}: {error} of {largest}");
-            let greedy = GenerateOptions { sampling: greedy(), ..Default::default() };
-            let anew = GenerateOptions { recompute: true, ..greedy.clone() };
-            assert_eq!(run(&small, &x, 12, &greedy)?, run(&small, &x, 12, &anew)?, "{kind}");
-        }
-        // The clone before keeps its weights.
-        assert_eq!(plain.net.forward(&x, &options)?.out.to_f64_vec()?, a);
-        assert!(plain.clone().quantize(QuantType::Q2K).is_err());
     }
     Ok(())
 }

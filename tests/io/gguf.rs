@@ -1,6 +1,9 @@
 //! GGUF files of llama.cpp and other programs: every block type, models in several files, metadata of all kinds, and
 //! the rotations that files specify. `tests/files/make_gguf.py` wrote files and expected values.
 
+mod folders;
+mod writer;
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -14,6 +17,8 @@ use x_transformers::{
     models::ForwardOptions,
     pretrained::{Family, Pretrained},
 };
+
+use writer::{float, gguf, number, pair, size, text, with_metadata};
 
 fn files(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/files").join(name)
@@ -356,28 +361,6 @@ fn qwen2_has_biases_and_halves() -> Result<()> {
     Ok(())
 }
 
-/// The metadata of a file changed: `pairs` take the room of a filler.
-fn with_metadata(name: &str, pairs: &[Vec<u8>]) -> Vec<u8> {
-    let bytes = fs::read(files(name)).unwrap();
-    let filler = pair("zz.filler", 8, &text(&".".repeat(600)));
-    let at = bytes.windows(filler.len()).position(|window| window == filler).unwrap();
-    let added = pairs.concat();
-    let rest = pair("zz.filler", 8, &text(&".".repeat(600 - added.len())));
-    let mut changed = [&bytes[..at], &added, &rest, &bytes[at + filler.len()..]].concat();
-    let count = u64::from_le_bytes(bytes[16..24].try_into().unwrap()) + pairs.len() as u64;
-    changed[16..24].copy_from_slice(&count.to_le_bytes());
-    assert_eq!(changed.len(), bytes.len());
-    changed
-}
-
-fn float(key: &str, value: f32) -> Vec<u8> {
-    pair(key, 6, &value.to_le_bytes())
-}
-
-fn size(key: &str, value: u32) -> Vec<u8> {
-    pair(key, 4, &value.to_le_bytes())
-}
-
 /// Old and new keys of a stretched rotation, and keys that leave it unchanged.
 #[test]
 fn rotations_of_gguf_files() -> Result<()> {
@@ -527,146 +510,4 @@ fn models_in_several_files() -> Result<()> {
         assert!(error.contains(key), "{error}");
     }
     Ok(())
-}
-
-/// Folders whose config sets other rotations agree with transformers.
-#[test]
-fn rotations_of_folders() -> Result<()> {
-    let expected = expected();
-    let read = |path: PathBuf| serde_json::from_slice::<Value>(&fs::read(path).unwrap()).unwrap();
-    let cases = read(files("rotations.json"));
-    let weights = TensorFile::open(files("llama3"))?.tensors()?;
-    let folder = Folder::new("folders");
-    write_safetensors(folder.0.join("model.safetensors"), &weights, &BTreeMap::new())?;
-    let config = |keys: &Value| {
-        let mut config = read(files("llama3/config.json"));
-        config.as_object_mut().unwrap().remove("rope_parameters");
-        config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
-        folder.write("config.json", config.to_string());
-    };
-    for (name, keys) in cases.as_object().unwrap() {
-        config(keys);
-        check(&format!("llama3.{name}"), &folder.0, &expected)?;
-    }
-    let yarn = |key: &str, value: Value| {
-        let mut rope = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16});
-        rope[key] = value;
-        json!({"rope_scaling": rope})
-    };
-    let refused = [
-        (json!({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}), "has type `longrope`"),
-        (json!({"rope_scaling": {"type": "su"}}), "has type `su`, expected default, linear, dynamic, yarn"),
-        (json!({"rope_scaling": {"type": 3}}), "has type `not a string`"),
-        (json!({"rope_scaling": "linear"}), "expected an object"),
-        (json!({"rope_scaling": {"type": "linear"}}), "requires a number `factor`"),
-        (json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}), "differs by layer"),
-        (json!({"partial_rotary_factor": 0.5}), "`partial_rotary_factor` is 0.5, expected 1"),
-        (yarn("truncate", "no".into()), "has `truncate` = \"no\", expected true or false"),
-        (yarn("beta_fast", "fast".into()), "has `beta_fast` = \"fast\", expected a number"),
-        (yarn("original_max_position_embeddings", 0.5.into()), "`original_max_position_embeddings` = 0.5"),
-        (yarn("factor", 0.25.into()), "rotary_yarn_scaling"),
-        (yarn("attention_factor", (-1).into()), "rotary_yarn_scaling"),
-    ];
-    for (keys, expected) in refused {
-        config(&keys);
-        let error = Pretrained::open(&folder.0).and_then(|file| file.model(DType::F32, &Device::Cpu)).unwrap_err();
-        assert!(error.to_string().contains(expected), "{error}");
-    }
-    Ok(())
-}
-
-/// Either all layers of a Qwen2 have a window or none.
-#[test]
-fn windows_of_qwen2() -> Result<()> {
-    let expected = expected();
-    let weights = TensorFile::open(files("qwen2"))?.tensors()?;
-    let folder = Folder::new("windows");
-    write_safetensors(folder.0.join("model.safetensors"), &weights, &BTreeMap::new())?;
-    let config = |keys: Value| {
-        let bytes = fs::read(files("qwen2/config.json")).unwrap();
-        let mut config = serde_json::from_slice::<Value>(&bytes).unwrap();
-        let map = config.as_object_mut().unwrap();
-        map.retain(|key, _| !key.contains("window") && key != "layer_types");
-        map.extend(keys.as_object().unwrap().clone());
-        folder.write("config.json", config.to_string());
-    };
-    for (name, keys) in [
-        ("all", json!({"use_sliding_window": true, "max_window_layers": 0})),
-        ("none", json!({"use_sliding_window": true, "max_window_layers": 2})),
-        ("types", json!({"use_sliding_window": true, "layer_types": ["sliding_attention", "sliding_attention"]})),
-        ("off", json!({"use_sliding_window": false, "max_window_layers": 0})),
-    ] {
-        let mut keys = keys;
-        keys["sliding_window"] = 5.into();
-        config(keys);
-        check(&format!("qwen2.window.{name}"), &folder.0, &expected)?;
-    }
-    // A window as wide as the longest text.
-    config(json!({"use_sliding_window": true, "sliding_window": 32, "max_window_layers": 1}));
-    check("qwen2.window.off", &folder.0, &expected)?;
-    for (keys, expected) in [
-        (json!({"max_window_layers": 1}), "`max_window_layers` is 1, so only layers 1 to 2"),
-        (json!({"max_window_layers": -1}), "`max_window_layers` is -1, expected a layer index"),
-        (
-            json!({"layer_types": ["sliding_attention", "full_attention"]}),
-            "`layer_types` must be sliding_attention or full_attention for all layers",
-        ),
-        (json!({"layer_types": ["sliding_attention"]}), "`layer_types` must be"),
-    ] {
-        let mut keys = keys;
-        keys["use_sliding_window"] = true.into();
-        keys["sliding_window"] = 5.into();
-        config(keys);
-        let error = Pretrained::open(&folder.0).unwrap_err().to_string();
-        assert!(error.contains(expected), "{error}");
-    }
-    Ok(())
-}
-
-/// The number of a type in a file.
-fn number(kind: QuantType) -> u32 {
-    match kind {
-        QuantType::Q4_0 => 2,
-        QuantType::Q4_1 => 3,
-        QuantType::Q5_0 => 6,
-        QuantType::Q5_1 => 7,
-        QuantType::Q8_0 => 8,
-        QuantType::Q2K => 10,
-        QuantType::Q3K => 11,
-        QuantType::Q4K => 12,
-        QuantType::Q5K => 13,
-        QuantType::Q6K => 14,
-        QuantType::Iq4Nl => 20,
-        QuantType::Iq4Xs => 23,
-        other => panic!("{other}"),
-    }
-}
-
-fn text(text: &str) -> Vec<u8> {
-    [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
-}
-
-/// A pair of metadata: its key, the number of its type, its value.
-fn pair(key: &str, kind: u32, value: &[u8]) -> Vec<u8> {
-    [&text(key)[..], &kind.to_le_bytes(), value].concat()
-}
-
-/// A file with these pairs of metadata, and tensors by name, dimensions from the innermost on, type and bytes.
-fn gguf(pairs: &[Vec<u8>], tensors: &[(&str, &[u64], u32, Vec<u8>)]) -> Vec<u8> {
-    let mut bytes = [b"GGUF".to_vec(), 3u32.to_le_bytes().to_vec()].concat();
-    bytes.extend((tensors.len() as u64).to_le_bytes());
-    bytes.extend((pairs.len() as u64).to_le_bytes());
-    bytes.extend(pairs.concat());
-    let mut values = Vec::new();
-    for (name, dims, kind, tensor) in tensors {
-        bytes.extend(text(name));
-        bytes.extend((dims.len() as u32).to_le_bytes());
-        bytes.extend(dims.iter().flat_map(|dim| dim.to_le_bytes()));
-        bytes.extend(kind.to_le_bytes());
-        bytes.extend((values.len() as u64).to_le_bytes());
-        values.extend(tensor);
-        values.resize(values.len().next_multiple_of(32), 0);
-    }
-    bytes.resize(bytes.len().next_multiple_of(32), 0);
-    [bytes, values].concat()
 }
