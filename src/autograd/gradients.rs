@@ -2,9 +2,12 @@
 
 use std::fmt;
 
-use super::rule::InputGrad;
+use super::{
+    rule::{InputGrad, LateSum},
+    sum::accumulate,
+};
 use crate::{
-    Device, Error, Result,
+    Error, Result,
     collect::CollectVec,
     ordered::OrderedMap,
     params::{Param, ParamMap},
@@ -30,6 +33,8 @@ use crate::{
 #[doc(alias = "GradStore")]
 pub struct Gradients {
     leaves: OrderedMap<LeafId, Tensor>,
+    /// Contributions to be summed up before the end of the backward pass.
+    late: Vec<(LeafId, LateSum)>,
 }
 
 impl fmt::Debug for Gradients {
@@ -105,6 +110,35 @@ impl Gradients {
         self.leaves.remove(&leaf)
     }
 
+    /// Adds a contribution that [`Gradients::finish`] computes.
+    pub(super) fn contribute_late(&mut self, leaf: LeafId, sum: LateSum) {
+        self.late.push((leaf, sum));
+    }
+
+    /// Computes all contributions that are still sums.
+    pub(super) fn finish(&mut self) -> Result<()> {
+        let late = std::mem::take(&mut self.late);
+        self.add_up(late)
+    }
+
+    /// Computes those of one leaf, and of others from the same partial sums.
+    pub(super) fn finish_leaf(&mut self, leaf: LeafId) -> Result<()> {
+        let Some((_, LateSum { partials, .. })) = self.late.iter().find(|(of, _)| *of == leaf) else { return Ok(()) };
+        let partials = partials.clone();
+        let late = std::mem::take(&mut self.late);
+        let (now, later) =
+            late.into_iter().partition(|(of, sum)| *of == leaf || sum.partials.shares_storage(&partials));
+        self.late = later;
+        self.add_up(now)
+    }
+
+    fn add_up(&mut self, late: Vec<(LeafId, LateSum)>) -> Result<()> {
+        let (leaves, sums): (Vec<LeafId>, Vec<LateSum>) = late.into_iter().unzip();
+        let Some(first) = sums.first() else { return Ok(()) };
+        let values = (first.finish)(&sums)?;
+        leaves.into_iter().zip(values).try_for_each(|(leaf, value)| self.contribute(leaf, InputGrad::Whole(value)))
+    }
+
     pub(super) fn contribute(&mut self, leaf: LeafId, contribution: InputGrad) -> Result<()> {
         let mut sum = self.leaves.remove(&leaf);
         accumulate(&mut sum, contribution)?;
@@ -113,30 +147,4 @@ impl Gradients {
         }
         Ok(())
     }
-}
-
-/// Adds a contribution, in place if the sum has no other owner; the first one is moved in.
-pub(super) fn accumulate(sum: &mut Option<Tensor>, contribution: InputGrad) -> Result<()> {
-    match contribution {
-        InputGrad::None => {}
-        InputGrad::Whole(value) => {
-            *sum = Some(match sum.take() {
-                // A rule may return a saved tensor, which need not be a constant.
-                None => value.into_constant(),
-                Some(sum) => sum.accumulate(&value)?,
-            });
-        }
-        // A part that is all of it; adding it to zeros would only turn −0 into 0.
-        InputGrad::Slice { shape, value, .. } if *value.device() != Device::Cpu && shape == *value.shape() => {
-            accumulate(sum, InputGrad::Whole(value))?;
-        }
-        InputGrad::Slice { shape, part, value } => {
-            let whole = match sum.take() {
-                None => Tensor::zeros(shape, value.dtype(), value.device())?,
-                Some(sum) => sum,
-            };
-            *sum = Some(whole.accumulate_part(part, &value)?);
-        }
-    }
-    Ok(())
 }

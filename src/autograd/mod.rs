@@ -15,6 +15,7 @@ mod record;
 mod rule;
 mod seed;
 mod stack;
+mod sum;
 mod walk;
 
 use std::{cell::RefCell, fmt, marker::PhantomData};
@@ -34,6 +35,7 @@ use crate::{
 
 #[cfg(feature = "cuda")]
 pub(crate) use self::record::is_recording;
+pub(crate) use self::rule::LateSum;
 pub use self::{
     checkpoint::checkpoint,
     gradcheck::{Gradcheck, GradcheckReport, InputReport, gradcheck},
@@ -153,7 +155,7 @@ impl Tape {
     /// ([`ErrorKind::BackwardTwice`]).
     pub fn backward(&mut self, output: &Tensor) -> Result<Gradients> {
         ensure!(output.numel() == 1, Error::new(ErrorKind::NotScalar { shape: output.shape().to_vec() }));
-        let one = Tensor::ones(*output.shape(), output.dtype(), output.device())?;
+        let one = Tensor::one_of(*output.shape(), output.dtype(), output.device())?;
         self.backward_with(output, &one)
     }
 

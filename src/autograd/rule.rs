@@ -1,7 +1,7 @@
 //! Backward rules: how an op returns the gradients of its inputs.
 
 use crate::{
-    Result,
+    DType, Result,
     collect::CollectVec,
     shape::Shape,
     tensor::{GradSlice, Tensor},
@@ -48,16 +48,36 @@ pub enum InputGrad {
     },
 }
 
+/// Gradient of an input, `[columns]`, whose last sum may wait: one launch serves those of many ops.
+#[derive(Clone, Debug)]
+pub(crate) struct LateSum {
+    /// Sums of parts of the rows, `[chunks, width]`, in the accumulation type.
+    pub partials: Tensor,
+    /// First column of the gradient in `partials`, and number of columns.
+    pub columns: [usize; 2],
+    /// Type of the gradient.
+    pub dtype: DType,
+    /// Computes the gradients of several inputs.
+    pub finish: fn(&[LateSum]) -> Result<Vec<Tensor>>,
+}
+
 /// Gradients that a backward rule returns.
 #[derive(Debug)]
 pub struct InputGrads {
     pub(super) inputs: Vec<InputGrad>,
+    /// Gradients still to be summed up, of inputs without one above.
+    pub(super) late: Vec<(usize, LateSum)>,
 }
 
 impl InputGrads {
     /// Creates gradients from one contribution per input, in the order in which the inputs were recorded.
     pub fn new(inputs: Vec<InputGrad>) -> Self {
-        Self { inputs }
+        Self { inputs, late: Vec::new() }
+    }
+
+    /// Adds gradients of inputs, by their index, that have none yet.
+    pub(crate) fn with_late_sums(self, late: Vec<(usize, LateSum)>) -> Self {
+        Self { late, ..self }
     }
 
     /// Creates the gradient of an op with one differentiable input.

@@ -3,8 +3,9 @@
 use super::{
     LeafDone, Recording,
     checkpoint::Segment,
-    gradients::{Gradients, accumulate},
+    gradients::Gradients,
     rule::{Backward, InputGrad},
+    sum::Sum,
 };
 use crate::{
     DType, Device, Error, Result,
@@ -99,7 +100,7 @@ impl Input {
 struct Frame {
     nodes: Vec<Node>,
     /// Gradient of each node's output so far.
-    grads: Vec<Option<Tensor>>,
+    grads: Vec<Sum>,
     /// Segment whose contents this list is.
     segment: Option<Outside>,
 }
@@ -129,6 +130,7 @@ pub(super) fn walk(
     loop {
         if let (Some(done), [outermost]) = (&mut done, &frames[..]) {
             while let Some((_, leaf)) = first_uses.pop_if(|(at, _)| *at >= outermost.nodes.len()) {
+                leaves.finish_leaf(leaf)?;
                 done(leaf, &mut leaves)?;
             }
         }
@@ -140,7 +142,7 @@ pub(super) fn walk(
             }
             continue;
         };
-        let Some(grad) = frame.grads.pop().flatten() else { continue };
+        let Some(grad) = frame.grads.pop().map_or(Ok(None), |mut sum| sum.take())? else { continue };
         match node.rule {
             Rule::Op(rule) => frame.apply(rule, node.inputs, node.cost, grad, &mut leaves)?,
             Rule::Segment(segment) => {
@@ -151,6 +153,7 @@ pub(super) fn walk(
             }
         }
     }
+    leaves.finish()?;
     Ok(leaves)
 }
 
@@ -185,8 +188,8 @@ impl Frame {
         match output {
             GradSlot::Node { index, .. } => {
                 nodes.truncate(index + 1);
-                grads.resize(nodes.len(), None);
-                grads[index] = Some(cotangent);
+                grads.resize(nodes.len(), Sum::None);
+                grads[index] = Sum::Whole(cotangent);
             }
             GradSlot::Leaf(leaf) => {
                 nodes.clear();
@@ -211,11 +214,11 @@ impl Frame {
         let need: Vec<bool> = inputs.iter().map(Input::needed).collect_vec();
         let name = backward.name();
         if let Some(&Input { slot: GradSlot::Node { index, .. }, .. }) = inputs.first()
-            && let Some(sum) = self.grads[index].take()
+            && let Some(sum) = self.grads[index].take_whole()
             && let Some(sum) = backward.accumulate_into(sum)
         {
             inputs[0].fits(name, "accumulate_into", sum.shape(), &sum)?;
-            self.grads[index] = Some(sum.into_constant());
+            self.grads[index] = Sum::Whole(sum.into_constant());
         }
         let given = backward.backward(grad, &need)?;
         ensure!(
@@ -225,9 +228,24 @@ impl Frame {
                 format_args!("its backward returned {} gradients for {} inputs", given.inputs.len(), inputs.len())
             )
         );
-        for (input, contribution) in inputs.into_iter().zip(given.inputs) {
+        for (input, contribution) in inputs.iter().zip(given.inputs) {
             input.check(name, &contribution)?;
             self.give(input.slot, contribution, leaves)?;
+        }
+        for (at, sum) in given.late {
+            let Some(input) = inputs.get(at).filter(|input| input.needed()) else { continue };
+            match input.slot {
+                GradSlot::Leaf(leaf) if *input.shape == [sum.columns[1]] && input.dtype == sum.dtype => {
+                    leaves.contribute_late(leaf, sum);
+                }
+                slot => {
+                    for value in (sum.finish)(std::slice::from_ref(&sum))? {
+                        let contribution = InputGrad::Whole(value);
+                        input.check(name, &contribution)?;
+                        self.give(slot, contribution, leaves)?;
+                    }
+                }
+            }
         }
         match (rule, sizes) {
             (Some(rule), Some(sizes)) => rule.end(name, cost, sizes.into_iter().zip(need)),
@@ -238,7 +256,7 @@ impl Frame {
     fn give(&mut self, to: GradSlot, contribution: InputGrad, leaves: &mut Gradients) -> Result<()> {
         match to {
             GradSlot::Leaf(leaf) => leaves.contribute(leaf, contribution),
-            GradSlot::Node { index, .. } => accumulate(&mut self.grads[index], contribution),
+            GradSlot::Node { index, .. } => self.grads[index].add(contribution),
             GradSlot::Constant | GradSlot::Untaped { .. } => Ok(()),
         }
     }
@@ -247,6 +265,7 @@ impl Frame {
     fn close(&mut self, segment: Outside, leaves: &mut Gradients) -> Result<()> {
         let sizes: Vec<_> = segment.inputs.iter().map(|input| (input.bytes(), input.needed())).collect_vec();
         for (input, leaf) in segment.inputs.into_iter().zip(segment.leaves) {
+            leaf.map_or(Ok(()), |leaf| leaves.finish_leaf(leaf))?;
             if let Some(grad) = leaf.and_then(|leaf| leaves.take(leaf)) {
                 let contribution = InputGrad::Whole(grad);
                 input.check("checkpoint", &contribution)?;

@@ -104,6 +104,22 @@ impl Tensor {
         Self::of_memory(gpu, gpu.table(name, values)?, count)
     }
 
+    /// Returns ones of a shape of one element, for which a GPU computes nothing if it caches constants.
+    pub(crate) fn one_of(shape: Shape, dtype: DType, device: &Device) -> Result<Self> {
+        let bits = match dtype {
+            DType::F32 => 1f32.to_bits().into(),
+            DType::F64 => 1f64.to_bits(),
+            DType::BF16 => half::bf16::ONE.to_bits().into(),
+            DType::F16 => half::f16::ONE.to_bits().into(),
+            DType::I64 | DType::Bool => 1,
+        };
+        let Device::Gpu(gpu) = *device else { return Self::ones(shape, dtype, device) };
+        ensure!(shape.numel() == 1, Error::shape("ones", format_args!("expected one element, got {shape:?}")));
+        // Little-endian, as GPUs are: the first bytes are the element.
+        let memory = gpu.constant(&format!("one {dtype}"), &mut || Ok(vec![bits as i64]))?;
+        Ok(Self::of_buffer(Buffer::Gpu(GpuBuffer::shared(memory)), shape, dtype, device))
+    }
+
     /// Creates `[count]` I64 from memory to which the device may have other handles.
     fn of_memory(gpu: &'static dyn Gpu, memory: Arc<dyn Memory>, count: usize) -> Result<Self> {
         let buffer = Buffer::Gpu(GpuBuffer::shared(memory));
