@@ -163,23 +163,49 @@ extern "C" __global__ void reduce_largest(i64* index, T* y, const T* x, i64 rows
     }
 }
 
-// Sums of partials [chunks, width] over the chunks: first [of_first] those of the first columns, second those of the
-// others; each may be none. A block takes 32 columns, its warps chunks in turn, whose sums are added in one order.
-extern "C" __global__ void __launch_bounds__(1024)
-    reduce_chunks(T* first, T* second, const Acc* partials, i64 chunks, u32 width, u32 of_first) {
+// Adds up 32 columns of partials from `column` on, each in the order of reduce_chunks; the first thread of warp n gets
+// the sum of column n. All threads of a block of 32 x 32 must call it.
+__device__ __forceinline__ Total sum_of_chunks(const Acc* partials, i64 chunks, u32 width, u32 column, u32 columns) {
     __shared__ Total of_warps[32][33];
-    const u32 column = blockIdx.x * 32 + threadIdx.x;
+    column += threadIdx.x;
     Total total = 0;
-    if (column < width) {
+    if (column < columns) {
 #pragma unroll 8
         for (i64 chunk = threadIdx.y; chunk < chunks; chunk += 32) total += partials[chunk * width + column];
     }
     of_warps[threadIdx.y][threadIdx.x] = total;
     __syncthreads();
     // Each warp adds up a column.
-    total = reduce_warp(of_warps[threadIdx.x][threadIdx.y], [](Total a, Total b) { return a + b; });
+    return reduce_warp(of_warps[threadIdx.x][threadIdx.y], [](Total a, Total b) { return a + b; });
+}
+
+// Sums of partials [chunks, width] over the chunks: first [of_first] those of the first columns, second those of the
+// others; each may be none. A block takes 32 columns, its warps chunks in turn, whose sums are added in one order.
+extern "C" __global__ void __launch_bounds__(1024)
+    reduce_chunks(T* first, T* second, const Acc* partials, i64 chunks, u32 width, u32 of_first) {
+    const Total total = sum_of_chunks(partials, chunks, width, blockIdx.x * 32, width);
     const u32 of_warp = blockIdx.x * 32 + threadIdx.y;
     if (threadIdx.x > 0 || of_warp >= width) return;
     T* to = of_warp < of_first ? first : second;
     if (to != nullptr) to[of_warp < of_first ? of_warp : of_warp - of_first] = Element<T>::from_acc(total);
+}
+
+// The same for many sums: rows of `table` [sums, 6] have the addresses of a sum and of the first of its columns of
+// partials, the number of chunks, the width of the partials, the number of columns, and the blocks of all sums before.
+extern "C" __global__ void __launch_bounds__(1024) reduce_many(const i64* table, u32 sums) {
+    // The last sum that begins at or before this block.
+    u32 low = 0, high = sums;
+    while (high - low > 1) {
+        const u32 middle = (low + high) / 2;
+        if (table[middle * 6 + 5] <= blockIdx.x) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    const i64* row = table + low * 6;
+    const u32 columns = (u32)row[4], column = (u32)(blockIdx.x - row[5]) * 32;
+    const Total total = sum_of_chunks(reinterpret_cast<const Acc*>(row[1]), row[2], (u32)row[3], column, columns);
+    if (threadIdx.x > 0 || column + threadIdx.y >= columns) return;
+    reinterpret_cast<T*>(row[0])[column + threadIdx.y] = Element<T>::from_acc(total);
 }

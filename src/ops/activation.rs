@@ -3,7 +3,7 @@
 use super::{
     norm::reuse,
     pointwise::{Activation, sum_gradient, sum_value},
-    reduce::sum_chunks,
+    reduce::{late_sum, sum_chunks},
 };
 use crate::{
     Device, Error, Result, Tensor,
@@ -177,9 +177,9 @@ pub(super) fn bias_gradient(sums: Option<Tensor>, x: &Tensor) -> Result<Option<T
     let Some(sums) = sums else { return Ok(None) };
     match *x.device() {
         Device::Cpu => sums.sum(&[0])?.to_dtype(x.dtype()).map(Some),
-        Device::Gpu(gpu) => {
-            let [gradient, _] = sum_chunks(gpu, &sums, x.dtype(), sums.dim(1)?, [true, false])?;
-            Ok(gradient)
+        Device::Gpu(_) => {
+            let columns = [0, sums.dim(1)?];
+            Ok(sum_chunks(&[late_sum(&sums, columns, x.dtype())])?.pop())
         }
     }
 }

@@ -6,7 +6,7 @@ use half::f16;
 
 use crate::{
     DType, Device, Element, Error, Result, Tensor,
-    autograd::{Backward, InputGrads, computed, discrete, record},
+    autograd::{Backward, InputGrads, LateSum, computed, discrete, record},
     collect::CollectVec,
     device::{
         Gpu, Grid, args, cpu, f16_rows,
@@ -17,6 +17,7 @@ use crate::{
     },
     dtype::{Float, Real, dispatch_float, dispatch_real},
     error::ensure,
+    ops::many::{Group, by_device},
     shape::Shape,
 };
 
@@ -314,26 +315,61 @@ vectorized! {
     }
 }
 
-/// Sums `[chunks, width]` over the chunks on a GPU in one launch, rounded to a dtype: `[first]` for the first columns
-/// and `[width − first]` for the others, each if wanted.
-pub(super) fn sum_chunks(
-    gpu: &dyn Gpu,
-    partials: &Tensor,
-    dtype: DType,
-    first: usize,
-    wanted: [bool; 2],
-) -> Result<[Option<Tensor>; 2]> {
-    let (chunks, width) = (partials.dim(0)?, partials.dim(1)?);
-    let room = |wanted: bool, size: usize| {
-        wanted.then(|| Tensor::uninit(Shape::new(&[size])?, dtype, partials.device())).transpose()
-    };
-    let mut sums = [room(wanted[0], first)?, room(wanted[1], width - first)?];
-    let grid = Grid::new([size32(width)?.div_ceil(32), 1, 1], [32, 32, 1]);
-    let [of_first, of_rest] = &mut sums;
-    let sizes = (chunks as i64, size32(width)?, size32(first)?);
-    let args = args![of_first.as_mut(), of_rest.as_mut(), partials, sizes.0, sizes.1, sizes.2];
-    gpu.kernel("reduce_chunks", &[("DTYPE", dtype.name())])?.launch(grid, args)?;
+/// Returns the sum of `[chunks, width]` on a GPU over the chunks, of some of its columns (the first, and their number),
+/// to be computed by [`sum_chunks`] and rounded to a dtype.
+pub(super) fn late_sum(partials: &Tensor, columns: [usize; 2], dtype: DType) -> LateSum {
+    LateSum { partials: partials.clone(), columns, dtype, finish: sum_chunks }
+}
+
+/// Computes sums over chunks on one GPU, each `[columns]`: one launch for each pair from the same partial sums if these
+/// are all there are, otherwise one for all of a dtype.
+pub(super) fn sum_chunks(late: &[LateSum]) -> Result<Vec<Tensor>> {
+    let room = |sum: &LateSum| Tensor::uninit(Shape::new(&[sum.columns[1]])?, sum.dtype, sum.partials.device());
+    let mut sums: Vec<Tensor> = late.iter().map(room).try_collect_vec()?;
+    if let Some((gpu, of_first)) = of_one(late)? {
+        let LateSum { partials, dtype, .. } = &late[0];
+        let (chunks, width) = (partials.dim(0)? as i64, size32(partials.dim(1)?)?);
+        let grid = Grid::new([width.div_ceil(32), 1, 1], [32, 32, 1]);
+        let (mut to_first, mut to_second) = (None, None);
+        for (sum, to) in late.iter().zip(&mut sums) {
+            *(if sum.columns[0] == 0 { &mut to_first } else { &mut to_second }) = Some(to);
+        }
+        let args = args![to_first, to_second, partials, chunks, width, size32(of_first)?];
+        gpu.kernel("reduce_chunks", &[("DTYPE", dtype.name())])?.launch(grid, args)?;
+        return Ok(sums);
+    }
+    let (_, groups) = by_device(late.iter().zip(&mut sums), |(sum, _)| (sum.partials.device().clone(), sum.dtype));
+    for Group { gpu, key: dtype, items } in groups {
+        let (mut rows, mut blocks) = (Vec::new(), 0);
+        for (LateSum { partials, columns: [start, columns], .. }, to) in items {
+            let (chunks, width) = (partials.dim(0)?, partials.dim(1)?);
+            let from = partials.address()?.plus(start * partials.dtype().size());
+            rows.extend([to.address_mut()?.get() as i64, from.get() as i64]);
+            rows.extend([chunks, width, *columns, blocks].map(|size| size as i64));
+            blocks += columns.div_ceil(32);
+        }
+        // Kernels count both with 32-bit integers.
+        let (count, grid) = (size32(rows.len() / 6)?, Grid::new([size32(blocks)?, 1, 1], [32, 32, 1]));
+        let table = Tensor::table_on(gpu, &format!("sums {dtype} {count}"), rows)?;
+        gpu.kernel("reduce_many", &[("DTYPE", dtype.name())])?.launch(grid, args![&table, count])?;
+    }
     Ok(sums)
+}
+
+/// Returns the GPU, and the number of columns of the first sum, if all sums are those of the first columns and of the
+/// rest of the same partial sums, once each.
+fn of_one(late: &[LateSum]) -> Result<Option<(&'static dyn Gpu, usize)>> {
+    let Some(first) = late.first().filter(|_| late.len() <= 2) else { return Ok(None) };
+    let Device::Gpu(gpu) = *first.partials.device() else { return Ok(None) };
+    let width = first.partials.dim(1)?;
+    let split = late.iter().map(|sum| if sum.columns[0] == 0 { sum.columns[1] } else { sum.columns[0] }).next();
+    let split = split.unwrap_or(width);
+    let fits = |sum: &LateSum| {
+        let is_part = sum.columns == [0, split] || (split > 0 && sum.columns == [split, width - split]);
+        is_part && sum.dtype == first.dtype && sum.partials.shares_storage(&first.partials)
+    };
+    let twice = late.len() == 2 && late[0].columns == late[1].columns;
+    Ok((split <= width && late.iter().all(fits) && !twice).then_some((gpu, split)))
 }
 
 /// Sums a slice in sixteen lanes, which vectorises and keeps the error small; the order is fixed.

@@ -14,7 +14,7 @@ use crate::{
         simd::vectorized,
     },
     dtype::{Float, Real, dispatch_float},
-    ops::reduce::{sum_chunks, sum_slice},
+    ops::reduce::{late_sum, sum_slice},
     shape::Shape,
 };
 
@@ -55,11 +55,13 @@ impl Backward for NormBackward {
                 let (dx, partials) = self.backward_cuda(*gpu, grad, wanted)?;
                 let each = self.weight.as_ref().is_none_or(|weight| weight.numel() == width);
                 if let (true, Some(partials)) = (each, &partials) {
-                    let wanted = [weight_needed, bias_needed];
-                    let [dweight, dbias] = sum_chunks(*gpu, partials, self.x.dtype(), width, wanted)?;
-                    let weight = self.weight.is_some().then_some(dweight);
-                    let grads = [Some(dx), weight, self.has_bias.then_some(dbias)];
-                    return Ok(InputGrads::whole(grads.into_iter().flatten().collect::<Vec<_>>()));
+                    let dtype = self.x.dtype();
+                    let sum = |part: usize| late_sum(partials, [part * width, width], dtype);
+                    let mut late = Vec::new();
+                    late.extend(weight_needed.then(|| (1, sum(0))));
+                    late.extend(bias_needed.then(|| (need.len() - 1, sum(1))));
+                    let grads = [dx].into_iter().chain(need[1..].iter().map(|_| None));
+                    return Ok(InputGrads::whole(grads).with_late_sums(late));
                 }
                 (dx, partials)
             }
