@@ -427,13 +427,28 @@ fn launch_rounded_gradient(
     )
 }
 
-/// Returns `x · grad / divisor`, rounded to a dtype; `grad` in the type of `x`, `divisor` in f64, one element each.
-fn launch_scaled(gpu: &dyn Gpu, dtype: DType, x: &Tensor, grad: &Tensor, divisor: Option<&Tensor>) -> Result<Tensor> {
-    let x = x.contiguous()?;
-    let (grad, mut y) = (grad.contiguous()?, Tensor::uninit(*x.shape(), dtype, x.device())?);
-    let n = x.numel();
-    gpu.kernel("scale_elements", &[("DTYPE", dtype.name())])?
-        .launch(Grid::packets(n, x.dtype()), args![&mut y, &x, &grad, divisor, n as i64])?;
+/// Returns `x · grad / divisor`, rounded to a dtype, for up to three `x` by one launch; `grad` in the type of `x`,
+/// `divisor` in f64, one element each.
+fn launch_scaled(
+    gpu: &dyn Gpu,
+    dtype: DType,
+    x: [Option<Tensor>; 3],
+    grad: &Tensor,
+    divisor: Option<&Tensor>,
+) -> Result<[Option<Tensor>; 3]> {
+    let [x0, x1, x2] = x.map(|x| x.map(|x| x.packed()).transpose());
+    let x = [x0?, x1?, x2?];
+    let uninit = |x: &Option<Tensor>| x.as_ref().map(|x| Tensor::uninit(*x.shape(), dtype, x.device())).transpose();
+    let grad = grad.contiguous()?;
+    let mut y = [uninit(&x[0])?, uninit(&x[1])?, uninit(&x[2])?];
+    let counts = x.each_ref().map(|x| x.as_ref().map_or(0, Tensor::numel));
+    let largest = counts.into_iter().max().unwrap_or(0);
+    let [y0, y1, y2] = &mut y;
+    let [x0, x1, x2] = &x;
+    let [n0, n1, n2] = counts.map(|count| count as i64);
+    let args =
+        args![y0.as_mut(), y1.as_mut(), y2.as_mut(), x0.as_ref(), x1.as_ref(), x2.as_ref(), &grad, divisor, n0, n1, n2];
+    gpu.kernel("scale_elements", &[("DTYPE", dtype.name())])?.launch(Grid::packets(largest, grad.dtype()), args)?;
     Ok(y)
 }
 
@@ -454,16 +469,10 @@ impl Backward for LinearCrossEntropyBackward {
         let Self { gradients: Gradients { x, weight, bias, divisor }, shape, dtype } = *self;
         let with_bias = need.len() > 2;
         if let Device::Gpu(gpu) = *grad.device() {
-            let finish = |gradient: Option<Tensor>, shape: Shape| {
-                let launch = |gradient| launch_scaled(gpu, dtype, &gradient, &grad, divisor.as_ref());
-                gradient.map(launch).transpose()?.map(|gradient| gradient.reshape(shape)).transpose()
-            };
-            let own = |gradient: &Option<Tensor>, rank: usize| {
-                gradient.as_ref().map_or(Shape::new(&[]), |of| Shape::new(&of.shape()[of.rank() - rank..]))
-            };
-            let shapes = [own(&weight, 2)?, own(&bias, 1)?];
-            let mut grads = vec![finish(x, shape)?, finish(weight, shapes[0])?];
-            grads.extend(with_bias.then(|| finish(bias, shapes[1])).transpose()?);
+            let [x, weight, bias] = launch_scaled(gpu, dtype, [x, weight, bias], &grad, divisor.as_ref())?;
+            let x = x.map(|x| x.reshape(shape)).transpose()?;
+            let bias = bias.map(|bias| bias.squeeze(0)).transpose()?;
+            let grads = [x, weight, bias].into_iter().take(if with_bias { 3 } else { 2 });
             return Ok(InputGrads::whole(grads));
         }
         let factor = match divisor {
