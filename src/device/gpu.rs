@@ -261,22 +261,57 @@ fn uploaded<G: Gpu + ?Sized>(gpu: &'static G, values: &[i64]) -> Result<Arc<dyn 
 }
 
 /// Memory of a tensor on a GPU.
-pub(crate) struct GpuBuffer(Option<Arc<dyn Memory>>);
+pub(crate) struct GpuBuffer {
+    memory: Option<Arc<dyn Memory>>,
+    /// Allocation that the memory is a part of, if it has other parts.
+    whole: Option<Arc<dyn Memory>>,
+}
 
 impl GpuBuffer {
     /// Allocates memory with unspecified content.
     pub fn new(bytes: usize, gpu: &'static dyn Gpu) -> Result<Self> {
-        if bytes == 0 { Ok(Self(None)) } else { gpu.allocate(bytes).map(Some).map(Self) }
+        let memory = if bytes == 0 { None } else { Some(gpu.allocate(bytes)?) };
+        Ok(Self { memory, whole: None })
     }
 
     /// Wraps memory that the device may have other handles of.
     pub fn shared(memory: Arc<dyn Memory>) -> Self {
-        Self(Some(memory))
+        Self { memory: Some(memory), whole: None }
+    }
+
+    /// Allocates buffers of these sizes, none of them 0, one after another without gaps. Each has its own owners; the
+    /// memory is freed with the last of them.
+    pub fn adjacent(sizes: &[usize], gpu: &'static dyn Gpu) -> Result<Vec<Self>> {
+        let whole = gpu.allocate(sizes.iter().sum())?;
+        let mut end = 0;
+        let part = |bytes: &usize| {
+            let offset = end;
+            end += *bytes as u64;
+            let memory: Arc<dyn Memory> = Arc::new(Part { whole: whole.clone(), offset });
+            Self { memory: Some(memory), whole: Some(whole.clone()) }
+        };
+        Ok(sizes.iter().map(part).collect())
+    }
+
+    /// Returns the allocation of buffers from one call of [`GpuBuffer::adjacent`] that follow one another, as a buffer
+    /// that is never unique, and the byte at which they begin; `None` for any others. `sizes`: their bytes.
+    pub fn joined(buffers: &[&Self], sizes: &[usize]) -> Option<(Self, usize)> {
+        let whole = buffers.first()?.whole.as_ref()?;
+        let start = buffers[0].address().get();
+        let mut next = start;
+        for (buffer, bytes) in buffers.iter().zip(sizes) {
+            // Both are alive, so that one address is one allocation.
+            if buffer.whole.as_ref()?.address() != whole.address() || buffer.address().get() != next {
+                return None;
+            }
+            next += *bytes as u64;
+        }
+        Some((Self::shared(whole.clone()), (start - whole.address()) as usize))
     }
 
     /// Returns the address of the first byte; null if it is empty.
     pub fn address(&self) -> Address {
-        self.0.as_ref().map_or(Address::NULL, |memory| Address::new(memory.address()))
+        self.memory.as_ref().map_or(Address::NULL, |memory| Address::new(memory.address()))
     }
 
     /// Tells the memory that this thread writes to it.
@@ -288,6 +323,18 @@ impl GpuBuffer {
 
     /// Returns `true` if no other handle of the memory exists.
     pub fn is_unique(&mut self) -> bool {
-        self.0.as_mut().is_none_or(|memory| Arc::get_mut(memory).is_some())
+        self.memory.as_mut().is_none_or(|memory| Arc::get_mut(memory).is_some())
+    }
+}
+
+/// Part of an allocation, which it keeps alive.
+struct Part {
+    whole: Arc<dyn Memory>,
+    offset: u64,
+}
+
+impl Memory for Part {
+    fn address(&self) -> u64 {
+        self.whole.address() + self.offset
     }
 }

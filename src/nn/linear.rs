@@ -157,6 +157,14 @@ impl Linear {
         }
     }
 
+    /// Returns weight and bias; `None` if the weight is packed or has a low-rank update.
+    pub(super) fn params(&self) -> Option<(&Param, Option<&Param>)> {
+        match (&self.weight, &self.lora) {
+            (Weight::Param(weight), None) => Some((weight, self.bias.as_ref())),
+            _ => None,
+        }
+    }
+
     /// Returns the identity of the weight, which a packed one keeps.
     pub(crate) fn leaf(&self) -> LeafId {
         self.weight.leaf()

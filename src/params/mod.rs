@@ -120,6 +120,38 @@ impl Param {
         Ok(())
     }
 
+    /// Copies the values of parameters to these tensors, of which they become the owners. Returns `false`, and changes
+    /// nothing, if one has another shape, dtype or device by now, or occurs twice.
+    pub(crate) fn move_to(params: &[&Self], to: Vec<Tensor>) -> Result<bool> {
+        let order = order(params.len(), |a, b| params[a].leaf().cmp(&params[b].leaf()));
+        if order.windows(2).any(|pair| params[pair[0]].leaf() == params[pair[1]].leaf()) || to.len() != params.len() {
+            return Ok(false);
+        }
+        // Nobody reads or writes the values meanwhile: an update between copy and replacement would be lost.
+        let mut locked: Vec<_> = order.into_iter().map(|at| (at, params[at].lock())).collect_vec();
+        let fits = |(at, old): &(usize, RwLockWriteGuard<'_, Tensor>)| {
+            let new: &Tensor = &to[*at];
+            !old.is_absent()
+                && !params[*at].is_broken()
+                && old.is_contiguous()
+                && (old.shape(), old.dtype(), old.device()) == (new.shape(), new.dtype(), new.device())
+        };
+        if !locked.iter().all(fits) {
+            return Ok(false);
+        }
+        let mut to: Vec<Option<Tensor>> = to.into_iter().map(Some).collect_vec();
+        let mut copies = Vec::with_capacity(to.len());
+        for (at, old) in &locked {
+            let Some(mut copy) = to[*at].take() else { return Ok(false) };
+            old.copy_into(&mut copy)?;
+            copies.push(copy);
+        }
+        for ((_, old), copy) in locked.iter_mut().zip(copies) {
+            **old = copy;
+        }
+        Ok(true)
+    }
+
     /// Returns the identity under which gradients are stored.
     pub fn leaf(&self) -> LeafId {
         self.0.leaf

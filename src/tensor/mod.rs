@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+mod adjacent;
 mod copy;
 mod create;
 mod display;

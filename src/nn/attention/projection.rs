@@ -47,10 +47,26 @@ impl Attention {
     pub(super) fn linears(&self, [queries, keys, values]: [&Tensor; 3]) -> Result<[Tensor; 3]> {
         let latent =
             self.to_latents[1].as_ref().map(|latent| latent.forward(keys).context("to_latent_kv")).transpose()?;
+        let (keys, values) = (latent.as_ref().unwrap_or(keys), latent.as_ref().unwrap_or(values));
+        if keys.is_same(values) {
+            let all = queries.is_same(keys) && self.to_latents[0].is_none();
+            let layers = [&self.to_q, &self.to_k, &self.to_v];
+            let layers = if all { &layers[..] } else { &layers[1..] };
+            if let Some(projected) = self.joint.forward(layers, keys).context("to_k")? {
+                match <[Tensor; 3]>::try_from(projected) {
+                    Ok(all) => return Ok(all),
+                    Err(projected) => {
+                        if let Ok([k, v]) = <[Tensor; 2]>::try_from(projected) {
+                            return Ok([self.query_projection(queries)?, k, v]);
+                        }
+                    }
+                }
+            }
+        }
         Ok([
             self.query_projection(queries)?,
-            self.to_k.forward(latent.as_ref().unwrap_or(keys)).context("to_k")?,
-            self.to_v.forward(latent.as_ref().unwrap_or(values)).context("to_v")?,
+            self.to_k.forward(keys).context("to_k")?,
+            self.to_v.forward(values).context("to_v")?,
         ])
     }
 

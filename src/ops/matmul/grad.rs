@@ -114,8 +114,15 @@ impl Backward for LinearBackward {
         (!adds).then_some(sum)
     }
 
-    /// Computes `dx = g·W`, `dW = gᵀ·x`, `db = Σ_rows g`.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
+        let [dx, dw, db] = self.gradients(grad, need)?;
+        Ok(InputGrads::whole([dx, dw, db].into_iter().take(need.len())))
+    }
+}
+
+impl LinearBackward {
+    /// Computes `dx = g·W`, `dW = gᵀ·x`, `db = Σ_rows g`, each if it is needed.
+    pub(super) fn gradients(self, grad: Tensor, need: &[bool]) -> Result<[Option<Tensor>; 3]> {
         let [x_shape, weight_shape] = self.shapes;
         let grad = grad.as_rows()?;
         // First the gradient that needs the input, which is freed before a gradient of its size is allocated.
@@ -134,11 +141,10 @@ impl Backward for LinearBackward {
             (Some(weight), None) => Some(product(&grad, &weight, None)?.reshape(x_shape)?),
             (None, _) => None,
         };
-        let mut grads = vec![dx, dw];
-        if need.len() > 2 {
+        if need_bias && db.is_none() {
             let rows: Vec<isize> = (0..grad.rank() as isize - 1).collect_vec();
-            grads.push(if need_bias && db.is_none() { Some(grad.sum(&rows)?) } else { db });
+            db = Some(grad.sum(&rows)?);
         }
-        Ok(InputGrads::whole(grads))
+        Ok([dx, dw, db])
     }
 }

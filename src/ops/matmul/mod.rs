@@ -2,6 +2,7 @@
 
 mod cuda;
 mod grad;
+mod joint;
 mod strides;
 
 use crate::{
