@@ -1,7 +1,8 @@
 // Attention, backward, on tensor cores; formulas, shapes and results as in attention_bwd.cu, for rows of up to HEAD
 // features.
 //
-//   attention_mma_bwd_queries  blocks own 64 M queries, tiles of keys and values pass by: dq, position bias
+//   attention_mma_bwd_queries  blocks own 64 M queries, tiles of keys and values pass by: dq, position bias, and
+//                              delta, from the output and its residual, whose rows are aligned
 //   attention_mma_bwd_keys     blocks own 64 M keys, tiles of queries and output gradients pass by: dk, dv
 //
 // The second computes the transposed scores, k qᵀ: weights and score gradients are then operands, straight from
@@ -19,9 +20,9 @@
 #include "attention_mma.cuh"
 
 extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_queries(
-    T* dq, f32* position, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const f32*
-    delta, const i64* bucket_of, SPEC_INPUTS, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32
-    parameters, i32 reach, i32 behind, SPEC_VALUES) {
+    T* dq, f32* position, f32* delta, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics,
+    const T* out, const T* residual, const i64* bucket_of, SPEC_INPUTS, Layout dq_at, Layout grad_at, Layout q_at,
+    Layout k_at, Layout v_at, Layout out_at, i32 parameters, i32 reach, i32 behind, SPEC_VALUES) {
 #if __CUDA_ARCH__ >= 800
     constexpr i32 M = HEAD == 128 ? 1 : 2, N = HEAD == 32 ? 64 : 32, ROWS = 16 * M * WARPS;
     extern __shared__ uint4 memory[];
@@ -46,12 +47,37 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
     }
     __syncthreads();
     typedef ScoreSums<M, N, false> Tiles;
-    for (i32 row = threadIdx.x; row < ROWS; row += MMA_THREADS) {
+    // Neighbouring threads take the packets of a row.
+    constexpr i32 PACKETS = HEAD / LANES;
+    const i32 column = threadIdx.x % PACKETS * LANES;
+    for (i32 row = threadIdx.x / PACKETS; row < ROWS; row += MMA_THREADS / PACKETS) {
         const bool exists = first + row < queries;
         const i64 at = (i64)index * queries + first + row;
+        f32 its_delta = 0;
+        if (exists && column < (i32)out_at.dims[3]) {
+            const auto packet = [&](const T* of, const Layout& layout) {
+                return load<LANES>(of + layout.offset + batch * layout.strides[0] + head * layout.strides[1] +
+                                   (first + row) * layout.strides[2] + column);
+            };
+            const auto gradient = packet(grad, grad_at);
+            const auto product = [&](const Packet<LANES>& of) {
+                f32 dot = 0;
+#pragma unroll
+                for (i32 lane = 0; lane < LANES; ++lane) {
+                    dot += Element<T>::to_acc(of.lane[lane]) * Element<T>::to_acc(gradient.lane[lane]);
+                }
+                return dot;
+            };
+            its_delta = product(packet(out, out_at));
+            if (residual != nullptr) its_delta += product(packet(residual, out_at)) / RESIDUAL_SCALE<T>;
+        }
+#pragma unroll
+        for (i32 step = PACKETS / 2; step > 0; step /= 2) its_delta += __shfl_xor_sync(0xFFFFFFFF, its_delta, step);
+        if (column > 0) continue;
+        if (exists) delta[at] = its_delta;
         const Statistics of_row = exists ? statistics[at] : Statistics{0, 0};
         row_statistics[row] = of_row;
-        row_terms[row] = {Tiles::exponent_base(of_row), exists ? delta[at] : 0};
+        row_terms[row] = {Tiles::exponent_base(of_row), its_delta};
     }
     const PositionTerms terms = {bucket_of, linear, parameters, reach, behind, keys - queries};
     f32* position_sums = position ? position + ((i64)index * tiles + first / ROWS) * parameters : nullptr;

@@ -3,7 +3,7 @@
 use std::{fmt, sync::OnceLock};
 
 use super::{
-    Kept, Needed, OP, Problem, Sizes, backward::sink_gradient, packed_rows, position::Position, rows::RowOrder,
+    Kept, Needed, OP, Problem, Sizes, backward::sink_gradient, outputs::Output, packed_rows, position::Position,
 };
 use crate::{
     DType, Error, Result, Shape, Tensor,
@@ -123,7 +123,15 @@ struct Blocks {
     shared: usize,
 }
 
+/// Kernel of the queries on tensor cores.
+const QUERIES: &str = "attention_mma_bwd_queries";
+
 impl Blocks {
+    /// Returns `true` if the kernel can compute `delta`.
+    fn finds_delta(&self) -> bool {
+        self.kernel == QUERIES
+    }
+
     /// Returns the sizes `TILE`, `TILE_THREADS` and `GROUPS` of `kernels/attention_tile.cuh` and the kernels that
     /// include it.
     fn plain(kernel: &'static str, dtype: DType) -> Self {
@@ -175,7 +183,7 @@ impl Blocks {
                     64 => [128, 32],
                     _ => [128, 64],
                 };
-                let blocks = Self::tensor_cores("attention_mma_bwd_queries", head, [rows, n], 2);
+                let blocks = Self::tensor_cores(QUERIES, head, [rows, n], 2);
                 // The gradients of a tile's scores, in f32.
                 let tile = if position { rows * (n + 4) * 4 } else { 0 };
                 Self { shared: blocks.shared + tile, ..blocks }
@@ -386,12 +394,19 @@ pub(super) fn backward(
     let grad = packed_rows(&grad.detach())?;
     let call = Call::new(gpu, problem)?;
     let grad = call.rung.operand(&grad)?;
-    let pass =
-        Pass { delta: call.delta(out, kept.residual.as_ref(), &grad)?, call, grad, statistics: &kept.statistics };
     let [need_q, need_k, need_v] = need.operands;
-    let (dq, position) = pass.queries(need_q, need.position)?;
-    let (dk, dv) = pass.keys(need_k, need_v)?;
-    let mut gradients = vec![dq, dk, dv];
+    let of_queries = need_q || need.position;
+    let mut delta = call.uninit(&out.shape()[..3])?;
+    // The kernel of the queries computes it for those after it.
+    if !of_queries || !Blocks::queries(call.rung, grad.dtype(), need.position).finds_delta() {
+        call.delta(out, kept.residual.as_ref(), &grad, &mut delta)?;
+    }
+    let residual = kept.residual.as_ref().map(|residual| call.rung.operand(residual)).transpose()?;
+    let pass = Pass { delta, out: call.rung.operand(out)?, residual, call, grad, statistics: &kept.statistics };
+    let [dq, dk, dv] = Output::of(problem, need)?;
+    let position = pass.queries(&dq, need_q, need.position)?;
+    pass.keys([&dk, &dv], need_k, need_v)?;
+    let mut gradients = vec![dq.finish(), dk.finish(), dv.finish()];
     if let Some(bias) = &problem.bias {
         gradients.push(need.bias.then(|| pass.bias(bias)).transpose()?);
     }
@@ -406,15 +421,13 @@ pub(super) fn backward(
 
 impl Call<'_> {
     /// Computes `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` before rounding.
-    fn delta(&self, out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
+    fn delta(&self, out: &Tensor, residual: Option<&Tensor>, grad: &Tensor, delta: &mut Tensor) -> Result<()> {
         let Sizes { batch, heads, queries, e, .. } = self.problem.sizes;
-        let mut delta = self.uninit(&[batch, heads, queries])?;
         let rows = batch * heads * queries;
         let residual = residual.map(Storage);
-        let args = args![&mut delta, Storage(out), residual, Storage(grad), out.layout(), grad.layout(), rows as i64];
+        let args = args![delta, Storage(out), residual, Storage(grad), out.layout(), grad.layout(), rows as i64];
         let kernel = self.gpu.kernel("attention_bwd_delta", &[("DTYPE", grad.dtype().name())])?;
-        kernel.launch(Grid::rows(rows, e), args)?;
-        Ok(delta)
+        kernel.launch(Grid::rows(rows, e), args)
     }
 }
 
@@ -424,6 +437,9 @@ struct Pass<'a> {
     grad: Tensor,
     statistics: &'a Tensor,
     delta: Tensor,
+    /// Output and its residual, of the same layout, from which the kernel of the queries may compute `delta`.
+    out: Tensor,
+    residual: Option<Tensor>,
 }
 
 impl Pass<'_> {
@@ -437,12 +453,11 @@ impl Pass<'_> {
         Ok(*args![self.grad.layout(), q.layout(), k.layout(), v.layout()])
     }
 
-    /// Computes the gradients of the queries and of the position bias's weights.
-    fn queries(&self, need_q: bool, need_position: bool) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    /// Computes the gradients of the queries, and returns that of the position bias's weights.
+    fn queries(&self, dq: &Output, need_q: bool, need_position: bool) -> Result<Option<Tensor>> {
         let Pass { call, .. } = self;
         let Problem { q, sizes, position, .. } = call.problem;
         let &Sizes { batch, heads, queries, d, .. } = sizes;
-        let mut dq = Memory::new(q, need_q)?;
         let blocks = Blocks::queries(call.rung, q.dtype(), need_position);
         let tiles = queries.div_ceil(blocks.rows);
         let wanted = call.terms.as_ref().zip(position.as_ref()).filter(|_| need_position);
@@ -450,36 +465,46 @@ impl Pass<'_> {
         let mut sums = wanted.map(|(terms, _)| call.uninit(&shape(terms))).transpose()?;
         let columns = if need_q { d.div_ceil(blocks.features) } else { 0 }.max(need_position as usize);
         let terms = call.terms.as_ref();
+        let inputs = self.inputs()?;
+        let of_delta = [
+            &[Arg::Output(self.delta.address()?)],
+            &inputs[..5],
+            args![Storage(&self.out), self.residual.as_ref().map(Storage)],
+            args![self.out.layout()],
+        ]
+        .concat();
+        let (first, last) = if blocks.finds_delta() { of_delta.split_at(8) } else { (&inputs[..], &[][..]) };
         let [parameters, reach, behind] = terms.map_or([0; 3], |terms| [terms.parameters, terms.reach, terms.behind]);
         call.launch(
             &blocks,
             [heads, queries],
             columns,
             &[
-                args![dq.memory.as_mut(), sums.as_mut()],
-                &self.inputs()?,
+                &[dq.storage()],
+                args![sums.as_mut()],
+                first,
                 args![terms.and_then(|terms| terms.bucket_of.as_ref())],
                 &call.inputs()?,
-                args![&dq.layout],
+                args![dq.layout()],
                 &self.layouts()?,
+                last,
                 args![parameters, reach, behind],
                 &call.values()?,
             ],
         )?;
-        let Some(((terms, position), sums)) = wanted.zip(sums) else { return Ok((dq.finish()?, None)) };
+        let Some(((terms, position), sums)) = wanted.zip(sums) else { return Ok(None) };
         let mut gradient = call.uninit(position.weights().shape())?;
         let weights = terms.parameters as usize * heads;
         let kernel = call.gpu.kernel("attention_position_bwd", &[("DTYPE", gradient.dtype().name())])?;
         let sizes = (size32(batch)? as i32, size32(heads)? as i32, size32(tiles)? as i32);
         let args = args![&mut gradient, &sums, sizes.0, sizes.1, sizes.2, terms.parameters, terms.scale];
         kernel.launch(Grid::rows(weights, batch * tiles), args)?;
-        Ok((dq.finish()?, Some(gradient.to_dtype(position.weights().dtype())?)))
+        gradient.to_dtype(position.weights().dtype()).map(Some)
     }
 
     /// Computes the gradients of keys and values.
-    fn keys(&self, need_k: bool, need_v: bool) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let Problem { k, v, sizes, .. } = self.call.problem;
-        let (mut dk, mut dv) = (Memory::new(k, need_k)?, Memory::new(v, need_v)?);
+    fn keys(&self, [dk, dv]: [&Output; 2], need_k: bool, need_v: bool) -> Result<()> {
+        let Problem { k, sizes, .. } = self.call.problem;
         let blocks = Blocks::keys(self.call.rung, k.dtype());
         // Each result is divided into whole square tiles.
         let tiled = |need: bool, features: usize| if need { features.next_multiple_of(blocks.rows) } else { 0 };
@@ -489,15 +514,14 @@ impl Pass<'_> {
             [sizes.kv_heads, sizes.keys],
             columns,
             &[
-                args![dk.memory.as_mut(), dv.memory.as_mut()],
+                &[dk.storage(), dv.storage()],
                 &self.inputs()?,
                 &self.call.inputs()?,
-                args![&dk.layout, &dv.layout],
+                args![dk.layout(), dv.layout()],
                 &self.layouts()?,
                 &self.call.values()?,
             ],
-        )?;
-        Ok((dk.finish()?, dv.finish()?))
+        )
     }
 
     /// Computes the gradient of the bias.
@@ -523,30 +547,6 @@ impl Pass<'_> {
         let kernel = self.call.gpu.kernel("attention_bwd_bias", &[("DTYPE", bias.dtype().name())])?;
         kernel.launch(Grid::new([blocks, 1, 1], [threads as u32, 1, 1]), &parts.concat())?;
         gradient.reshape(*bias.shape())
-    }
-}
-
-/// Gradient of an operand, if it is wanted.
-struct Memory {
-    order: RowOrder,
-    memory: Option<Tensor>,
-    /// Layout as `[batch, heads, sequence, features]`.
-    layout: Layout,
-}
-
-impl Memory {
-    fn new(x: &Tensor, wanted: bool) -> Result<Self> {
-        let order = RowOrder::of(x);
-        let memory = wanted.then(|| order.uninit(x)).transpose()?;
-        let layout = match &memory {
-            Some(memory) => *order.view(memory.clone())?.layout(),
-            None => *x.layout(),
-        };
-        Ok(Self { order, memory, layout })
-    }
-
-    fn finish(self) -> Result<Option<Tensor>> {
-        self.memory.map(|memory| self.order.view(memory)).transpose()
     }
 }
 

@@ -9,6 +9,7 @@ mod cuda;
 mod decode;
 mod gradients;
 mod operand;
+mod outputs;
 mod position;
 mod rows;
 mod tile;
