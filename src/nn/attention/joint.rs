@@ -7,10 +7,9 @@ use std::sync::{
 
 use crate::{Device, Param, Result, Tensor, collect::CollectVec, nn::Linear, shape::Shape};
 
-/// Number of calls that may move the weights of a layer side by side; of later ones, one in [`RARELY`] may. Where something
-/// replaces them in each step, as ZeRO 3 does, separate products cost less than moving them.
-const MOVES: usize = 8;
-const RARELY: usize = 256;
+/// Number of calls that may move the weights of a layer side by side: where something replaces them in each step, as ZeRO 3
+/// does, separate products cost less. None may later, since a graph that was recorded meanwhile would be lost.
+const MOVES: usize = 16;
 
 /// Layers that one product may serve. Clones share it.
 #[derive(Clone, Debug, Default)]
@@ -73,8 +72,7 @@ impl Joint {
         if !values.iter().all(fits) || gpu.is_capturing() {
             return Ok(false);
         }
-        let calls = self.apart.fetch_add(1, Ordering::Relaxed);
-        if calls >= MOVES && !calls.is_multiple_of(RARELY) {
+        if self.apart.fetch_add(1, Ordering::Relaxed) >= MOVES {
             return Ok(false);
         }
         let shapes: Vec<Shape> = values.iter().map(|value| *value.shape()).collect_vec();
