@@ -119,7 +119,7 @@ pub use crate::{
     device::Device,
     dtype::{DType, Element, FloatElement, Readable},
     error::{Error, ErrorKind, Result},
-    params::{Buffer, Init, Param, ParamMap, ParamStore},
+    params::{Buffer, Init, Param, ParamMap, ParamStore, deferred_init},
     philox::{Philox, philox4x32},
     quantised::QuantType,
     shape::{IntoShape, MAX_RANK, Shape},

@@ -6,6 +6,7 @@ use std::sync::{Barrier, Mutex};
 use x_transformers::{
     DType, Result,
     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
+    deferred_init,
     train::{ByteText, RankOptions, TrainOptions, Trainer},
 };
 
@@ -29,27 +30,37 @@ fn trainer(dtype: DType) -> Result<Trainer> {
     Trainer::new(AutoregressiveConfig { net, ..Default::default() }, options, text, device())
 }
 
-/// Returns the bytes of each rank between two steps, and at most in a step and a validation.
-fn measured(dtype: DType, size: usize, zero: u8) -> [f64; 2] {
+/// Returns the bytes of each rank at most until the weights are divided and until the end of the first step, between two
+/// steps, and at most in a step and a validation.
+fn measured(dtype: DType, size: usize, zero: u8) -> [f64; 4] {
     let before = device().memory().live;
-    let (meeting, bytes) = (Barrier::new(size), Mutex::new([0; 2]));
+    let (meeting, bytes) = (Barrier::new(size), Mutex::new([0; 4]));
     let results = ranks(size, |ranks| {
         let is_first = ranks.rank() == 0;
         let measure = |at: usize| {
             meeting.wait();
             if is_first {
                 let memory = device().memory();
-                bytes.lock().expect("no panic")[at] = [memory.live, memory.peak][at] - before;
+                bytes.lock().expect("no panic")[at] = if at == 2 { memory.live } else { memory.peak } - before;
                 device().reset_peak_memory();
             }
             meeting.wait();
         };
-        let mut trainer = trainer(dtype)?.with_ranks(ranks, RankOptions { zero, ..Default::default() })?;
-        trainer.step()?;
+        meeting.wait();
+        if is_first {
+            device().reset_peak_memory();
+        }
+        meeting.wait();
+        let new = || trainer(dtype);
+        let trainer = if zero == 3 { deferred_init(new) } else { new() };
+        let mut trainer = trainer?.with_ranks(ranks, RankOptions { zero, ..Default::default() })?;
         measure(0);
         trainer.step()?;
-        trainer.validate()?;
         measure(1);
+        measure(2);
+        trainer.step()?;
+        trainer.validate()?;
+        measure(3);
         Ok::<_, x_transformers::Error>(())
     });
     results.into_iter().for_each(|result| result.expect("trained"));
@@ -74,8 +85,14 @@ fn ranks_keep_their_part_of_all_but_one_block() {
         let state = sum * if dtype == DType::F32 { 3.0 } else { 4.0 };
         let rest = (inside + outside) * state / ranks + inside * float / ranks + outside * float;
         let gradients = sum * (inside + outside) / ranks;
-        let [between, most] = measured(dtype, size, 3);
-        let [_, second] = measured(dtype, size, 2);
+        let [start, first, between, most] = measured(dtype, size, 3);
+        let [whole, _, _, second] = measured(dtype, size, 2);
+        // At the start a rank has its part of the weights and of their average, and the block that is being divided.
+        let divided = (inside + outside) * sum / ranks + inside * float / ranks + outside * float;
+        let started = format!("{dtype}, {size} ranks: {start} until the start, {first} in the first step, {divided}");
+        assert!(start <= divided + block * float, "{started}");
+        assert!(first <= rest + gradients + 3.0 * sum * block, "{started}");
+        assert!(start < 0.6 * whole, "{started}, in stage 2 {whole}");
         let blocks = (most - rest - gradients) / (block * float);
         // Between steps a rank has its part, up to the alignment of pieces.
         assert!((0.99..1.01).contains(&(between / rest)), "{dtype}, {size} ranks: {between}, expected {rest}");
@@ -84,7 +101,7 @@ fn ranks_keep_their_part_of_all_but_one_block() {
         assert!(most <= rest + gradients + 3.0 * sum * block, "{dtype}, {size} ranks: {most}, {rest}, {gradients}");
         assert!(most < 0.6 * second, "{dtype}, {size} ranks: {most}, in stage 2 {second}");
         println!(
-            "{dtype}, {size} ranks: {between:.0} bytes between steps, expected {rest:.0}; at most {most:.0}, in stage 2 \
+            "{started}, in stage 2 {whole}; {between:.0} bytes between steps, expected {rest:.0}; at most {most:.0}, in stage 2 \
              {second:.0}; {blocks:.2} blocks of {:.0} bytes beside its part",
             block * float
         );

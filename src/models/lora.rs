@@ -213,7 +213,7 @@ impl TransformerWrapper {
                 let b = place.at("lora_B").param("weight", [rows.len(), options.r], Init::Constant(0.0))?;
                 let magnitude = || -> Result<Param> {
                     let param = place.param("lora_magnitude_vector", [rows.len()], Init::Constant(1.0))?;
-                    let own = weight.detach().narrow(0, rows.start, rows.len())?;
+                    let own = linear.weight_or_deferred()?.detach().narrow(0, rows.start, rows.len())?;
                     let wide = own.to_dtype(own.dtype().accumulator())?;
                     param.set(lengths(&wide)?.to_dtype(own.dtype())?)?;
                     Ok(param)

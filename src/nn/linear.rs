@@ -203,6 +203,14 @@ impl Linear {
         self.weight.floats()
     }
 
+    /// Returns the weight, `[out, in]`, also that of a deferred parameter.
+    pub(crate) fn weight_or_deferred(&self) -> Result<Tensor> {
+        match &self.weight {
+            Weight::Param(param) => param.value(),
+            Weight::Packed { .. } => self.weight(),
+        }
+    }
+
     /// Replaces the weight by a packed one, which has no gradient and is in no map of parameters; the bias stays.
     pub(crate) fn pack(&mut self, packer: Packer) -> Result<()> {
         self.weight.pack(packer)

@@ -35,6 +35,8 @@ impl Init {
     /// Draws the values on the parameter's device.
     pub(crate) fn tensor(self, shape: Shape, dtype: DType, device: &Device, random: Philox) -> Result<Tensor> {
         match self {
+            // Memory that is zero already is not written.
+            Self::Constant(value) if value.to_bits() == 0 => Tensor::zeros(shape, dtype, device),
             Self::Constant(value) => Tensor::full(shape, round(value), dtype, device),
             Self::Normal(deviation) => {
                 draw("random_normal", (shape, dtype, device), random, deviation, |i| random.normal(i))

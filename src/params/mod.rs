@@ -4,12 +4,13 @@ use std::{
     collections::BTreeMap,
     fmt,
     sync::{
-        Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicBool, Ordering},
     },
 };
 
 mod block;
+mod deferred;
 mod init;
 
 use crate::{
@@ -24,7 +25,10 @@ use crate::{
     tensor::{GradSlot, LeafId, Tensor},
 };
 
+use self::deferred::Pending;
 pub(crate) use block::{Block, Keeper};
+pub use deferred::deferred_init;
+pub(crate) use deferred::defers;
 pub use init::Init;
 
 /// Trainable tensor. Clones share it: a tied weight is one parameter under two names.
@@ -49,6 +53,8 @@ pub struct Param(Arc<ParamCell>);
 struct ParamCell {
     leaf: LeafId,
     value: RwLock<Tensor>,
+    /// Source of the value that is still to come.
+    pending: Mutex<Option<Pending>>,
     /// If `true`, no gradient is computed.
     frozen: AtomicBool,
 }
@@ -63,7 +69,8 @@ impl Param {
             Error::dtype("param", format_args!("expected a float parameter, got {}", value.dtype()))
         );
         let value = RwLock::new(value.detach());
-        Ok(Self(Arc::new(ParamCell { leaf: LeafId::new(), value, frozen: AtomicBool::new(false) })))
+        let (pending, frozen) = (Mutex::new(None), AtomicBool::new(false));
+        Ok(Self(Arc::new(ParamCell { leaf: LeafId::new(), value, pending, frozen })))
     }
 
     /// Returns the current value, as a leaf of the tape, or as a constant if the parameter is frozen.
@@ -92,11 +99,11 @@ impl Param {
     ///
     /// Errors: another shape, dtype or device; a parameter that is divided among ranks (ZeRO 3).
     pub fn set(&self, value: Tensor) -> Result<()> {
-        ensure!(!self.read().is_absent(), Tensor::not_here());
+        ensure!(!self.read().is_absent() || self.is_deferred(), Tensor::not_here());
         self.replace(value)
     }
 
-    /// Replaces the value, also of a parameter that is divided among ranks.
+    /// Replaces the value, also of a parameter that is divided among ranks, or deferred.
     pub(crate) fn replace(&self, value: Tensor) -> Result<()> {
         let mut old = self.lock();
         ensure!(
@@ -115,6 +122,7 @@ impl Param {
             )
         );
         *old = value.into_constant();
+        *self.slot() = None;
         // The value is entirely new, whatever happened to the old one.
         self.0.value.clear_poison();
         Ok(())
@@ -150,6 +158,11 @@ impl Param {
             **old = copy;
         }
         Ok(true)
+    }
+
+    /// Locks the source of the value that is still to come.
+    fn slot(&self) -> MutexGuard<'_, Option<Pending>> {
+        self.0.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the identity under which gradients are stored.
@@ -340,6 +353,10 @@ impl ParamMap {
                 );
                 continue;
             }
+            if param.is_deferred() {
+                values.insert(param.leaf(), (name, param, tensor.detach()));
+                continue;
+            }
             let old = param.tensor();
             ensure!(!old.is_absent(), Tensor::not_here());
             values.insert(param.leaf(), (name, param, tensor.packed()?.on(old.device())?.converted(old.dtype())?));
@@ -356,8 +373,14 @@ impl ParamMap {
         }
         buffers.into_iter().for_each(|(buffer, value)| buffer.set(value));
         // All together, in the order of the optimizers' locks: readers see all old values or all new ones.
-        let mut locked: Vec<_> =
-            values.into_iter().map(|(_, (_, param, value))| (param, param.lock(), value)).collect_vec();
+        let mut locked = Vec::new();
+        for (_, (_, param, value)) in values {
+            if param.is_deferred() {
+                param.defer(value);
+            } else {
+                locked.push((param, param.lock(), value));
+            }
+        }
         for (param, old, value) in &mut locked {
             **old = value.detach();
             param.0.value.clear_poison();
@@ -462,17 +485,20 @@ impl ParamStore {
     fn param_of(&self, name: &str, shape: Result<Shape>, init: Init) -> Result<Param> {
         let full = self.at(name).prefix;
         let shape = shape?;
-        let value = match self.start {
-            Start::Random(seed) => {
-                init.tensor(shape, self.dtype, &self.device, Philox::new(seed, fnv1a(full.as_bytes())))?
-            }
-            Start::Zeros => Tensor::zeros(shape, self.dtype, &self.device)?,
+        let (init, random) = match self.start {
+            Start::Random(seed) => (init, Philox::new(seed, fnv1a(full.as_bytes()))),
+            Start::Zeros => (Init::Constant(0.0), Philox::new(0, 0)),
             Start::Shapes => {
                 let zero = Tensor::zeros((), self.dtype, &self.device)?;
-                zero.with_layout(zero.layout().expand(shape))
+                let param = Param::new(zero.with_layout(zero.layout().expand(shape)))?;
+                return self.register(full, param);
             }
         };
-        let param = Param::new(value)?;
+        let param = if defers() {
+            Param::pending(shape, self.dtype, &self.device, Pending::Draw(init, random))?
+        } else {
+            Param::new(init.tensor(shape, self.dtype, &self.device, random)?)?
+        };
         self.register(full, param)
     }
 

@@ -38,6 +38,7 @@ use crate::{
     error::ensure,
     io::{Format, Metadata, Renamed, TensorFile, holds_gguf},
     models::{AutoregressiveWrapper, TransformerWrapper},
+    params::defers,
     sort::sort,
 };
 
@@ -243,7 +244,7 @@ impl Pretrained {
         let config = AutoregressiveConfig { net: self.config.clone(), ..AutoregressiveConfig::default() };
         let store = ParamStore::shapes(DType::F32, &Device::Cpu);
         AutoregressiveWrapper::new(&config, &store)?;
-        self.names.load(&self.file, &store.params(), "net.", &HashSet::new())?;
+        self.names.load(&self.file, &store.params(), "net.", &HashSet::new(), false)?;
         Ok((config, store.params().state_dict()))
     }
 
@@ -255,7 +256,7 @@ impl Pretrained {
         self.check()?;
         let store = ParamStore::shapes(DType::F32, &Device::Cpu);
         TransformerWrapper::new(&self.config, &store)?;
-        self.names.load(&self.file, &store.params(), "", &HashSet::new())?;
+        self.names.load(&self.file, &store.params(), "", &HashSet::new(), false)?;
         Ok((self.config.clone(), store.params().state_dict()))
     }
 
@@ -297,7 +298,7 @@ impl Pretrained {
                 Ok(None)
             })?;
         }
-        let packed = self.names.load(&self.file, &store.params(), place, &may_be_packed)?;
+        let packed = self.names.load(&self.file, &store.params(), place, &may_be_packed, defers())?;
         net(&mut model).pack(&mut |param| Ok(packed.get(&param.leaf()).cloned()))?;
         Ok((model, store.params()))
     }

@@ -82,7 +82,8 @@ impl Names {
 
     /// Loads the parameters from a file one at a time, which keeps only one of the file's weights in memory beside the
     /// model; their names begin with `place`. Returns the packed weights of those parameters that may be packed, and whose
-    /// tensors in the file are: these parameters keep their values.
+    /// tensors in the file are: these parameters keep their values. `defer`: the others take theirs when they are
+    /// materialised.
     ///
     /// Errors: tied tensors with different values; NaN or infinity, or values out of range of a parameter's dtype; a
     /// parameter without a source.
@@ -92,6 +93,7 @@ impl Names {
         params: &ParamMap,
         place: &str,
         may_be_packed: &HashSet<LeafId>,
+        defer: bool,
     ) -> Result<HashMap<LeafId, PackedMatrix>> {
         for (copy, original) in &self.copies {
             ensure!(
@@ -111,6 +113,10 @@ impl Names {
             }
             let tensor = weight.read(file)?;
             check_values(file, weight, &tensor, old.dtype())?;
+            if defer {
+                param.defer(tensor);
+                continue;
+            }
             let tensor = tensor.to_device(old.device())?.to_dtype(old.dtype())?.contiguous()?;
             param.set(tensor).context(&name)?;
         }

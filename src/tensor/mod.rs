@@ -83,7 +83,12 @@ impl Tensor {
 
     /// Returns a tensor of this one's shape, dtype and device without elements: reading them is an error.
     pub(crate) fn absent(&self) -> Self {
-        Self::of_buffer(Buffer::Absent, *self.shape(), self.0.dtype, &self.0.device)
+        Self::without_elements(*self.shape(), self.0.dtype, &self.0.device)
+    }
+
+    /// Creates a tensor like [`Tensor::absent`].
+    pub(crate) fn without_elements(shape: Shape, dtype: DType, device: &Device) -> Self {
+        Self::of_buffer(Buffer::Absent, shape, dtype, device)
     }
 
     /// Returns `true` for a tensor from [`Tensor::absent`].
@@ -435,7 +440,8 @@ impl Tensor {
         Error::argument(
             "weights",
             "are divided among ranks (ZeRO 3), and those of a block are here only while a step uses them; read them within \
-             `Trainer::evaluate`, or from a checkpoint",
+             `Trainer::evaluate`, or from a checkpoint; those from `deferred_init` come with `ParamMap::materialize` or \
+             `Trainer::with_ranks`",
         )
     }
 

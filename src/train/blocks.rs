@@ -103,6 +103,8 @@ impl Blocks {
     ) -> Result<Arc<Self>> {
         let mut buckets = Bucket::all(frozen, ranks.size(), usize::MAX, homes);
         buckets.retain(|bucket| bucket.block.is_some());
+        let mut outside = frozen.unique().filter(|(_, param)| !homes.contains_key(&param.leaf()));
+        outside.try_for_each(|(_, param)| param.materialize())?;
         let frozen = Arc::new(Shards::new(frozen, ranks.clone(), Arc::new(buckets))?);
         let shards = vec![trained, frozen];
         let mut homes = blocks.iter().map(|_| Vec::new()).collect_vec();

@@ -59,6 +59,26 @@ impl Ema {
         Ok(Self { decay, averages: averages.collect::<Result<_>>()? })
     }
 
+    /// Creates an average of deferred parameters, without values or with those of [`Ema::load_state_dict`], on the CPU.
+    pub(super) fn deferred(params: &ParamMap, decay: f64) -> Self {
+        let averages = params.unique().map(|(name, param)| {
+            let value = param.tensor();
+            let average = Tensor::without_elements(*value.shape(), value.dtype().accumulator(), &Device::Cpu);
+            (name.to_string(), average)
+        });
+        Self { decay, averages: averages.collect() }
+    }
+
+    /// Returns `true` for [`Ema::deferred`] without values.
+    pub(super) fn is_deferred(&self) -> bool {
+        self.averages.values().iter().any(Tensor::is_absent)
+    }
+
+    /// Returns the factor of the average in an update.
+    pub(super) fn decay(&self) -> f64 {
+        self.decay
+    }
+
     /// Returns the averages of a part of the parameters, given by the names of [`Ema::state_dict`].
     pub(super) fn with_averages(&self, averages: BTreeMap<String, Tensor>) -> Result<Self> {
         let own = |(name, mut average): (String, Tensor)| own(&mut average).map(|()| (name, average));

@@ -183,9 +183,13 @@ impl Shards {
         let (mut own, mut by_leaf) = (Vec::new(), OrderedMap::default());
         for bucket in &*buckets {
             let mut pieces = Vec::new();
+            if bucket.block.is_none() {
+                bucket.params.iter().try_for_each(|(_, param)| param.materialize())?;
+            }
             for (piece, at) in bucket.places(ranks.rank()) {
                 let (_, param) = &bucket.params[piece.param];
-                let own = slice(&param.tensor(), piece)?;
+                // A deferred parameter of a block is whole until its piece has been copied.
+                let own = slice(&param.value()?, piece)?;
                 let shard = Param::new(if bucket.block.is_some() { own.to_owned_copy()? } else { own })?;
                 by_leaf.insert(param.leaf(), shard.clone());
                 pieces.push((piece, at, shard));
@@ -343,7 +347,21 @@ impl Shards {
     pub fn own_average(&self, ema: &Ema) -> Result<Ema> {
         let named = |(name, average)| (format!("{EMA}{name}"), average);
         let own = self.own_state(&ordered(ema.state_dict().into_iter().map(named)))?;
-        ema.with_averages(ordered(own.into_iter().map(|(name, average)| (name[EMA.len()..].to_string(), average))))
+        let mut averages = BTreeMap::new();
+        for (name, average) in own {
+            let name = &name[EMA.len()..];
+            let device = self.params.get(name).map_or(Device::Cpu, |shard| shard.tensor().device().clone());
+            averages.insert(name.to_string(), average.to_device(&device)?);
+        }
+        ema.with_averages(averages)
+    }
+
+    /// Returns this rank's part of an average that starts at the present weights.
+    pub fn first_average(&self, decay: f64) -> Result<Ema> {
+        self.refresh()?;
+        let ema = Ema::new(&self.params, decay)?;
+        self.release()?;
+        Ok(ema)
     }
 
     /// Updates this rank's part of an average with the present weights.

@@ -83,6 +83,8 @@ pub struct Trainer<M: TrainModel = AutoregressiveWrapper> {
     tokenizer: Option<String>,
     ranks: Ranks,
     graphs: Graphs,
+    /// State of the optimizer of a run that is resumed with deferred parameters, until it has them.
+    deferred: Option<BTreeMap<String, Tensor>>,
 }
 
 impl<M: TrainModel> fmt::Debug for Trainer<M> {
@@ -220,7 +222,11 @@ impl<M: TrainModel> Trainer<M> {
         let params = model.trained_params(&store);
         weights.map_or(Ok(()), |weights| params.load(weights))?;
         let optimizer = optimizer(&options, &params)?;
-        let ema = options.ema_decay.map(|decay| Ema::new(&params, decay)).transpose()?;
+        let ema = match options.ema_decay {
+            Some(decay) if params.is_deferred() => Some(Ema::deferred(&params, decay)),
+            Some(decay) => Some(Ema::new(&params, decay)?),
+            None => None,
+        };
         let print = data.print()?;
         let scaler = (options.dtype == DType::F16).then(GradScaler::default);
         let (device, losses, data) = (store.device().clone(), Cell::default(), Ahead::new(data));
@@ -241,6 +247,7 @@ impl<M: TrainModel> Trainer<M> {
             tokenizer,
             ranks: Ranks::default(),
             graphs: Graphs::default(),
+            deferred: None,
         })
     }
 
@@ -325,10 +332,43 @@ impl<M: TrainModel> Trainer<M> {
                 _ => optimizer.insert(name, value),
             };
         }
-        self.optimizer.load_state_dict(&self.params, &optimizer).context("optimizer.safetensors")?;
         if let Some(ema) = &mut self.ema {
             ema.load_state_dict(&averages).context("optimizer.safetensors")?;
         }
+        if self.params.is_deferred() {
+            self.deferred = Some(optimizer);
+            return Ok(());
+        }
+        self.optimizer.load_state_dict(&self.params, &optimizer).context("optimizer.safetensors")?;
+        self.check_steps(step)
+    }
+
+    /// Gives deferred parameters their values, and the optimizer and the average those of the checkpoint.
+    fn materialize(&mut self, frozen: &ParamMap) -> Result<()> {
+        let deferred = self.params.is_deferred();
+        self.params.materialize()?;
+        frozen.materialize()?;
+        self.load_deferred()?;
+        if let Some(ema) = self.ema.as_mut().filter(|_| deferred) {
+            let averages = ema.state_dict();
+            let given = !ema.is_deferred();
+            *ema = Ema::new(&self.params, ema.decay())?;
+            if given {
+                ema.load_state_dict(&averages)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads the state of the optimizer of a run that was resumed with deferred parameters.
+    fn load_deferred(&mut self) -> Result<()> {
+        let Some(state) = self.deferred.take() else { return Ok(()) };
+        self.optimizer.load_state_dict(&self.params, &state).context("optimizer.safetensors")?;
+        self.check_steps(self.step)
+    }
+
+    /// Checks that the optimizer has done the steps of the run.
+    fn check_steps(&self, step: u64) -> Result<()> {
         let (steps, skipped) = (self.optimizer.steps(), self.skipped_steps());
         ensure!(
             steps.checked_add(skipped) == Some(step),
@@ -346,6 +386,7 @@ impl<M: TrainModel> Trainer<M> {
     /// which no run could continue; [`ErrorKind::Io`].
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         self.lead(Command::Save)?;
+        ensure!(!self.params.is_deferred(), Tensor::not_here());
         if let Some(name) = self.weight_not_finite()? {
             return Err(Error::new(ErrorKind::NonFinite { step: self.step, what: format!("parameter {name}") }));
         }

@@ -14,7 +14,7 @@ use crate::{
     ops::adamw::square_norms,
     ordered::OrderedMap,
     train::{
-        Batch, Checkpoint, Sharded, TrainModel,
+        Batch, Checkpoint, Ema, Sharded, TrainModel,
         blocks::{Blocks, Pass, homes},
         ema::Swapped,
         sharded::Shards,
@@ -31,7 +31,8 @@ pub struct RankOptions {
     /// Stage of ZeRO: with 1 each rank keeps its part of the optimizer's state and of averaged weights, with 2 of the
     /// summed gradients too (see [`Sharded`]), with 3 of the weights of attention layers too: each layer's are gathered
     /// when a pass uses them, again in the backward pass by [`recompute`](crate::train::TrainOptions::recompute), which
-    /// it requires. All ranks must run the same layers. Default 0.
+    /// it requires. All ranks must run the same layers. Each rank holds all weights until [`Trainer::with_ranks`] divides
+    /// them, unless the trainer was built within [`deferred_init`](crate::deferred_init). Default 0.
     pub zero: u8,
     /// Largest number of elements summed together; a larger parameter has a bucket of its own. Default 8,388,608: 32 MB
     /// of f32.
@@ -185,11 +186,18 @@ impl<M: TrainModel> Trainer<M> {
             (Vec::new(), Homes::default())
         };
         self.same_as_first(&*ranks, options)?;
+        if zero < 3 || size == 1 {
+            self.materialize(&frozen)?;
+        }
         let mut print = FNV1A_START;
-        for (name, tensor) in self.params.state_dict() {
+        let mut add = |name: &str, tensor: Tensor| {
             print = fnv1a_from(print, name.as_bytes());
             print = words(print, tensor.detach().contiguous()?.to_device(&Device::Cpu)?.bytes()?);
-        }
+            Ok::<_, Error>(())
+        };
+        // One at a time: of deferred parameters none stays.
+        self.params.iter().try_for_each(|(name, param)| add(name, param.value()?))?;
+        self.params.buffers().try_for_each(|(name, buffer)| add(name, buffer))?;
         agree(&*ranks, print, "other weights")?;
         let accumulate = self.options.accumulate;
         if self.ranks.resumed {
@@ -214,8 +222,13 @@ impl<M: TrainModel> Trainer<M> {
         if zero > 0 {
             let sharded = Sharded::by_buckets(&self.params, ranks.clone(), self.optimizer, bucket, &homes)?;
             let own = sharded.shards().clone();
-            self.ema = self.ema.map(|ema| own.own_average(&ema)).transpose()?;
+            let average = |ema: Ema| match ema.is_deferred() {
+                true => own.first_average(ema.decay()),
+                false => own.own_average(&ema),
+            };
+            self.ema = self.ema.map(average).transpose()?;
             (shards, self.optimizer) = (Some(own), Box::new(sharded));
+            self.load_deferred()?;
         }
         let reducer = Reducer::new(&self.params, ranks.clone(), overlap, bucket, &homes)?;
         let reducer = if zero >= 2 { reducer.eagerly() } else { reducer };
