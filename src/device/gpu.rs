@@ -316,7 +316,7 @@ impl GpuBuffer {
 
     /// Tells the memory that this thread writes to it.
     pub fn begin_write(&self) {
-        if let Some(memory) = &self.0 {
+        if let Some(memory) = &self.memory {
             memory.begin_write();
         }
     }
@@ -336,5 +336,9 @@ struct Part {
 impl Memory for Part {
     fn address(&self) -> u64 {
         self.whole.address() + self.offset
+    }
+
+    fn begin_write(&self) {
+        self.whole.begin_write();
     }
 }
