@@ -10,6 +10,7 @@ use clap::{Args, value_parser};
 use x_transformers::{
     Device, Error,
     config::{AutoregressiveConfig, Config, ModelPlan, TransformerWrapperConfig, v2},
+    deferred_init,
     models::{AutoregressiveWrapper, XTransformer},
     train::{
         ByteText, Captioner, CaptionerConfig, Checkpoint, Classifier, ClassifierConfig, DpoConfig, DpoModel, Embedder,
@@ -161,6 +162,11 @@ impl TrainArgs {
 
     fn rank_options(&self) -> RankOptions {
         RankOptions { zero: self.zero, ..RankOptions::default() }
+    }
+
+    /// Builds a trainer; in stage 3 of ZeRO without weights, of which this rank only ever has its part.
+    fn build<T>(&self, new: impl FnOnce() -> T) -> T {
+        if self.zero == 3 && ranks::count() > 1 { deferred_init(new) } else { new() }
     }
 
     /// Returns the model to train, by default with a vocabulary of this size.
@@ -335,7 +341,7 @@ fn train(args: TrainArgs) -> Result<()> {
             let config = args.config(about.num_tokens)?;
             let options = args.train_options(longest(&config), RATES[0]);
             fit::check(&args, &config, &options, &device)?;
-            begin(&args, Trainer::new(config, options, source, &device)?, about, &device)
+            begin(&args, args.build(|| Trainer::new(config, options, source, &device))?, about, &device)
         }
     }
 }
@@ -344,7 +350,7 @@ fn train(args: TrainArgs) -> Result<()> {
 fn resume<T: Task>(args: &TrainArgs, run: Run, training: &TrainingState, device: &Device) -> Result<()> {
     let own = training.tokenizer.as_ref().map(|name| Own::open(&run.checkpoint().join(name))).transpose()?;
     let Data { source, about } = T::data(&args.data, own, &run.checkpoint())?;
-    let mut trainer = Trainer::<T>::resume_from(run.checkpoint(), source, device)?;
+    let mut trainer = args.build(|| Trainer::<T>::resume_from(run.checkpoint(), source, device))?;
     args.options.steps.map_or(Ok(()), |steps| trainer.set_steps(steps))?;
     args.every.map_or(Ok(()), |every| trainer.set_every(every))?;
     trainer.set_graphs(!args.no_graphs);

@@ -189,7 +189,7 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
     if cut > 0 {
         warn(format_args!("{cut} captions are cut to {} tokens; `--seq-len` changes it", options.seq_len));
     }
-    super::begin(args, Trainer::<Captioner>::start(config, options, source, device)?, about, device)
+    super::begin(args, args.build(|| Trainer::<Captioner>::start(config, options, source, device))?, about, device)
 }
 
 impl Task for Captioner {

@@ -91,7 +91,7 @@ pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
     fit::check_as(args, &Config::from_value(config.net.clone())?, &sequences, device, &|store| {
         Embedder::build(&config, store).map(drop)
     })?;
-    let trainer = Trainer::<Embedder>::start_from(config, &weights, options, source, device)?;
+    let trainer = args.build(|| Trainer::<Embedder>::start_from(config, &weights, options, source, device))?;
     drop(weights);
     begin_run(args, trainer, about, device)
 }

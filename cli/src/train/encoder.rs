@@ -37,5 +37,5 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
     fit::check_as(args, &Config::TransformerWrapper(net), &options, device, &|store| {
         Classifier::build(&config, store).map(drop)
     })?;
-    super::begin(args, Trainer::<Classifier>::start(config, options, source, device)?, about, device)
+    super::begin(args, args.build(|| Trainer::<Classifier>::start(config, options, source, device))?, about, device)
 }

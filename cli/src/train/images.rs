@@ -260,7 +260,12 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
         ImageClassifier::build(&config, store).map(drop)
     })?;
     let Data { source, about } = images.open(found, &config)?;
-    super::begin(args, Trainer::<ImageClassifier>::start(config, options, source, device)?, about, device)
+    super::begin(
+        args,
+        args.build(|| Trainer::<ImageClassifier>::start(config, options, source, device))?,
+        about,
+        device,
+    )
 }
 
 impl Task for ImageClassifier {

@@ -76,8 +76,8 @@ fn start(
     })?;
     let Data { source, about } = masked(data, &config)?;
     let trainer = match &weights {
-        Some(weights) => Trainer::<MaskedLm>::start_from(config, weights, options, source, device)?,
-        None => Trainer::<MaskedLm>::start(config, options, source, device)?,
+        Some(weights) => args.build(|| Trainer::<MaskedLm>::start_from(config, weights, options, source, device))?,
+        None => args.build(|| Trainer::<MaskedLm>::start(config, options, source, device))?,
     };
     drop(weights);
     begin_run(args, trainer, about, device)

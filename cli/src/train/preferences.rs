@@ -63,10 +63,10 @@ pub fn begin(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
     let Data { source, about } = open(&args.data, own, options.seq_len, true)?;
     check_vocabulary(&about, num_tokens)?;
     let trainer = match is_adapter {
-        true => Trainer::<DpoModel>::start(config, options, source, device)?,
+        true => args.build(|| Trainer::<DpoModel>::start(config, options, source, device))?,
         false => {
             let weights = config.state_dict()?;
-            Trainer::<DpoModel>::start_from(config, &weights, options, source, device)?
+            args.build(|| Trainer::<DpoModel>::start_from(config, &weights, options, source, device))?
         }
     };
     begin_run(args, trainer, about, device)

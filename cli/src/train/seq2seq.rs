@@ -188,7 +188,7 @@ pub fn begin(args: &TrainArgs, device: &Device) -> Result<()> {
         let length = options.seq_len;
         warn(format_args!("{cut} of {count} pairs are cut to {length} tokens a side; `--seq-len` changes it"));
     }
-    super::begin(args, Trainer::<XTransformer>::start(config, options, pairs, device)?, about, device)
+    super::begin(args, args.build(|| Trainer::<XTransformer>::start(config, options, pairs, device))?, about, device)
 }
 
 impl Task for XTransformer {

@@ -78,7 +78,7 @@ pub fn labelled(args: &TrainArgs, from: &Path, device: &Device) -> Result<()> {
     drop(pretrained);
     let longest = <Classifier as TrainModel>::max_seq_len(&config);
     let options = args.train_options(length(longest), RATES[1]);
-    let trainer = Trainer::<Classifier>::start_from(config, &weights, options, source, device)?;
+    let trainer = args.build(|| Trainer::<Classifier>::start_from(config, &weights, options, source, device))?;
     drop(weights);
     begin_run(args, trainer, about, device)
 }
@@ -96,7 +96,8 @@ fn whole(
     let options = args.train_options(longest, rate);
     fit::check(args, &config, &options, device)?;
     let Data { source, about } = open(args, own, options.seq_len, num_tokens)?;
-    let trainer = Trainer::<AutoregressiveWrapper>::start_from(config, &weights, options, source, device)?;
+    let trainer =
+        args.build(|| Trainer::<AutoregressiveWrapper>::start_from(config, &weights, options, source, device))?;
     drop(weights);
     begin_run(args, trainer, about, device)
 }
@@ -106,7 +107,7 @@ fn adapter(args: &TrainArgs, config: LoraConfig, own: Option<Own>, device: &Devi
     let base = config.base_config()?;
     let options = args.train_options(longest(&base), RATES[2]);
     let Data { source, about } = open(args, own, options.seq_len, num_tokens(&base))?;
-    begin_run(args, Trainer::<LoraModel>::start(config, options, source, device)?, about, device)
+    begin_run(args, args.build(|| Trainer::<LoraModel>::start(config, options, source, device))?, about, device)
 }
 
 fn num_tokens(config: &Config) -> usize {
