@@ -1,6 +1,8 @@
 //! Training: schedule, moving averages, text, options, and the loop, whose results do not depend on kills.
 
+#[path = "training/killed.rs"]
 mod killed;
+#[path = "training/text.rs"]
 mod text;
 
 use std::{
