@@ -33,7 +33,7 @@ use crate::{
 #[doc(alias = "GradStore")]
 pub struct Gradients {
     leaves: OrderedMap<LeafId, Tensor>,
-    /// Contributions to be summed up before the end of the backward pass.
+    /// Gradients that are summed up before the end of the backward pass.
     late: Vec<(LeafId, LateSum)>,
 }
 
