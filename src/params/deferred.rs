@@ -27,7 +27,7 @@ impl Pending {
 }
 
 /// Calls `build` with deferred parameters: those that it creates on this thread have names, shapes and dtypes, but no
-/// elements until [`ParamMap::materialize`] or [`Trainer::with_ranks`]. With [stage 3 of ZeRO] the latter makes them one
+/// elements until [`ParamMap::materialize`], [`Trainer::with_ranks`] or the first step of a trainer. With [stage 3 of ZeRO] the latter makes them one
 /// after another and keeps this rank's part of each, so that no rank ever holds the whole model. The values are those of
 /// a model that was built without, bit by bit.
 ///
@@ -118,7 +118,7 @@ impl ParamMap {
     /// # Ok::<(), x_transformers::Error>(())
     /// ```
     ///
-    /// Errors: out of memory.
+    /// Errors: out of memory, or a value that cannot be converted; the parameters before it have theirs then.
     pub fn materialize(&self) -> Result<()> {
         self.unique().try_for_each(|(_, param)| param.materialize())
     }

@@ -57,6 +57,8 @@ struct ParamCell {
     pending: Mutex<Option<Pending>>,
     /// If `true`, no gradient is computed.
     frozen: AtomicBool,
+    /// If `true`, the value is not moved beside others.
+    apart: AtomicBool,
 }
 
 impl Param {
@@ -69,8 +71,8 @@ impl Param {
             Error::dtype("param", format_args!("expected a float parameter, got {}", value.dtype()))
         );
         let value = RwLock::new(value.detach());
-        let (pending, frozen) = (Mutex::new(None), AtomicBool::new(false));
-        Ok(Self(Arc::new(ParamCell { leaf: LeafId::new(), value, pending, frozen })))
+        let (pending, frozen, apart) = (Mutex::new(None), AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Self(Arc::new(ParamCell { leaf: LeafId::new(), value, pending, frozen, apart })))
     }
 
     /// Returns the current value, as a leaf of the tape, or as a constant if the parameter is frozen.
@@ -129,35 +131,45 @@ impl Param {
     }
 
     /// Copies the values of parameters to these tensors, of which they become the owners. Returns `false`, and changes
-    /// nothing, if one has another shape, dtype or device by now, or occurs twice.
-    pub(crate) fn move_to(params: &[&Self], to: Vec<Tensor>) -> Result<bool> {
+    /// nothing, if a value has another shape, dtype or device by now or is replaced meanwhile, or a parameter occurs twice.
+    pub(crate) fn move_to(params: &[&Self], mut to: Vec<Tensor>) -> Result<bool> {
         let order = order(params.len(), |a, b| params[a].leaf().cmp(&params[b].leaf()));
         if order.windows(2).any(|pair| params[pair[0]].leaf() == params[pair[1]].leaf()) || to.len() != params.len() {
             return Ok(false);
         }
-        // Nobody reads or writes the values meanwhile: an update between copy and replacement would be lost.
-        let mut locked: Vec<_> = order.into_iter().map(|at| (at, params[at].lock())).collect_vec();
-        let fits = |(at, old): &(usize, RwLockWriteGuard<'_, Tensor>)| {
-            let new: &Tensor = &to[*at];
+        // Copied before the locks are taken, since a copy may wait for a thread that waits for a lock. An optimizer that
+        // finds these handles writes its results elsewhere, which shows below.
+        let values: Vec<Tensor> = params.iter().map(|param| param.read().clone()).collect_vec();
+        let fits = |(old, new): (&Tensor, &Tensor)| {
             !old.is_absent()
-                && !params[*at].is_broken()
                 && old.is_contiguous()
                 && (old.shape(), old.dtype(), old.device()) == (new.shape(), new.dtype(), new.device())
         };
-        if !locked.iter().all(fits) {
+        if !values.iter().zip(&to).all(fits) {
+            return Ok(false);
+        }
+        values.iter().zip(&mut to).try_for_each(|(old, new)| old.copy_into(new))?;
+        let mut locked: Vec<_> = order.into_iter().map(|at| (at, params[at].lock())).collect_vec();
+        if !locked.iter().all(|(at, value)| value.is_same(&values[*at]) && !params[*at].is_broken()) {
             return Ok(false);
         }
         let mut to: Vec<Option<Tensor>> = to.into_iter().map(Some).collect_vec();
-        let mut copies = Vec::with_capacity(to.len());
-        for (at, old) in &locked {
-            let Some(mut copy) = to[*at].take() else { return Ok(false) };
-            old.copy_into(&mut copy)?;
-            copies.push(copy);
-        }
-        for ((_, old), copy) in locked.iter_mut().zip(copies) {
-            **old = copy;
+        for (at, value) in &mut locked {
+            if let Some(moved) = to[*at].take() {
+                **value = moved;
+            }
         }
         Ok(true)
+    }
+
+    /// Leaves the value where it is from now on: it is never moved beside others.
+    pub(crate) fn keep_apart(&self) {
+        self.0.apart.store(true, Ordering::Relaxed);
+    }
+
+    /// Returns `true` after [`Param::keep_apart`].
+    pub(crate) fn is_kept_apart(&self) -> bool {
+        self.0.apart.load(Ordering::Relaxed)
     }
 
     /// Locks the source of the value that is still to come.
@@ -304,7 +316,8 @@ impl ParamMap {
     /// values.
     ///
     /// Errors, with nothing changed: [`ErrorKind::Weights`] with every missing, unused and mismatched name; values that
-    /// are not float; a tied parameter with different values; parameters that are divided among ranks (ZeRO 3).
+    /// are not float; a tied parameter with different values; parameters that are divided among ranks (ZeRO 3). Of deferred
+    /// parameters those of conversion and memory come when they take their values.
     #[doc(alias = "load_state_dict")]
     pub fn load(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let given = self.params.iter().filter(|(name, _)| state.contains_key(*name));
@@ -377,9 +390,12 @@ impl ParamMap {
         for (_, (_, param, value)) in values {
             if param.is_deferred() {
                 param.defer(value);
-            } else {
-                locked.push((param, param.lock(), value));
+                continue;
             }
+            let old = param.lock();
+            // No change, unless another thread has given a deferred parameter its value meanwhile.
+            let value = value.packed()?.on(old.device())?.converted(old.dtype())?;
+            locked.push((param, old, value));
         }
         for (param, old, value) in &mut locked {
             **old = value.detach();

@@ -19,15 +19,21 @@ impl Tensor {
     /// Allocates tensors of these shapes, of unspecified content, one after another in one allocation. Each has its own
     /// owner, like tensors with an allocation of their own. `None` if one is empty or would not be aligned.
     pub(crate) fn uninit_adjacent(shapes: &[Shape], dtype: DType, gpu: &'static dyn Gpu) -> Result<Option<Vec<Self>>> {
-        let sizes: Vec<usize> = shapes.iter().map(|shape| shape.numel() * dtype.size()).collect_vec();
-        if sizes.iter().any(|&bytes| bytes == 0 || !bytes.is_multiple_of(ALIGNMENT)) {
+        if !shapes.iter().all(|shape| Self::is_aligned_size(*shape, dtype)) {
             return Ok(None);
         }
+        let sizes: Vec<usize> = shapes.iter().map(|shape| shape.numel() * dtype.size()).collect_vec();
         let buffers = GpuBuffer::adjacent(&sizes, gpu)?;
         let tensor = |(buffer, shape): (GpuBuffer, &Shape)| {
             Self::of_buffer(Buffer::Gpu(buffer), *shape, dtype, &Device::Gpu(gpu))
         };
         Ok(Some(buffers.into_iter().zip(shapes).map(tensor).collect_vec()))
+    }
+
+    /// Returns `true` if tensors of this shape may be part of an allocation: those after them are aligned.
+    pub(crate) fn is_aligned_size(shape: Shape, dtype: DType) -> bool {
+        let bytes = shape.numel() * dtype.size();
+        bytes > 0 && bytes.is_multiple_of(ALIGNMENT)
     }
 
     /// Returns tensors that follow one another in an allocation of [`Tensor::uninit_adjacent`] as a constant, joined

@@ -83,8 +83,16 @@ pub struct Trainer<M: TrainModel = AutoregressiveWrapper> {
     tokenizer: Option<String>,
     ranks: Ranks,
     graphs: Graphs,
-    /// State of the optimizer of a run that is resumed with deferred parameters, until it has them.
-    deferred: Option<BTreeMap<String, Tensor>>,
+    deferred: Deferred,
+}
+
+/// State of a trainer with deferred parameters, until they have their values.
+enum Deferred {
+    No,
+    /// A new run.
+    New,
+    /// A resumed run, with the state of its optimizer.
+    Resumed(BTreeMap<String, Tensor>),
 }
 
 impl<M: TrainModel> fmt::Debug for Trainer<M> {
@@ -230,6 +238,7 @@ impl<M: TrainModel> Trainer<M> {
         let print = data.print()?;
         let scaler = (options.dtype == DType::F16).then(GradScaler::default);
         let (device, losses, data) = (store.device().clone(), Cell::default(), Ahead::new(data));
+        let deferred = if params.is_deferred() { Deferred::New } else { Deferred::No };
         let (step, tokenizer) = (0, None);
         Ok(Self {
             config,
@@ -247,7 +256,7 @@ impl<M: TrainModel> Trainer<M> {
             tokenizer,
             ranks: Ranks::default(),
             graphs: Graphs::default(),
-            deferred: None,
+            deferred,
         })
     }
 
@@ -335,8 +344,8 @@ impl<M: TrainModel> Trainer<M> {
         if let Some(ema) = &mut self.ema {
             ema.load_state_dict(&averages).context("optimizer.safetensors")?;
         }
-        if self.params.is_deferred() {
-            self.deferred = Some(optimizer);
+        if !matches!(self.deferred, Deferred::No) {
+            self.deferred = Deferred::Resumed(optimizer);
             return Ok(());
         }
         self.optimizer.load_state_dict(&self.params, &optimizer).context("optimizer.safetensors")?;
@@ -345,26 +354,37 @@ impl<M: TrainModel> Trainer<M> {
 
     /// Gives deferred parameters their values, and the optimizer and the average those of the checkpoint.
     fn materialize(&mut self, frozen: &ParamMap) -> Result<()> {
-        let deferred = self.params.is_deferred();
+        if matches!(self.deferred, Deferred::No) {
+            return Ok(());
+        }
         self.params.materialize()?;
         frozen.materialize()?;
-        self.load_deferred()?;
-        if let Some(ema) = self.ema.as_mut().filter(|_| deferred) {
+        if let Some(ema) = &mut self.ema {
             let averages = ema.state_dict();
             let given = !ema.is_deferred();
-            *ema = Ema::new(&self.params, ema.decay())?;
+            let mut whole = Ema::new(&self.params, ema.decay())?;
             if given {
-                ema.load_state_dict(&averages)?;
+                whole.load_state_dict(&averages)?;
             }
+            *ema = whole;
         }
-        Ok(())
+        self.load_deferred()
     }
 
     /// Loads the state of the optimizer of a run that was resumed with deferred parameters.
     fn load_deferred(&mut self) -> Result<()> {
-        let Some(state) = self.deferred.take() else { return Ok(()) };
-        self.optimizer.load_state_dict(&self.params, &state).context("optimizer.safetensors")?;
-        self.check_steps(self.step)
+        if let Deferred::Resumed(state) = &self.deferred {
+            self.optimizer.load_state_dict(&self.params, state).context("optimizer.safetensors")?;
+            self.check_steps(self.step)?;
+        }
+        self.deferred = Deferred::No;
+        Ok(())
+    }
+
+    /// Fails for a trainer of deferred parameters that has none of their values yet.
+    fn is_whole(&self) -> Result<()> {
+        ensure!(matches!(self.deferred, Deferred::No), Tensor::not_here());
+        Ok(())
     }
 
     /// Checks that the optimizer has done the steps of the run.
@@ -386,7 +406,7 @@ impl<M: TrainModel> Trainer<M> {
     /// which no run could continue; [`ErrorKind::Io`].
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         self.lead(Command::Save)?;
-        ensure!(!self.params.is_deferred(), Tensor::not_here());
+        self.is_whole()?;
         if let Some(name) = self.weight_not_finite()? {
             return Err(Error::new(ErrorKind::NonFinite { step: self.step, what: format!("parameter {name}") }));
         }

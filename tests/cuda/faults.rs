@@ -59,7 +59,7 @@ fn a_fault_is_an_error_of_its_own_thread() -> Result<()> {
     gpu.synchronize()
 }
 
-/// Whoever uses a thread's tensors hears of its faults, also through a third one's, and so does the thread itself.
+/// Threads that use a thread's tensors hear of its faults, also through a third one's, and so does the thread itself.
 #[test]
 fn a_fault_is_an_error_of_whoever_uses_the_tensor() -> Result<()> {
     let Some(gpu) = gpu("a_fault_is_an_error_of_whoever_uses_the_tensor") else { return Ok(()) };

@@ -1,5 +1,7 @@
 //! Training: schedule, moving averages, text, options, and the loop, whose results do not depend on kills.
 
+#[path = "training/deferred.rs"]
+mod deferred;
 #[path = "training/killed.rs"]
 mod killed;
 #[path = "training/text.rs"]

@@ -2,7 +2,7 @@
 //! errors, and those of threads whose tensors they use.
 
 use std::sync::{
-    Mutex, PoisonError,
+    Mutex, MutexGuard, PoisonError,
     atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
@@ -29,28 +29,57 @@ const NONE: Words = [0; FAULT_WORDS];
 #[derive(Clone, Copy, Default)]
 pub(super) struct Origins(u64);
 
-/// By place, the threads whose data its thread has used, and itself.
+/// By place, the threads whose data its threads have used, and themselves. It only grows: a tensor may outlive its thread.
 static USED: [AtomicU64; PLACES] = [const { AtomicU64::new(0) }; PLACES];
 
-/// By place, the number of the thread that was the last to take it.
-static TAKEN_BY: [AtomicUsize; PLACES] = [const { AtomicUsize::new(0) }; PLACES];
+/// Of each place, how many threads of it live, and the sum of their numbers.
+static LIVING: Mutex<[(usize, usize); PLACES]> = Mutex::new([(0, 0); PLACES]);
 
-thread_local! {
-    static NUMBER: usize = {
-        static THREADS: AtomicUsize = AtomicUsize::new(0);
-        let number = THREADS.fetch_add(1, Ordering::Relaxed);
-        USED[number % PLACES].fetch_or(1 << (number % PLACES), Ordering::Relaxed);
-        TAKEN_BY[number % PLACES].store(number, Ordering::Relaxed);
-        number
-    };
+fn living() -> MutexGuard<'static, [(usize, usize); PLACES]> {
+    LIVING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn number_of_this_thread() -> usize {
-    NUMBER.with(|number| *number)
+/// Number of a thread and its place, which it leaves when it ends.
+struct Seat {
+    number: usize,
+    place: usize,
+}
+
+/// Stands for any thread of a place.
+const ANY: usize = usize::MAX;
+
+impl Seat {
+    /// Takes the first place with the fewest threads.
+    fn take() -> Self {
+        static THREADS: AtomicUsize = AtomicUsize::new(0);
+        let (mut living, number) = (living(), THREADS.fetch_add(1, Ordering::Relaxed));
+        let place = (0..PLACES).min_by_key(|&place| living[place].0).unwrap_or(0);
+        let (count, sum) = living[place];
+        living[place] = (count + 1, sum.wrapping_add(number));
+        USED[place].fetch_or(1 << place, Ordering::Relaxed);
+        Self { number, place }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut living = living();
+        let (count, sum) = living[self.place];
+        living[self.place] = (count - 1, sum.wrapping_sub(self.number));
+    }
+}
+
+thread_local! {
+    static SEAT: Seat = Seat::take();
+}
+
+/// Returns number and place of this thread. While its locals are destroyed, they are those of any thread.
+fn seat() -> (usize, usize) {
+    SEAT.try_with(|seat| (seat.number, seat.place)).unwrap_or((ANY, 0))
 }
 
 fn place_of_this_thread() -> usize {
-    number_of_this_thread() % PLACES
+    seat().1
 }
 
 impl Origins {
@@ -99,32 +128,34 @@ impl Writers {
     }
 }
 
-/// Whoever reads back: a thread, with those that it depends on.
+/// A thread that reads back, and those that it depends on.
 #[derive(Clone, Copy)]
 pub(super) struct Reader {
     number: usize,
+    place: usize,
     origins: u64,
+    /// How often each place had been cleared when the words were copied.
+    cleared: [u32; PLACES],
 }
 
-impl Reader {
-    /// Returns this thread.
-    pub fn this_thread() -> Self {
-        let number = number_of_this_thread();
-        Self { number, origins: USED[number % PLACES].load(Ordering::Relaxed) }
-    }
-}
-
-/// The places of a device, and what others have read of them.
+/// The places of a device.
 pub(super) struct Faults {
     words: Plain,
+    state: Mutex<State>,
+}
+
+struct State {
     /// By place, a fault that another thread was the first to read, and the number of the thread that it is of.
-    told: Mutex<[(usize, Words); PLACES]>,
+    told: [(usize, Words); PLACES],
+    /// How often each place was cleared.
+    cleared: [u32; PLACES],
 }
 
 impl Faults {
     /// In the context, which is current. The caller fills [`Faults::all`] with zeros.
     pub fn new(current: &Context) -> Result<Self, DriverError> {
-        Ok(Self { words: Plain::new(BYTES, current)?, told: Mutex::new([(0, NONE); PLACES]) })
+        let state = State { told: [(ANY, NONE); PLACES], cleared: [0; PLACES] };
+        Ok(Self { words: Plain::new(BYTES, current)?, state: Mutex::new(state) })
     }
 
     /// Returns the address of all places.
@@ -134,16 +165,26 @@ impl Faults {
 
     /// Returns the address of this thread's place.
     pub fn address(&self) -> u64 {
-        self.place(place_of_this_thread())
+        self.address_of(place_of_this_thread())
     }
 
-    fn place(&self, place: usize) -> u64 {
+    fn address_of(&self, place: usize) -> u64 {
         self.all() + (place * PLACE) as u64
     }
 
     /// Returns `true` if there is a place at this address.
     pub fn contains(&self, address: u64) -> bool {
         (self.all()..self.all() + BYTES as u64).contains(&address)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns this thread, which is about to copy all places.
+    pub fn reader(&self) -> Reader {
+        let (number, place) = seat();
+        Reader { number, place, origins: USED[place].load(Ordering::Relaxed), cleared: self.state().cleared }
     }
 
     /// Returns the fault that a reader must hear of, given the content of all places, and the address of [`PLACE`]
@@ -154,24 +195,33 @@ impl Faults {
             bytemuck::bytes_of_mut(&mut words).copy_from_slice(&bytes[place * PLACE..][..PLACE]);
             words
         };
-        let own_place = reader.number % PLACES;
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let (thread, earlier) = std::mem::replace(&mut told[own_place], (0, NONE));
-        let own = words(own_place);
-        if own != NONE {
-            return (own, Some(self.place(own_place)));
+        let mut state = self.state();
+        let (thread, mut earlier) = state.told[reader.place];
+        if thread == reader.number || thread == ANY {
+            state.told[reader.place] = (ANY, NONE);
+        } else {
+            earlier = NONE;
         }
-        if earlier != NONE && thread == reader.number {
+        let own = words(reader.place);
+        if own == NONE && earlier != NONE {
             return (earlier, None);
         }
         let others = (0..PLACES).filter(|place| reader.origins >> place & 1 == 1);
-        match others.map(|place| (place, words(place))).find(|(_, words)| *words != NONE) {
-            Some((place, words)) => {
-                // Its own thread hears of it as well.
-                told[place] = (TAKEN_BY[place].load(Ordering::Relaxed), words);
-                (words, Some(self.place(place)))
-            }
-            None => (NONE, None),
+        let mut places = [reader.place].into_iter().chain(others);
+        let Some(place) = places.find(|&place| words(place) != NONE) else { return (NONE, None) };
+        let words = words(place);
+        if state.cleared[place] != reader.cleared[place] {
+            // Told and cleared since they were copied: the place may hold another fault by now.
+            return (words, None);
         }
+        state.cleared[place] = state.cleared[place].wrapping_add(1);
+        // Its own thread hears of it as well, if it lives; of several threads of a place, one does.
+        match living()[place] {
+            _ if place == reader.place => {}
+            (0, _) => {}
+            (1, number) => state.told[place] = (number, words),
+            _ => state.told[place] = (ANY, words),
+        }
+        (words, Some(self.address_of(place)))
     }
 }

@@ -114,7 +114,7 @@ impl CudaDevice {
         };
         let landing = kept.map_or_else(|| Landing::new(size, self), Ok)?;
         // Waits for what was enqueued when it is dropped, also after an error.
-        let mut arriving = Box::new(Arriving { landing: None, bytes, reader: Reader::this_thread(), device: self });
+        let mut arriving = Box::new(Arriving { landing: None, bytes, reader: self.faults.reader(), device: self });
         let landing = arriving.landing.insert(landing);
         let copied = landing
             .copy(self, self.faults.all(), 0, FAULTS)

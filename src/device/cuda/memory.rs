@@ -6,7 +6,7 @@ use cudarc::driver::{DriverError, result, sys::CUresult};
 
 use super::{
     CudaDevice, error,
-    faults::{self, Reader, Writers},
+    faults::{self, Writers},
     gate::Pass,
     pool::{Memory, Phase, size_class},
 };
@@ -173,7 +173,7 @@ impl CudaDevice {
             let copied = unsafe { result::memcpy_dtoh_async(to, from, self.stream.0) };
             self.check("cuMemcpyDtoHAsync", copied)?;
         }
-        let mut faults = [0; faults::BYTES];
+        let (reader, mut faults) = (self.faults.reader(), [0; faults::BYTES]);
         // SAFETY: as above.
         let copied = unsafe { result::memcpy_dtoh_async(&mut faults, self.faults.all(), self.stream.0) };
         // SAFETY: the stream lives as long as the device. Waited for in any case: it may be writing to `to`.
@@ -181,7 +181,7 @@ impl CudaDevice {
         self.check("cuMemcpyDtoHAsync", copied)?;
         self.check("cuStreamSynchronize", waited)?;
         self.read_backs.fetch_add(1, Ordering::Relaxed);
-        let (fault, reported) = self.faults.find(Reader::this_thread(), &faults);
+        let (fault, reported) = self.faults.find(reader, &faults);
         if let Some(place) = reported {
             self.fill(&pass, place, faults::PLACE)?;
         }

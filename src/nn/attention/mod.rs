@@ -26,7 +26,6 @@ use content::ContentBias;
 pub(crate) use content::log_sigmoid;
 pub(super) use decode::AttentionCache;
 use gates::Gate;
-use joint::Joint;
 pub(super) use padding::causal_mask;
 
 /// Scaled dot-product attention of several heads (Vaswani et al., <https://arxiv.org/abs/1706.03762>).
@@ -43,7 +42,6 @@ pub struct Attention {
     to_q: Linear,
     to_k: Linear,
     to_v: Linear,
-    joint: Joint,
     to_out: Option<Linear>,
     to_v_gate: Option<Gate>,
     to_output_gate: Option<Gate>,
@@ -227,7 +225,6 @@ impl Attention {
             to_q: linear("to_q", q_source, q_width)?,
             to_k: linear("to_k", kv_source, k_width - rope_width)?,
             to_v: linear("to_v", kv_source, kv_width)?,
-            joint: Joint::default(),
             to_latents: [
                 latent("to_latent_q", plan.dim, plan.latent_q)?,
                 latent("to_latent_kv", plan.dim_context, plan.latent_kv)?,

@@ -52,7 +52,7 @@ impl Attention {
             let all = queries.is_same(keys) && self.to_latents[0].is_none();
             let layers = [&self.to_q, &self.to_k, &self.to_v];
             let layers = if all { &layers[..] } else { &layers[1..] };
-            if let Some(projected) = self.joint.forward(layers, keys).context("to_k")? {
+            if let Some(projected) = super::joint::forward(layers, keys).context("to_k")? {
                 match <[Tensor; 3]>::try_from(projected) {
                     Ok(all) => return Ok(all),
                     Err(projected) => {

@@ -60,6 +60,9 @@ impl<M: TrainModel> Trainer<M> {
     /// # }
     /// ```
     pub fn run(&mut self, until: u64, each: &mut dyn FnMut(&StepReport) -> bool) -> Result<()> {
+        if self.is_whole().is_err() {
+            self.materialize(&self.model.frozen_params())?;
+        }
         let (mut pending, mut ready, mut goes) = (None, Vec::new(), true);
         loop {
             let wanted = goes && self.step + u64::from(pending.is_some()) < until;

@@ -42,6 +42,7 @@ impl<M: TrainModel> Trainer<M> {
     }
 
     fn validate_with(&self, mut each: Option<Each<M>>) -> Result<f64> {
+        self.is_whole()?;
         self.lead(Command::Validate)?;
         let request = self.options.request(0, 0, M::num_tokens(&self.config));
         // Batches with targets, their weights, and the losses of those that are this rank's.
@@ -109,6 +110,7 @@ impl<M: TrainModel> Trainer<M> {
     ///
     /// Errors: those of `f`; out of memory; a failed transfer.
     pub fn evaluate<R>(&self, f: impl FnOnce(&M) -> Result<R>) -> Result<R> {
+        self.is_whole()?;
         if self.gathers() {
             self.lead(Command::Evaluate)?;
         }
