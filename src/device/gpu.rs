@@ -123,7 +123,7 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
     ///
     /// Errors: also those that kernels reported since the last read-back, for instance
     /// [`ErrorKind::Index`](crate::ErrorKind::Index). On CUDA, those of kernels that this thread has launched, or a
-    /// thread whose tensors it has used; of more than 64 threads at once, some share an error.
+    /// thread whose tensors it has used; after the first 64 threads, some share errors.
     fn read_back(&self, from: Address, to: &mut [u8]) -> Result<()>;
 
     /// Enqueues a copy from the device, without waiting. Default: waits for it.

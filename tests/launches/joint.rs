@@ -94,7 +94,7 @@ fn configs() -> Result<Vec<(AutoregressiveConfig, usize)>> {
     Ok(all)
 }
 
-/// Three products where the weights cannot lie side by side, since the rows of the second would not be aligned.
+/// Three products where the weights cannot lie side by side, since the second would not be aligned; in f64 it is.
 #[test]
 fn projections_of_odd_sizes_are_three_products() -> Result<()> {
     let Some(gpu) = emulated("projections_of_odd_sizes_are_three_products") else { return Ok(()) };
@@ -102,7 +102,7 @@ fn projections_of_odd_sizes_are_three_products() -> Result<()> {
         config.net.attn_layers.dim = 35;
         config.net.attn_layers.attn.dim_head = 33;
         let reference = Model::new(&config, DType::F64, &Device::Cpu)?;
-        for dtype in [DType::BF16, DType::F16, DType::F32, DType::F64] {
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
             let model = Model::new(&config, dtype, &gpu)?;
             reference.store.params().load(&model.store.params().state_dict())?;
             let expected = reference.run()?;

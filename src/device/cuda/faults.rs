@@ -29,13 +29,23 @@ const NONE: Words = [0; FAULT_WORDS];
 #[derive(Clone, Copy, Default)]
 pub(super) struct Origins(u64);
 
-/// By place, the threads whose data its threads have used, and themselves. It only grows: a tensor may outlive its thread.
+/// By place, the threads whose data its threads have used, and themselves. It only grows, since tensors outlive threads: a
+/// place that is taken again still leads to what its tensors came from.
 static USED: [AtomicU64; PLACES] = [const { AtomicU64::new(0) }; PLACES];
 
-/// Of each place, how many threads of it live, and the sum of their numbers.
-static LIVING: Mutex<[(usize, usize); PLACES]> = Mutex::new([(0, 0); PLACES]);
+/// The living threads of a place.
+#[derive(Clone, Copy)]
+struct Living {
+    count: usize,
+    /// Sum of their numbers.
+    sum: usize,
+    /// Number after that of the last thread that took the place.
+    taken: usize,
+}
 
-fn living() -> MutexGuard<'static, [(usize, usize); PLACES]> {
+static LIVING: Mutex<[Living; PLACES]> = Mutex::new([Living { count: 0, sum: 0, taken: 0 }; PLACES]);
+
+fn living() -> MutexGuard<'static, [Living; PLACES]> {
     LIVING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -49,13 +59,13 @@ struct Seat {
 const ANY: usize = usize::MAX;
 
 impl Seat {
-    /// Takes the first place with the fewest threads.
+    /// Takes the place with the fewest threads, of several that which has not been taken for the longest.
     fn take() -> Self {
         static THREADS: AtomicUsize = AtomicUsize::new(0);
         let (mut living, number) = (living(), THREADS.fetch_add(1, Ordering::Relaxed));
-        let place = (0..PLACES).min_by_key(|&place| living[place].0).unwrap_or(0);
-        let (count, sum) = living[place];
-        living[place] = (count + 1, sum.wrapping_add(number));
+        let place = (0..PLACES).min_by_key(|&place| (living[place].count, living[place].taken)).unwrap_or(0);
+        let Living { count, sum, .. } = living[place];
+        living[place] = Living { count: count + 1, sum: sum.wrapping_add(number), taken: number + 1 };
         USED[place].fetch_or(1 << place, Ordering::Relaxed);
         Self { number, place }
     }
@@ -64,8 +74,8 @@ impl Seat {
 impl Drop for Seat {
     fn drop(&mut self) {
         let mut living = living();
-        let (count, sum) = living[self.place];
-        living[self.place] = (count - 1, sum.wrapping_sub(self.number));
+        let place = &mut living[self.place];
+        (place.count, place.sum) = (place.count - 1, place.sum.wrapping_sub(self.number));
     }
 }
 
@@ -218,8 +228,8 @@ impl Faults {
         // Its own thread hears of it as well, if it lives; of several threads of a place, one does.
         match living()[place] {
             _ if place == reader.place => {}
-            (0, _) => {}
-            (1, number) => state.told[place] = (number, words),
+            Living { count: 0, .. } => {}
+            Living { count: 1, sum, .. } => state.told[place] = (sum, words),
             _ => state.told[place] = (ANY, words),
         }
         (words, Some(self.address_of(place)))
