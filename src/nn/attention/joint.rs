@@ -3,10 +3,10 @@
 use crate::{Device, ErrorKind, Param, Result, Tensor, collect::CollectVec, device::Gpu, nn::Linear, shape::Shape};
 
 /// Applies layers to one input by one product, `[.., in]` to one `[.., out]` per layer; `None` on the CPU, and if the layers
-/// are packed, have low-rank updates, do not take the input, only partly have biases, or are trained by several ranks, which
-/// replace weights in some stages and must compute the same in all of them.
+/// are packed, have low-rank updates, do not take the input or only partly have biases.
 ///
-/// Moves the parameters side by side if they are not.
+/// Moves the parameters side by side if they are not, in each step if something replaces them in each, as stages of ZeRO do:
+/// what is computed, and so every bit, must not depend on who replaces weights.
 pub(super) fn forward(layers: &[&Linear], x: &Tensor) -> Result<Option<Vec<Tensor>>> {
     let Device::Gpu(gpu) = *x.device() else { return Ok(None) };
     if x.rank() == 0 || x.numel() == 0 {

@@ -218,8 +218,6 @@ impl<M: TrainModel> Trainer<M> {
         if size == 1 {
             return Ok(self);
         }
-        // Stages that replace weights in each step would take them apart: then all stages compute the same.
-        self.params.iter().chain(frozen.iter()).for_each(|(_, param)| param.keep_apart());
         let mut shards = None;
         if zero > 0 {
             let sharded = Sharded::by_buckets(&self.params, ranks.clone(), self.optimizer, bucket, &homes)?;
