@@ -27,9 +27,9 @@ impl Pending {
 }
 
 /// Calls `build` with deferred parameters: those that it creates on this thread have names, shapes and dtypes, but no
-/// elements until [`ParamMap::materialize`], [`Trainer::with_ranks`] or the first step of a trainer. With [stage 3 of ZeRO] the latter makes them one
-/// after another and keeps this rank's part of each, so that no rank ever holds the whole model. The values are those of
-/// a model that was built without, bit by bit.
+/// elements until [`ParamMap::materialize`], [`Trainer::with_ranks`] or the first step of a trainer. In [stage 3 of ZeRO]
+/// `with_ranks` makes them one after another and keeps this rank's part of each, so that no rank ever holds the whole
+/// model. The values are those of a model that was built without, bit by bit.
 ///
 /// [`ParamMap::load`] then keeps the tensors that it is given until the parameters need them: on the CPU, as files are
 /// read. PyTorch's counterparts are the device `meta` and `deepspeed.zero.Init`.

@@ -187,7 +187,7 @@ impl Check<'_> {
     }
 
     /// One run against the reference, and against the gradients in f64 once they are known; without a tape too if
-    /// `also_without_tape`. Layouts that give the bits of packed inputs need that run only if there is no other.
+    /// `also_without_tape`. The other layouts give the bits of packed inputs, and the run on a tape shows it.
     fn one(
         &mut self,
         what: &str,

@@ -21,7 +21,7 @@ fn an_index_out_of_range_is_an_error_at_the_next_read_back() -> Result<()> {
             matches!(error.kind(), ErrorKind::Index { op: "embedding", index: at, limit: 4, .. } if *at == index),
             "{error}"
         );
-        assert_eq!(table.to_vec::<f32>()?, [1.0; 12], "the error is told once");
+        assert_eq!(table.to_vec::<f32>()?, [1.0; 12], "the error is reported once");
     }
     let logits = Tensor::ones([2, 3], DType::F32, &gpu)?;
     let loss = logits.cross_entropy(&Tensor::from_slice(&[0i64, 3], [2], &gpu)?, -100)?;

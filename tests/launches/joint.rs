@@ -239,7 +239,7 @@ fn gradients_of_slices_are_joined() -> Result<()> {
     Ok(())
 }
 
-/// Gradients of norms are summed up at the end, for all norms: also those of a shared weight, of one that is no leaf,
+/// Gradients of norms are summed up at the end, for all norms: also those of a shared weight, of one that is not a leaf,
 /// of one without bias, and of norms within a segment.
 #[test]
 fn gradients_of_norms_wait_for_each_other() -> Result<()> {

@@ -26,7 +26,7 @@ type Words = [i64; FAULT_WORDS];
 const NONE: Words = [0; FAULT_WORDS];
 
 /// Threads, as bits of their places.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub(super) struct Origins(u64);
 
 /// By place, the threads whose data its threads have used, and themselves. It only grows, since tensors outlive threads: a
